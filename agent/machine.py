@@ -1,0 +1,467 @@
+"""The agent's decisions, as a pure machine: what to start, what to kill, what to pass on, when to give up.
+
+Events in, effects out; `now` is an argument. The machine reads no clock, performs no I/O and draws no random numbers.
+It keeps what its workers said last, so that a controller that comes back can be told everything in one Hello.
+"""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass, field, replace
+
+from elastic.domain import (
+    AgentHello,
+    AgentMessage,
+    CollectiveFailed,
+    ControllerMessage,
+    Failed,
+    FromWorker,
+    Goodbye,
+    Heartbeat,
+    HeartbeatAck,
+    KillWorker,
+    Leaving,
+    Prepare,
+    Refused,
+    Registered,
+    Shutdown,
+    StartWorker,
+    Switched,
+    ToWorker,
+    Warm,
+    Welcome,
+    WorkerCommand,
+    WorkerExited,
+    WorkerMessage,
+    WorkerStarted,
+    WorkerStatus,
+)
+
+STICKY = (Registered, Warm, CollectiveFailed, Leaving, Failed)  # what a returning controller must be told
+OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # not the program's own fault
+
+
+@dataclass(frozen=True, slots=True)
+class AgentSettings:
+    """What an agent was started with; fixed for its life.
+
+    Attributes:
+        failure_timeout_s: Longest silence that is believed; the controller's Welcome overrides it.
+        connect_timeout_s: How long the first attach may take.
+        controller_timeout_s: How long workers may wait for a controller that does not answer any more.
+        stop_grace_s: Between SIGTERM and SIGKILL when workers are ended in order.
+    """
+
+    hello: AgentHello
+    failure_timeout_s: float = 2.0
+    connect_timeout_s: float = 30.0
+    controller_timeout_s: float = 600.0
+    stop_grace_s: float = 1.5
+    leave_grace_s: float = 10.0
+
+
+# Events -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Connected:
+    """A stream to the controller is open: say Hello."""
+
+
+@dataclass(frozen=True, slots=True)
+class Disconnected:
+    """The stream to the controller ended, or could not be opened."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The controller said something."""
+
+    message: ControllerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Forked:
+    """A worker process exists."""
+
+    worker: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForkFailed:
+    """A worker process could not be made."""
+
+    worker: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerSaid:
+    """A worker said something for the controller."""
+
+    worker: str
+    message: WorkerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessEnded:
+    """A worker's process is gone; `code` as in subprocess (-N for signal N)."""
+
+    worker: str
+    code: int
+    detected_by: str = "pidfd"
+
+
+@dataclass(frozen=True, slots=True)
+class Looked:
+    """What the shell read about a worker: its process state (letter of /proc/PID/stat) and its progress page."""
+
+    worker: str
+    process_state: str
+    generation: int
+    committed: int
+    progress: int
+    loss: float
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class EndAsked:
+    """A person or the system wants this agent to end (SIGTERM, SIGINT)."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+AgentEvent = (
+    Connected
+    | Disconnected
+    | Heard
+    | Forked
+    | ForkFailed
+    | WorkerSaid
+    | ProcessEnded
+    | Looked
+    | EndAsked
+    | Tick
+)
+
+
+# Effects ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Start a worker from the warm standby."""
+
+    order: StartWorker
+
+
+@dataclass(frozen=True, slots=True)
+class Signal:
+    """Signal a worker's whole process group."""
+
+    worker: str
+    signum: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Send to the controller."""
+
+    message: AgentMessage
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """Send to a worker."""
+
+    worker: str
+    command: WorkerCommand
+
+
+@dataclass(frozen=True, slots=True)
+class OpenGeneration:
+    """Keys of older generations vanish from the rendezvous store."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class DropConnection:
+    """Close the stream to the controller; the shell opens another."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class EndAgent:
+    """Exit with this code; all workers are gone."""
+
+    code: int
+    reason: str
+
+
+AgentEffect = Fork | Signal | Report | Forward | OpenGeneration | DropConnection | EndAgent
+
+
+@dataclass(slots=True)
+class LocalWorker:
+    """One worker process of this node."""
+
+    id: str
+    local_rank: int
+    pid: int = 0
+    status: WorkerStatus = field(default_factory=WorkerStatus)
+    said: dict[type, WorkerMessage] = field(default_factory=dict)
+    stopped_since: float | None = None
+    end_reason: str = ""  # why this agent is ending it; "" while it is wanted
+    reported: bool = False  # its end has been told to the controller
+    gone: bool = False
+
+
+class AgentMachine:
+    """State of one node; see the module's docstring."""
+
+    def __init__(self, settings: AgentSettings) -> None:
+        self.settings = settings
+        self.failure_timeout_s = settings.failure_timeout_s
+        self.workers: dict[str, LocalWorker] = {}
+        self.attached = False
+        self.was_attached = False
+        self.highest_generation = settings.hello.highest_generation
+        self.detached_since: float | None = None
+        self.heartbeat_at = float("-inf")
+        self.sequence = 0
+        self.heard_at = float("-inf")
+        self.ending: Shutdown | None = None
+        self.kill_at = float("inf")
+        self.ended = False
+        self._out: list[AgentEffect] = []
+
+    def step(self, event: AgentEvent, now: float) -> list[AgentEffect]:
+        """Take one event in and return what must be done, in order."""
+        self._out = []
+        match event:
+            case Connected():
+                self.heard_at = now
+                self._emit(Report(self._hello()))
+            case Disconnected():
+                if self.attached or self.detached_since is None:
+                    self.detached_since = now
+                self.attached = False
+            case Heard(message):
+                self.heard_at = now
+                self._heard(message, now)
+            case Forked(worker_id, pid):
+                self._forked(worker_id, pid)
+            case ForkFailed(worker_id, reason):
+                self._ended(worker_id, 1, f"it could not be started: {reason}", "fork server", blameless=False)
+            case WorkerSaid(worker_id, message):
+                self._worker_said(worker_id, message)
+            case ProcessEnded(worker_id, code, detected_by):
+                self._process_ended(worker_id, code, detected_by)
+            case Looked():
+                self._looked(event, now)
+            case EndAsked(reason):
+                self._shut_down(Shutdown(reason, 0 if self.ending is None else self.ending.exit_code), now)
+            case Tick():
+                self._tick(now)
+        self._end_if_empty()
+        out, self._out = self._out, []
+        return out
+
+    def _emit(self, effect: AgentEffect) -> None:
+        self._out.append(effect)
+
+    def _report(self, message: AgentMessage) -> None:
+        if self.attached:
+            self._emit(Report(message))
+
+    def _hello(self) -> AgentHello:
+        return replace(
+            self.settings.hello,
+            highest_generation=self.highest_generation,
+            workers=tuple(
+                replace(w.status, messages=tuple(w.said.values())) for w in self.workers.values() if not w.gone
+            ),
+        )
+
+    # -- the controller --------------------------------------------------------------------------------------------
+
+    def _heard(self, message: ControllerMessage, now: float) -> None:
+        match message:
+            case Welcome(keep, failure_timeout_ms, _):
+                self.attached, self.was_attached, self.detached_since = True, True, None
+                self.failure_timeout_s = failure_timeout_ms / 1000
+                for worker in self.workers.values():
+                    if not worker.gone and worker.id not in keep:
+                        worker.reported = True  # the controller counts it as lost already
+                        self._kill(worker, "the job went on without it")
+            case Refused(reason):
+                self._shut_down(Shutdown(reason, 1), now)
+            case StartWorker():
+                self.workers[message.worker] = LocalWorker(
+                    message.worker,
+                    message.local_rank,
+                    status=WorkerStatus(worker=message.worker, local_rank=message.local_rank),
+                )
+                self._emit(Fork(message))
+            case KillWorker(worker_id, reason):
+                if worker_id in self.workers:
+                    self._kill(self.workers[worker_id], reason)
+            case ToWorker(worker_id, command):
+                self._forward(worker_id, command)
+            case Shutdown():
+                self._shut_down(message, now)
+            case HeartbeatAck():
+                pass
+
+    def _forward(self, worker_id: str, command: WorkerCommand) -> None:
+        if isinstance(command, Prepare) and command.plan.generation > self.highest_generation:
+            self.highest_generation = command.plan.generation
+            self._emit(OpenGeneration(command.plan.generation))
+        worker = self.workers.get(worker_id)
+        if worker is not None and not worker.gone and not worker.end_reason:
+            self._emit(Forward(worker_id, command))
+
+    def _shut_down(self, order: Shutdown, now: float) -> None:
+        if self.ending is not None:
+            return
+        self.ending = order
+        leaving = order.exit_code == 0 and order.reason == "drained"
+        self.kill_at = now + (self.settings.leave_grace_s if leaving else self.settings.stop_grace_s)
+        if leaving:
+            return  # its workers were told to finish and are on their way out
+        for worker in self.workers.values():
+            if not worker.gone:
+                worker.end_reason = worker.end_reason or order.reason
+                self._emit(Signal(worker.id, signal.SIGTERM, order.reason))
+
+    def _end_if_empty(self) -> None:
+        if self.ending is None or self.ended or any(not w.gone for w in self.workers.values()):
+            return
+        self.ended = True
+        self._report(Goodbye(self.ending.reason))
+        self._emit(EndAgent(self.ending.exit_code, self.ending.reason))
+
+    # -- workers ---------------------------------------------------------------------------------------------------
+
+    def _kill(self, worker: LocalWorker, reason: str) -> None:
+        worker.end_reason = worker.end_reason or reason
+        if not worker.gone and worker.pid:
+            self._emit(Signal(worker.id, signal.SIGKILL, reason))
+
+    def _forked(self, worker_id: str, pid: int) -> None:
+        worker = self.workers[worker_id]
+        worker.pid = pid
+        worker.status = replace(worker.status, pid=pid)
+        self._report(WorkerStarted(worker_id, worker.local_rank, pid))
+        if worker.end_reason or self.ending is not None:
+            self._kill(worker, worker.end_reason or "the agent is ending")
+
+    def _worker_said(self, worker_id: str, message: WorkerMessage) -> None:
+        worker = self.workers.get(worker_id)
+        if worker is None or worker.gone:
+            return
+        if isinstance(message, STICKY):
+            worker.said[type(message)] = message
+        if isinstance(message, Switched):
+            worker.said.pop(CollectiveFailed, None)  # the world that broke is behind it
+        self._report(FromWorker(worker_id, message))
+
+    def _process_ended(self, worker_id: str, code: int, detected_by: str) -> None:
+        worker = self.workers.get(worker_id)
+        if worker is None or worker.gone:
+            return
+        blameless = bool(worker.end_reason) or (code < 0 and -code in OUTSIDE_SIGNALS)
+        self._ended(worker_id, code, worker.end_reason or describe_exit(code), detected_by, blameless=blameless)
+        worker.gone = True
+
+    def _ended(self, worker_id: str, code: int, reason: str, detected_by: str, *, blameless: bool) -> None:
+        worker = self.workers[worker_id]
+        worker.status = replace(worker.status, exited=True, exit_reason=reason)
+        if worker.pid == 0:
+            worker.gone = True
+        if worker.reported:
+            return
+        worker.reported = True
+        self._report(WorkerExited(worker_id, code, reason, blameless, detected_by))
+
+    def _looked(self, look: Looked, now: float) -> None:
+        worker = self.workers.get(look.worker)
+        if worker is None or worker.gone:
+            return
+        worker.status = replace(
+            worker.status,
+            generation=look.generation,
+            committed=look.committed,
+            progress=look.progress,
+            loss=look.loss,
+            samples=look.samples,
+        )
+        if look.process_state not in ("T", "t"):
+            worker.stopped_since = None
+            return
+        if worker.stopped_since is None:
+            worker.stopped_since = now
+        stopped_s = now - worker.stopped_since
+        if stopped_s >= self.failure_timeout_s and not worker.end_reason:
+            reason = f"stopped for {stopped_s:.1f} s"
+            self._kill(worker, reason)
+            # A stopped process dies of SIGKILL at once; nobody needs to wait for its last page to be freed.
+            self._ended(worker.id, -signal.SIGKILL, reason, "process state", blameless=True)
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> None:
+        interval = self.failure_timeout_s / 8
+        if self.attached and now - self.heartbeat_at >= interval:
+            self.heartbeat_at = now
+            self.sequence += 1
+            self._report(Heartbeat(self.sequence, tuple(w.status for w in self.workers.values() if not w.gone)))
+        if self.attached and now - self.heard_at > 2 * self.failure_timeout_s:
+            self._emit(DropConnection(f"the controller has been silent for {now - self.heard_at:.1f} s"))
+            self.heard_at = now
+        if self.detached_since is not None and not self.was_attached:
+            if now - self.detached_since > self.settings.connect_timeout_s:
+                self._shut_down(
+                    Shutdown(
+                        f"no controller answered within {self.settings.connect_timeout_s:.0f} s (--connect-timeout): check "
+                        "the address given to --controller, and that it runs",
+                        1,
+                    ),
+                    now,
+                )
+        elif self.detached_since is not None and now - self.detached_since > self.settings.controller_timeout_s:
+            self._shut_down(
+                Shutdown(
+                    f"the controller did not answer for {self.settings.controller_timeout_s:.0f} s "
+                    "(--controller-timeout): start it again on its ledger, then this agent",
+                    1,
+                ),
+                now,
+            )
+        if now > self.kill_at:
+            self.kill_at = now + 1.0
+            for worker in self.workers.values():
+                if not worker.gone:
+                    self._kill(worker, self.ending.reason if self.ending is not None else "the agent is ending")
+
+
+def describe_exit(code: int) -> str:
+    """Return an exit code in words."""
+    if code >= 0:
+        return f"exited with code {code}"
+    try:
+        return f"killed by {signal.Signals(-code).name}"
+    except ValueError:
+        return f"killed by signal {-code}"

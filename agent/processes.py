@@ -1,0 +1,187 @@
+"""Worker processes: forked from the warm standby, watched by pidfd and process state, signalled as a group."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from elastic import config
+from elastic.progress import Progress, ProgressPage
+
+STANDBY_READY_TIMEOUT_S = 120.0
+ANSWER_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What every worker runs: argv[0] is a path, or a module's name."""
+
+    argv: tuple[str, ...]
+    module: bool
+    cwd: Path
+
+
+class Standby:
+    """The agent's end of a warm standby process."""
+
+    def __init__(self) -> None:
+        self._process: asyncio.subprocess.Process | None = None
+        self._channel: socket.socket | None = None
+        self._lock = asyncio.Lock()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid if self._process is not None else 0
+
+    async def start(self, environment: Mapping[str, str]) -> None:
+        """Start the process and wait until it is warm. Raises OSError or TimeoutError."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours.setblocking(False)
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-P",
+                "-m",
+                "elastic.standby",
+                str(theirs.fileno()),
+                pass_fds=(theirs.fileno(),),
+                stdin=asyncio.subprocess.DEVNULL,
+                env=dict(environment),
+                start_new_session=True,
+            )
+        finally:
+            theirs.close()
+        self._channel = ours
+        await self._receive(STANDBY_READY_TIMEOUT_S)
+
+    async def fork(
+        self, worker: str, script: Script, environment: Mapping[str, str], stdout_fd: int, stderr_fd: int, progress_fd: int
+    ) -> int:
+        """Return the pid of a new worker."""
+        request = {
+            "worker": worker,
+            "env": dict(environment),
+            "argv": list(script.argv),
+            "module": script.module,
+            "cwd": str(script.cwd),
+        }
+        async with self._lock:
+            channel = self._live_channel()
+            socket.send_fds(channel, [json.dumps(request).encode()], [stdout_fd, stderr_fd, progress_fd])
+            answer = await self._receive(ANSWER_TIMEOUT_S)
+        return int(answer["pid"])
+
+    async def reap(self, pid: int) -> int:
+        """Return the exit code of a worker whose pidfd has said that it ended."""
+        async with self._lock:
+            self._live_channel().send(json.dumps({"reap": pid}).encode())
+            answer = await self._receive(ANSWER_TIMEOUT_S)
+        return int(answer["code"])
+
+    def _live_channel(self) -> socket.socket:
+        if self._channel is None:
+            raise OSError("the warm standby is not running")
+        return self._channel
+
+    async def _receive(self, timeout_s: float) -> dict[str, int]:
+        loop = asyncio.get_running_loop()
+        data = await asyncio.wait_for(loop.sock_recv(self._live_channel(), 65536), timeout_s)
+        if not data:
+            self._channel = None
+            raise OSError("the warm standby has ended")
+        answer: dict[str, int] = json.loads(data)
+        return answer
+
+    async def stop(self) -> None:
+        """End the process."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is not None and self._process.returncode is None:
+            self._process.kill()
+            await self._process.wait()
+
+
+class WorkerProcess:
+    """One worker's process as its agent holds it: pidfd, progress page, console."""
+
+    def __init__(self, worker: str, pid: int, page: ProgressPage, on_end: Callable[[str], None]) -> None:
+        self.worker = worker
+        self.pid = pid
+        self._page = page
+        self._pidfd = os.pidfd_open(pid)
+        self._loop = asyncio.get_running_loop()
+        self._on_end = on_end
+        self._loop.add_reader(self._pidfd, self._ended)
+
+    def _ended(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        self._on_end(self.worker)
+
+    def signal_group(self, signum: int) -> None:
+        """Signal the worker and what it started (it leads its own session)."""
+        try:
+            os.killpg(self.pid, signum)
+        except ProcessLookupError:
+            return
+        if signum != signal.SIGKILL:
+            os.killpg(self.pid, signal.SIGCONT)  # a stopped process would never see it
+
+    def state(self) -> str:
+        """Return the letter of the process's state: R, S, D, T (stopped), t (traced), Z, or X when it is gone."""
+        return process_state(self.pid)
+
+    def progress(self) -> Progress:
+        """Return what the worker's progress page shows."""
+        return self._page.read()
+
+    def close(self) -> None:
+        """Release everything that is held for this process."""
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._page.close()
+
+
+def process_state(pid: int) -> str:
+    """Return the letter of /proc/PID/stat, or X when there is no such process."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return "X"
+    return text[text.rindex(")") + 2]
+
+
+def worker_environment(
+    base: Mapping[str, str],
+    *,
+    agent_socket: Path,
+    worker: str,
+    local_rank: int,
+    nproc: int,
+    rank: int,
+    world_size: int,
+    record_dir: str,
+    seed: int,
+) -> dict[str, str]:
+    """Return the environment of one worker; the names are torchrun's where it has them."""
+    environment = dict(base)
+    environment.update(
+        {
+            config.ENV_AGENT: str(agent_socket),
+            config.ENV_WORKER: worker,
+            config.ENV_RECORD_DIR: record_dir,
+            config.ENV_SEED: str(seed),
+            "RANK": str(rank),
+            "WORLD_SIZE": str(world_size),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(nproc),
+        }
+    )
+    return environment

@@ -1,0 +1,381 @@
+"""The agent's shell: the link to the controller, the workers' local API, processes, the clock.
+
+Every decision is the machine's; this file turns what happens into events and effects into deeds. One asyncio loop owns
+everything, so events are handled one at a time and their effects in order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from agent.console import OutputPipe, open_outputs
+from agent.machine import (
+    AgentEvent,
+    AgentMachine,
+    AgentSettings,
+    Connected,
+    Disconnected,
+    DropConnection,
+    EndAgent,
+    EndAsked,
+    Fork,
+    Forked,
+    ForkFailed,
+    Forward,
+    Heard,
+    Looked,
+    OpenGeneration,
+    ProcessEnded,
+    Report,
+    Signal,
+    Tick,
+    WorkerSaid,
+)
+from agent.processes import Script, Standby, WorkerProcess, worker_environment
+from agent.store import StoreService
+from elastic import config
+from elastic.domain import AgentHello, AgentMessage, StartWorker, WorkerCommand
+from elastic.progress import ProgressPage
+from elastic.v1 import runtime_pb2, runtime_pb2_grpc
+from elastic.wire import channels
+from elastic.wire.convert import unwrap, wrap
+
+TICK_S = 0.05
+RECONNECT_S = 0.1
+QUEUE_LIMIT = 4096
+WORKER_HELLO_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """What an agent daemon is started with."""
+
+    controller: str
+    job: str
+    node: str
+    script: Script
+    nproc: int
+    log_dir: Path
+    local_addr: str = "127.0.0.1"
+    token: str = field(default="", repr=False)
+    quiet: bool = False
+    record_dir: str = ""
+    seed: int = 0
+    connect_timeout_s: float = 30.0
+    controller_timeout_s: float = 600.0
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+class _Worker:
+    """What the shell holds for one worker."""
+
+    def __init__(self) -> None:
+        self.process: WorkerProcess | None = None
+        self.outputs: tuple[OutputPipe, OutputPipe] | None = None
+        self.commands: asyncio.Queue[WorkerCommand | None] = asyncio.Queue(QUEUE_LIMIT)
+
+    def release(self) -> None:
+        if self.outputs is not None:
+            for pipe in self.outputs:
+                pipe.drain()
+        if self.process is not None:
+            self.process.close()
+        self.commands.put_nowait(None)
+
+
+class AgentServer(runtime_pb2_grpc.WorkerServicer):
+    """One node's agent."""
+
+    def __init__(self, settings: AgentConfig, socket_path: Path, peer_address: str, store: StoreService) -> None:
+        self.config = settings
+        self.socket_path = socket_path
+        self.store = store
+        hello = AgentHello(
+            job=settings.job,
+            node=settings.node,
+            incarnation=f"{settings.node}:{os.getpid()}:{time.monotonic_ns()}",
+            token=settings.token,
+            pid=os.getpid(),
+            nproc=settings.nproc,
+            peer_address=peer_address,
+            worker_address=settings.local_addr,
+            labels=settings.labels,
+        )
+        self.machine = AgentMachine(
+            AgentSettings(
+                hello,
+                connect_timeout_s=settings.connect_timeout_s,
+                controller_timeout_s=settings.controller_timeout_s,
+            )
+        )
+        self.standby = Standby()
+        self.warm = asyncio.Event()
+        self.workers: dict[str, _Worker] = {}
+        self.outgoing: asyncio.Queue[AgentMessage | None] | None = None
+        self.over = asyncio.Event()
+        self.exit_code = 0
+        self.reason = ""
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.base_environment = _worker_base_environment(settings.nproc)
+
+    # -- the machine -----------------------------------------------------------------------------------------------
+
+    def handle(self, event: AgentEvent) -> None:
+        """Give the machine one event and perform its effects in order."""
+        for effect in self.machine.step(event, time.monotonic()):
+            match effect:
+                case Fork(order):
+                    self._spawn(self._fork(order))
+                case Signal(worker_id, signum, _):
+                    worker = self.workers.get(worker_id)
+                    if worker is not None and worker.process is not None:
+                        worker.process.signal_group(signum)
+                case Report(message):
+                    self._send(message)
+                case Forward(worker_id, command):
+                    worker = self.workers.get(worker_id)
+                    if worker is not None:
+                        worker.commands.put_nowait(command)
+                case OpenGeneration(generation):
+                    self.store.open_generation(generation)
+                case DropConnection():
+                    self._send(None)
+                case EndAgent(code, reason):
+                    self.exit_code, self.reason = code, reason
+                    self._send(None)
+                    self.over.set()
+
+    def _send(self, message: AgentMessage | None) -> None:
+        if self.outgoing is not None:
+            self.outgoing.put_nowait(message)
+
+    def _spawn(self, work) -> None:  # type: ignore[no-untyped-def]
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self._task_done)
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            print(f"[agent {self.config.node}] fault: {task.exception()!r}", file=sys.stderr, flush=True)
+            self.exit_code = 1
+            self.over.set()
+
+    # -- processes -------------------------------------------------------------------------------------------------
+
+    async def _warm_up(self) -> None:
+        try:
+            await self.standby.start(self.base_environment)
+        except (OSError, TimeoutError) as error:
+            self.handle(EndAsked(f"the warm standby did not start: {error}"))
+            return
+        self.warm.set()
+
+    async def _fork(self, order: StartWorker) -> None:
+        await self.warm.wait()
+        worker = _Worker()
+        self.workers[order.worker] = worker
+        progress_fd = ProgressPage.create(order.worker.replace("/", "-"))
+        try:
+            worker.outputs = open_outputs(
+                self.config.log_dir, order.worker, order.rank_hint, quiet=self.config.quiet
+            )
+            environment = worker_environment(
+                self.base_environment,
+                agent_socket=self.socket_path,
+                worker=order.worker,
+                local_rank=order.local_rank,
+                nproc=self.config.nproc,
+                rank=order.rank_hint,
+                world_size=order.world_size_hint,
+                record_dir=self.config.record_dir,
+                seed=self.config.seed,
+            )
+            out, err = worker.outputs
+            pid = await self.standby.fork(
+                order.worker, self.config.script, environment, out.write_fd, err.write_fd, progress_fd
+            )
+            worker.process = WorkerProcess(order.worker, pid, ProgressPage(progress_fd), self._process_ended)
+        except (OSError, TimeoutError) as error:
+            self.handle(ForkFailed(order.worker, str(error)))
+            return
+        finally:
+            os.close(progress_fd)
+            for pipe in worker.outputs or ():
+                pipe.handed_over()
+        self.handle(Forked(order.worker, pid))
+
+    def _process_ended(self, worker_id: str) -> None:
+        self._spawn(self._reap(worker_id))
+
+    async def _reap(self, worker_id: str) -> None:
+        worker = self.workers[worker_id]
+        assert worker.process is not None
+        try:
+            code, detected_by = await self.standby.reap(worker.process.pid), "pidfd"
+        except (OSError, TimeoutError):
+            code, detected_by = -signal.SIGKILL, "pidfd, with its fork server"
+        self._look(worker_id, worker)
+        worker.process.signal_group(signal.SIGKILL)  # whatever it started must not outlive it
+        self.handle(ProcessEnded(worker_id, code, detected_by))
+        worker.release()
+        del self.workers[worker_id]
+        if self.standby.pid and not self._standby_lives():
+            self.warm.clear()
+            await self.standby.stop()
+            await self._warm_up()
+
+    def _standby_lives(self) -> bool:
+        try:
+            os.kill(self.standby.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def _look(self, worker_id: str, worker: _Worker) -> None:
+        if worker.process is None:
+            return
+        shown = worker.process.progress()
+        self.handle(
+            Looked(
+                worker_id,
+                worker.process.state(),
+                shown.generation,
+                shown.committed,
+                shown.progress,
+                shown.loss,
+                shown.samples,
+            )
+        )
+
+    async def tick_forever(self) -> None:
+        """Look at every worker and give the machine the time."""
+        while not self.over.is_set():
+            for worker_id, worker in list(self.workers.items()):
+                self._look(worker_id, worker)
+            self.handle(Tick())
+            await asyncio.sleep(TICK_S)
+
+    # -- workers ---------------------------------------------------------------------------------------------------
+
+    async def Attach(  # noqa: N802
+        self, request_iterator: AsyncIterator[runtime_pb2.WorkerUp], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[runtime_pb2.WorkerCommand]:
+        """One worker's stream."""
+        first = await asyncio.wait_for(anext(request_iterator), WORKER_HELLO_TIMEOUT_S)
+        if first.WhichOneof("body") != "hello" or first.hello.worker not in self.workers:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, "this agent did not start that worker")
+        worker_id = first.hello.worker
+        worker = self.workers[worker_id]
+        reader = asyncio.create_task(self._read_worker(worker_id, request_iterator))
+        try:
+            while True:
+                command = await worker.commands.get()
+                if command is None:
+                    return
+                yield wrap("WorkerCommand", command)
+        finally:
+            reader.cancel()
+
+    async def _read_worker(self, worker_id: str, messages: AsyncIterator[runtime_pb2.WorkerUp]) -> None:
+        try:
+            async for message in messages:
+                self.handle(WorkerSaid(worker_id, unwrap(message.message)))
+        except grpc.aio.AioRpcError:
+            return  # the process ended; its pidfd says how
+
+    # -- the controller --------------------------------------------------------------------------------------------
+
+    async def link_forever(self) -> None:
+        """Keep one stream to the controller open."""
+        channel = channels.client(self.config.controller)
+        stub = runtime_pb2_grpc.ControllerStub(channel)
+        try:
+            while not self.over.is_set():
+                self.outgoing = asyncio.Queue(QUEUE_LIMIT)
+                reason = "the controller closed the stream"
+                try:
+                    call = stub.Attach(self._outgoing_messages(self.outgoing))
+                    self.handle(Connected())
+                    async for message in call:
+                        self.handle(Heard(unwrap(message)))
+                except grpc.aio.AioRpcError as error:
+                    reason = error.details() or "reset"
+                self.outgoing = None
+                if self.over.is_set():
+                    return
+                self.handle(Disconnected(reason))
+                await asyncio.sleep(RECONNECT_S)
+        finally:
+            await channel.close()
+
+    async def _outgoing_messages(
+        self, queue: asyncio.Queue[AgentMessage | None]
+    ) -> AsyncIterator[runtime_pb2.AgentMessage]:
+        while True:
+            message = await queue.get()
+            if message is None:
+                return
+            yield wrap("AgentMessage", message)
+
+    async def close(self) -> None:
+        """Release what is left."""
+        await self.standby.stop()
+        await self.store.close()
+
+
+def _worker_base_environment(nproc: int) -> dict[str, str]:
+    environment = config.current_environment()
+    if nproc > 1:
+        environment.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: workers share the cores
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # workers fork data loaders, which never use the channel
+    return environment
+
+
+async def serve(settings: AgentConfig) -> int:
+    """Run an agent until its controller lets it go; returns the exit code."""
+    folder = Path(tempfile.mkdtemp(prefix="elastic-agent-"))  # short: a unix socket's path has 107 bytes
+    socket_path = folder / "agent.sock"
+    store = StoreService(settings.node)
+    peers, local = channels.server(), channels.server()
+    runtime_pb2_grpc.add_StoreServicer_to_server(store, peers)
+    port = channels.listen(peers, settings.local_addr, 0, what="the agent's peer service")
+    agent = AgentServer(settings, socket_path, channels.join_address(settings.local_addr, port), store)
+    runtime_pb2_grpc.add_WorkerServicer_to_server(agent, local)
+    runtime_pb2_grpc.add_StoreServicer_to_server(store, local)
+    local.add_insecure_port(f"unix:{socket_path}")
+    await peers.start()
+    await local.start()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, lambda s=signum: agent.handle(EndAsked(f"{signal.Signals(s).name} received")))
+    link = asyncio.create_task(agent.link_forever())
+    background = [asyncio.create_task(agent._warm_up()), asyncio.create_task(agent.tick_forever())]
+    for task in background:
+        task.add_done_callback(agent._task_done)
+    await agent.over.wait()
+    await asyncio.wait([link], timeout=2.0)  # the goodbye leaves before the process does
+    for task in (*background, link):
+        task.cancel()
+    await agent.close()
+    await local.stop(0)
+    await peers.stop(0)
+    shutil.rmtree(folder, ignore_errors=True)
+    if agent.exit_code:
+        print(f"[agent {settings.node}] {agent.reason}", file=sys.stderr, flush=True)
+    return agent.exit_code
+
+

@@ -1,0 +1,1249 @@
+"""The controller's decisions, as a pure machine: membership, leases, generations, plans, incidents, the end.
+
+Events in (`events.py`), effects out. The machine reads no clock (`now` is an argument, in seconds of any monotonic
+clock), performs no I/O and draws no random numbers, so that the simulator and the daemon run the very same code.
+
+How a generation goes:
+
+    fault      -> FENCE g: Prepare to all survivors -> all Prepared (sealed, group built, what they hold) -> restore
+                  step = the newest committed anywhere -> ledger -> Commit g -> all Switched -> running
+    join/leave -> SWITCH g: Prepare to all -> all Prepared (group built aside, training goes on) -> ledger -> Commit g;
+                  the verdict of a step decides when everybody has it, and all adopt at that boundary
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from controller.events import (
+    AgentAttached,
+    AgentGone,
+    AgentSaid,
+    CloseAgent,
+    ControllerEffect,
+    ControllerEvent,
+    DrainAsked,
+    EndJob,
+    Persist,
+    StopAsked,
+    Tick,
+    ToAgent,
+)
+from elastic.domain import (
+    PROTOCOL_VERSION,
+    Abandon,
+    Admitted,
+    AgentHello,
+    AgentMessage,
+    CollectiveFailed,
+    Commit,
+    Failed,
+    Finish,
+    FromWorker,
+    Goodbye,
+    Heartbeat,
+    HeartbeatAck,
+    Incident,
+    KillWorker,
+    Leaving,
+    NodeView,
+    Plan,
+    PlanKind,
+    Prepare,
+    Prepared,
+    PrepareFailed,
+    Refused,
+    Registered,
+    Resumed,
+    Shutdown,
+    StartWorker,
+    StatusReply,
+    Switched,
+    ToWorker,
+    TrainingSpec,
+    Warm,
+    Welcome,
+    WorkerCommand,
+    WorkerExited,
+    WorkerMessage,
+    WorkerStarted,
+    WorkerStatus,
+    WorkerView,
+)
+from recovery.plan import Candidate, make_plan
+
+INCIDENTS_KEPT = 200
+FRUITLESS_LIMIT = 5  # generations in a row that failed although nobody was lost
+SWITCH_RETRIES = 3  # attempts to take a joiner in before it is replaced
+GRACE_S = 0.25  # how long a broken collective waits for the loss that explains it
+
+
+@dataclass(frozen=True, slots=True)
+class JobSettings:
+    """What the job was started with; fixed for its life and kept in the ledger.
+
+    Attributes:
+        job: Name of the job; agents of other jobs are refused.
+        nodes_min, nodes_max: Nodes without which the job waits, and beyond which it refuses.
+        max_restarts: Restarts of one worker place (node, local rank) that ended by its own fault.
+        failure_timeout_s: Longest silence that is believed; every other protocol deadline derives from it.
+        start_timeout_s: Longest wait for the first world.
+        join_timeout_s: With nodes_min present, how long the first world waits for nodes_max.
+        token: What agents must show; empty where none is required.
+    """
+
+    job: str
+    nodes_min: int = 1
+    nodes_max: int = 1
+    max_restarts: int = 3
+    failure_timeout_s: float = 2.0
+    start_timeout_s: float = 600.0
+    join_timeout_s: float = 30.0
+    token: str = field(default="", repr=False)
+
+    @property
+    def prepare_timeout_s(self) -> float:
+        """Building a group may take this long before the missing ones are taken for lost."""
+        return 2.5 * self.failure_timeout_s
+
+
+@dataclass(slots=True)
+class Node:
+    """A node as the controller knows it."""
+
+    id: str
+    incarnation: str
+    nproc: int
+    pid: int
+    peer_address: str
+    worker_address: str
+    heard_at: float
+    state: str = "attached"  # attached, draining, lost, left
+    restarts: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker process as the controller knows it."""
+
+    id: str
+    node: str
+    local_rank: int
+    pid: int = 0
+    state: str = "starting"  # starting, registered, warming, warm, member, finished, left, dead
+    spec: TrainingSpec | None = None
+    holds_state: bool = False
+    status: WorkerStatus = field(default_factory=WorkerStatus)
+    failure: Failed | None = None
+    leaving: Leaving | None = None
+    switch_failures: int = 0
+
+    @property
+    def alive(self) -> bool:
+        return self.state not in ("finished", "left", "dead")
+
+
+@dataclass(slots=True)
+class Attempt:
+    """A generation on its way."""
+
+    plan: Plan
+    deadline: float
+    prepared: dict[str, Prepared] = field(default_factory=dict)
+    committed: bool = False
+    switched: set[str] = field(default_factory=set)
+    participants: frozenset[str] = frozenset()  # members, and those who leave with this switch
+
+
+@dataclass(slots=True)
+class OpenIncident:
+    """An incident whose cost is not known yet."""
+
+    incident: Incident
+    detected_at: float
+
+
+class ControllerMachine:
+    """State of one job; see the module's docstring."""
+
+    def __init__(self, settings: JobSettings, *, unix_offset_s: float = 0.0) -> None:
+        self.settings = settings
+        self.unix_offset_s = unix_offset_s  # unix time minus the clock of `now`: for display only
+        self.nodes: dict[str, Node] = {}
+        self.workers: dict[str, Worker] = {}
+        self.spec: TrainingSpec | None = None  # as fixed at the founding: slots and replicas filled in
+        self.requested: TrainingSpec | None = None  # as the founders said it
+        self.plan: Plan | None = None  # of the newest committed generation
+        self.attempt: Attempt | None = None
+        self.newest_generation = 0
+        self.step_committed = 0
+        self.samples = 0
+        self.loss = float("nan")
+        self.fruitless = 0
+        self.incidents: deque[Incident] = deque(maxlen=INCIDENTS_KEPT)
+        self.incidents_total = 0
+        self.open_incidents: list[OpenIncident] = []
+        self.seconds_lost = 0.0
+        self.started_at: float | None = None
+        self.first_commit_at: float | None = None
+        self.ended_at: float | None = None
+        self.enough_since: float | None = None
+        self.suspicion: tuple[float, str] | None = None  # (since, why) of a broken collective without a loss
+        self.serials: dict[tuple[str, int], int] = {}
+        self.recovering_until: float | None = None
+        self.outcome = ""
+        self.reason = ""
+        self.finishing = False
+        self.digest = ""
+        self.last_tick: float | None = None
+        self._step_marks: deque[tuple[float, int]] = deque(maxlen=64)
+        self._out: list[ControllerEffect] = []
+
+    # -- events ----------------------------------------------------------------------------------------------------
+
+    def step(self, event: ControllerEvent, now: float) -> list[ControllerEffect]:
+        """Take one event in and return its effects, in the order in which they must happen."""
+        self._out = []
+        if self.started_at is None:
+            self.started_at = now
+        match event:
+            case AgentAttached(hello):
+                self._agent_attached(hello, now)
+            case AgentSaid(incarnation, message):
+                self._agent_said(incarnation, message, now)
+            case AgentGone(incarnation, reason):
+                node = self._node_of(incarnation)
+                if node is not None:
+                    self._node_lost(node, f"its stream ended: {reason}", "stream", now)
+            case DrainAsked(node_id):
+                self._drain(node_id, now)
+            case StopAsked(reason):
+                self._end("stopped", reason or "stopped on request", now)
+            case Tick():
+                self._tick(now)
+        out, self._out = self._out, []
+        return out
+
+    def _agent_said(self, incarnation: str, message: AgentMessage, now: float) -> None:
+        node = self._node_of(incarnation)
+        if node is None:
+            return  # a stream that was given up
+        node.heard_at = now
+        match message:
+            case Heartbeat(sequence, statuses):
+                self._emit(ToAgent(incarnation, HeartbeatAck(sequence)))
+                for status in statuses:
+                    self._note_status(status, now)
+            case WorkerStarted(worker_id, _, pid):
+                if worker_id in self.workers:
+                    self.workers[worker_id].pid = pid
+            case WorkerExited():
+                self._worker_exited(message, now)
+            case FromWorker(worker_id, inner):
+                worker = self.workers.get(worker_id)
+                if worker is not None and worker.alive and worker.node == node.id:
+                    self._worker_said(worker, inner, now)
+            case Goodbye(reason):
+                self._node_said_goodbye(node, reason, now)
+            case AgentHello():
+                self._emit(CloseAgent(incarnation, "a second Hello on one stream"))
+
+    def _emit(self, effect: ControllerEffect) -> None:
+        self._out.append(effect)
+
+    def _tell(self, worker: Worker, command: WorkerCommand) -> None:
+        node = self.nodes.get(worker.node)
+        if node is not None and node.state in ("attached", "draining"):
+            self._emit(ToAgent(node.incarnation, ToWorker(worker.id, command)))
+
+    def _node_of(self, incarnation: str) -> Node | None:
+        for node in self.nodes.values():
+            if node.incarnation == incarnation and node.state in ("attached", "draining"):
+                return node
+        return None
+
+    # -- nodes -----------------------------------------------------------------------------------------------------
+
+    def _agent_attached(self, hello: AgentHello, now: float) -> None:
+        refusal = self._refusal(hello, now)
+        if refusal:
+            self._emit(ToAgent(hello.incarnation, Refused(refusal)))
+            self._emit(CloseAgent(hello.incarnation, refusal))
+            return
+        known = self.nodes.get(hello.node)
+        if known is not None and known.state in ("attached", "draining"):
+            self._node_lost(known, "it attached anew", "stream", now)
+        self.newest_generation = max(self.newest_generation, hello.highest_generation)
+        node = Node(
+            id=hello.node,
+            incarnation=hello.incarnation,
+            nproc=hello.nproc,
+            pid=hello.pid,
+            peer_address=hello.peer_address,
+            worker_address=hello.worker_address,
+            heard_at=now,
+            restarts=known.restarts if known is not None else {},
+        )
+        self.nodes[hello.node] = node
+        keep = self._recognise(node, hello)
+        self._emit(
+            Persist(
+                "node-attached",
+                f"node {node.id} attached with {node.nproc} worker(s)"
+                + (f", {len(keep)} of them running" if keep else ""),
+                {"node": node.id, "pid": node.pid, "nproc": node.nproc},
+            )
+        )
+        self._emit(
+            ToAgent(
+                node.incarnation,
+                Welcome(keep, int(self.settings.failure_timeout_s * 1000), self.newest_generation),
+            )
+        )
+        if self.recovering_until is not None:
+            for status in hello.workers:
+                self._replay(status, now)
+            self._finish_recovering(now)
+        if self.recovering_until is None:
+            self._fill(node)
+
+    def _refusal(self, hello: AgentHello, now: float) -> str:
+        if hello.protocol_version != PROTOCOL_VERSION:
+            return (
+                f"node {hello.node} speaks protocol version {hello.protocol_version}, this controller {PROTOCOL_VERSION}: "
+                "install one version of elastic-runtime on all nodes"
+            )
+        if hello.job != self.settings.job:
+            return (
+                f"node {hello.node} belongs to job {hello.job!r}, this controller runs {self.settings.job!r}: "
+                "check --controller and --job"
+            )
+        if self.settings.token and hello.token != self.settings.token:
+            return f"node {hello.node} shows a wrong join token: start it with the token of job {self.settings.job!r}"
+        if self.outcome or self.finishing:
+            return f"job {self.settings.job!r} is over: {self.reason or 'it has finished'}"
+        known = self.nodes.get(hello.node)
+        if known is not None and known.state in ("attached", "draining") and known.incarnation != hello.incarnation:
+            return (
+                f"node id {hello.node!r} is already attached (agent pid {known.pid}): give every agent its own --node-id"
+            )
+        others = [n for n in self.nodes.values() if n.state in ("attached", "draining") and n.id != hello.node]
+        if len(others) >= self.settings.nodes_max:
+            return f"the job has its {self.settings.nodes_max} nodes already: raise the MAX of --nnodes to add more"
+        return ""
+
+    def _recognise(self, node: Node, hello: AgentHello) -> tuple[str, ...]:
+        """Return the workers that a (re)attached agent may keep."""
+        keep: list[str] = []
+        for status in hello.workers:
+            if status.exited:
+                continue
+            worker = self.workers.get(status.worker)
+            if worker is None and self.recovering_until is not None:
+                worker = Worker(id=status.worker, node=node.id, local_rank=status.local_rank)
+                self.workers[worker.id] = worker
+            if worker is None or not worker.alive:
+                continue
+            worker.pid, worker.status = status.pid, replace(status, messages=())
+            keep.append(worker.id)
+        return tuple(keep)
+
+    def _fill(self, node: Node) -> None:
+        """Start a worker in every empty place of a node."""
+        if node.state != "attached" or self.finishing or self.outcome:
+            return
+        taken = {w.local_rank for w in self.workers.values() if w.node == node.id and (w.alive or w.state == "finished")}
+        for local_rank in range(node.nproc):
+            if local_rank in taken or node.restarts.get(local_rank, 0) > self.settings.max_restarts:
+                continue
+            self._start_worker(node, local_rank)
+
+    def _start_worker(self, node: Node, local_rank: int) -> None:
+        serial = self.serials.get((node.id, local_rank), 0) + 1
+        self.serials[node.id, local_rank] = serial
+        worker = Worker(id=f"{node.id}/{local_rank}.{serial}", node=node.id, local_rank=local_rank)
+        self.workers[worker.id] = worker
+        expected = self.plan.world_size if self.plan is not None else self.settings.nodes_max * node.nproc
+        order = sorted(w.id for w in self.workers.values() if w.alive)
+        hint = order.index(worker.id) if self.plan is None else expected
+        self._emit(
+            Persist(
+                "worker-started",
+                f"starting worker {worker.id}",
+                {"worker": worker.id, "node": node.id, "local_rank": local_rank, "serial": serial},
+            )
+        )
+        self._emit(ToAgent(node.incarnation, StartWorker(worker.id, local_rank, hint, max(expected, hint + 1))))
+
+    def _node_lost(self, node: Node, reason: str, detected_by: str, now: float) -> None:
+        if node.state not in ("attached", "draining"):
+            return
+        node.state = "lost"
+        lost = [w for w in self.workers.values() if w.node == node.id and w.alive]
+        self._emit(Persist("node-lost", f"node {node.id} lost: {reason}", {"node": node.id, "detected_by": detected_by}))
+        self._emit(CloseAgent(node.incarnation, reason))
+        if self.recovering_until is not None:
+            for worker in lost:
+                worker.state = "dead"
+            self._finish_recovering(now)
+            return
+        self._workers_lost(lost, "node lost", f"node {node.id}", reason, detected_by, now)
+        self._check_outcome(now)
+
+    def _node_said_goodbye(self, node: Node, reason: str, now: float) -> None:
+        lost = [w for w in self.workers.values() if w.node == node.id and w.alive]
+        drained = node.state == "draining" and not any(self._is_member(w) for w in lost)
+        node.state = "left"
+        self._emit(Persist("node-left", f"node {node.id} left: {reason}", {"node": node.id}))
+        if drained or self.outcome or self.finishing:
+            for worker in lost:
+                worker.state = "left"
+        else:
+            self._workers_lost(lost, "node left", f"node {node.id}", reason, "goodbye", now)
+        self._check_outcome(now)
+
+    # -- workers ---------------------------------------------------------------------------------------------------
+
+    def _worker_exited(self, exited: WorkerExited, now: float) -> None:
+        worker = self.workers.get(exited.worker)
+        if worker is None or not worker.alive:
+            return
+        node = self.nodes[worker.node]
+        if exited.code == 0 and (self.finishing or worker.leaving is not None or worker.spec is None):
+            worker.state = "finished"
+            self._emit(Persist("worker-finished", f"worker {worker.id} finished", {"worker": worker.id}))
+            self._check_finished(now)
+            return
+        if worker.state == "left" or (exited.code == 0 and node.state == "draining" and not self._is_member(worker)):
+            worker.state = "left"
+            self._check_drained(node, now)
+            return
+        if exited.code == 0 and not exited.blameless:
+            exited = replace(exited, reason="the script ended before its training loop did")
+        failure = worker.failure
+        reason = f"{failure.error} (step {failure.step}, slot {failure.slot})" if failure is not None else exited.reason
+        if not exited.blameless:
+            node.restarts[worker.local_rank] = node.restarts.get(worker.local_rank, 0) + 1
+            if failure is not None and self._seen_before(worker, failure):
+                worker.state = "dead"
+                self._end("failed", self._twice(failure), now, failure)
+                return
+        kind = "exception" if failure is not None else "worker lost"
+        self._workers_lost([worker], kind, f"worker {worker.id}", reason, exited.detected_by, now)
+        self._fill(node)
+        if node.restarts.get(worker.local_rank, 0) > self.settings.max_restarts:
+            self._emit(
+                Persist(
+                    "worker-given-up",
+                    f"local rank {worker.local_rank} of node {node.id} failed more than --max-restarts "
+                    f"{self.settings.max_restarts} times and is not restarted",
+                    {"node": node.id, "local_rank": worker.local_rank},
+                )
+            )
+        self._check_outcome(now)
+
+    def _seen_before(self, worker: Worker, failure: Failed) -> bool:
+        """Whether another worker failed at the same place with the same error: then it is the data or the code."""
+        return any(
+            other.id != worker.id
+            and other.failure is not None
+            and (other.failure.step, other.failure.slot) == (failure.step, failure.slot)
+            and other.failure.error == failure.error
+            for other in self.workers.values()
+        )
+
+    @staticmethod
+    def _twice(failure: Failed) -> str:
+        where = f"step {failure.step}, slot {failure.slot}" if failure.slot >= 0 else "the same place before training"
+        ids = f"; sample ids {list(failure.sample_ids)}" if failure.sample_ids else ""
+        return f"two workers raised the same exception at {where}, so it is the data or the code: {failure.error}{ids}"
+
+    def _workers_lost(
+        self, lost: Iterable[Worker], kind: str, subject: str, reason: str, detected_by: str, now: float
+    ) -> None:
+        lost = [worker for worker in lost if worker.alive]
+        involved = [worker for worker in lost if self._is_member(worker)]
+        for worker in lost:
+            worker.state = "dead"
+        if self.outcome:
+            return
+        if lost:
+            self._emit(
+                Persist(
+                    "workers-lost",
+                    f"{subject}: {reason}",
+                    {"workers": [w.id for w in lost], "detected_by": detected_by},
+                )
+            )
+        if not involved:
+            attempt = self.attempt
+            if attempt is not None and attempt.plan.kind is PlanKind.SWITCH and not attempt.committed:
+                if any(w.id in attempt.participants for w in lost):
+                    self._abandon(f"{subject}: {reason}")
+            return
+        if self.finishing or self._check_finished(now):
+            return
+        self._open_incident(kind, subject, detected_by, reason, now)
+        self._fence(f"{subject}: {reason}", now, loss=True)
+
+    def _is_member(self, worker: Worker) -> bool:
+        return worker.id in self._membership()
+
+    def _membership(self) -> tuple[str, ...]:
+        """Workers that the newest world is made of, in order of rank."""
+        attempt = self.attempt
+        if attempt is not None and (attempt.committed or attempt.plan.kind is not PlanKind.SWITCH):
+            return tuple(m.worker for m in attempt.plan.members)
+        return tuple(m.worker for m in self.plan.members) if self.plan is not None else ()
+
+    def _note_status(self, status: WorkerStatus, now: float) -> None:
+        worker = self.workers.get(status.worker)
+        if worker is None or not worker.alive:
+            return
+        worker.pid, worker.status = status.pid or worker.pid, replace(status, messages=())
+        if worker.state == "member":
+            self._note_step(status.committed, now)
+            if status.committed >= self.step_committed:
+                self.samples = max(self.samples, status.samples)
+                self.loss = status.loss
+
+    def _note_step(self, committed: int, now: float) -> None:
+        if committed > self.step_committed:
+            self.step_committed = committed
+            self._step_marks.append((now, committed))
+            if self.first_commit_at is None:
+                self.first_commit_at = now
+
+    def step_s(self) -> float:
+        """Median seconds per step over the recent marks; 0 while unknown."""
+        marks = list(self._step_marks)
+        spans = [(t2 - t1) / (s2 - s1) for (t1, s1), (t2, s2) in zip(marks, marks[1:], strict=False) if s2 > s1]
+        return statistics.median(spans) if spans else 0.0
+
+    # -- what workers say ------------------------------------------------------------------------------------------
+
+    def _worker_said(self, worker: Worker, message: WorkerMessage, now: float) -> None:
+        match message:
+            case Registered(spec):
+                self._registered(worker, spec, now)
+            case Warm():
+                if worker.state == "warming":
+                    worker.state = "warm"
+                    self._consider_switch(now)
+            case Prepared(generation):
+                attempt = self.attempt
+                if attempt is not None and generation == attempt.plan.generation and not attempt.committed:
+                    attempt.prepared[worker.id] = message
+                    self._commit_if_prepared(now)
+            case PrepareFailed(generation, reason):
+                self._prepare_failed(worker, generation, reason, now)
+            case Switched(generation, _):
+                self._switched(worker, generation, now)
+            case Resumed(generation, committed):
+                worker.holds_state = True
+                self._note_step(committed, now)
+                if self.plan is not None and generation == self.plan.generation:
+                    self.fruitless = 0
+                    self._close_incidents(now)
+            case CollectiveFailed(generation, step, reason):
+                if self.plan is not None and generation == self.plan.generation and self.suspicion is None:
+                    self.suspicion = (now, f"worker {worker.id}: a collective of step {step} broke ({reason})")
+            case Leaving():
+                worker.leaving = message
+                self._note_step(message.committed, now)
+                self.samples = max(self.samples, message.samples)
+                if self.attempt is not None and self.attempt.plan.kind is PlanKind.SWITCH and not self.attempt.committed:
+                    self._abandon("the training loop has ended")
+                self._check_finished(now)
+            case Failed():
+                worker.failure = message
+
+    def _registered(self, worker: Worker, spec: TrainingSpec, now: float) -> None:
+        worker.spec = spec
+        base = self.requested
+        if base is None:
+            others = [w for w in self.workers.values() if w.alive and w.spec is not None and w is not worker]
+            base = others[0].spec if others else None
+        founding = self.plan is None and self.attempt is None
+        if base is not None and (difference := spec.difference(base, with_state=founding)):
+            sentence = f"worker {worker.id} cannot train with the others: {difference}"
+            if founding:
+                self._end("failed", sentence, now)
+            else:
+                self._refuse_worker(worker, sentence)
+            return
+        if founding:
+            worker.state = "registered"
+            self._found_if_complete(now)
+        else:
+            self._admit(worker)
+
+    def _refuse_worker(self, worker: Worker, sentence: str) -> None:
+        worker.state = "dead"
+        node = self.nodes[worker.node]
+        node.restarts[worker.local_rank] = self.settings.max_restarts + 1
+        self._emit(Persist("worker-refused", sentence, {"worker": worker.id}))
+        self._emit(ToAgent(node.incarnation, KillWorker(worker.id, sentence)))
+
+    def _admit(self, worker: Worker) -> None:
+        assert self.spec is not None
+        worker.state = "warming"
+        self._tell(
+            worker,
+            Admitted(
+                self.spec.slots,
+                self.spec.virtual_replicas,
+                self.spec.reduction,
+                self.spec.seed,
+                self.step_committed,
+                joins_running_world=True,
+            ),
+        )
+
+    # -- the first world -------------------------------------------------------------------------------------------
+
+    def _found_if_complete(self, now: float) -> None:
+        """Found the first world once everybody who is expected has registered."""
+        if self.plan is not None or self.attempt is not None or self.outcome or self.recovering_until is not None:
+            return
+        nodes = [n for n in self.nodes.values() if n.state == "attached"]
+        ready = [w for w in self.workers.values() if w.state == "registered"]
+        places = sum(n.nproc for n in nodes)
+        if len(nodes) < self.settings.nodes_min or not ready or len(ready) < places:
+            self.enough_since = None
+            return
+        if self.enough_since is None:
+            self.enough_since = now
+        if len(nodes) < self.settings.nodes_max and now - self.enough_since < self.settings.join_timeout_s:
+            return
+        self._found(ready, now)
+
+    def _found(self, ready: list[Worker], now: float) -> None:
+        spec = ready[0].spec
+        assert spec is not None
+        self.requested = spec
+        slots = spec.slots or len(ready)
+        replicas = spec.virtual_replicas or min(len(ready), slots)
+        problem = ""
+        if slots < len(ready):
+            problem = f"slots={slots} cannot feed {len(ready)} workers: give at least as many slots as workers"
+        elif replicas > slots:
+            problem = f"virtual_replicas={replicas} exceeds slots={slots}: give at most as many as slots"
+        elif slots * spec.batch_size > spec.dataset_size:
+            problem = (
+                f"the dataset holds {spec.dataset_size} samples, fewer than one global batch of {slots} slots x "
+                f"{spec.batch_size}: use a smaller batch_size or fewer slots"
+            )
+        if problem:
+            self._end("failed", problem, now)
+            return
+        if self.spec is None:
+            self.spec = replace(spec, slots=slots, virtual_replicas=replicas)
+            self._emit(
+                Persist(
+                    "job-fixed",
+                    f"{slots} slots of {spec.batch_size} samples, {replicas} virtual replicas, {spec.reduction} reduction",
+                    {"spec": self.spec, "requested": self.requested},
+                )
+            )
+        order = sorted(ready, key=lambda w: (_natural(w.node), w.local_rank))
+        for worker in order:
+            worker.state, worker.holds_state = "member", True
+            self._tell(worker, Admitted(slots, replicas, spec.reduction, spec.seed, 0, joins_running_world=False))
+        self._open(PlanKind.FOUND, [w.id for w in order], f"first world of {len(order)} worker(s)", now)
+
+    # -- generations -----------------------------------------------------------------------------------------------
+
+    def _open(
+        self, kind: PlanKind, members: list[str], reason: str, now: float, *, leavers: Iterable[str] = ()
+    ) -> None:
+        assert self.spec is not None
+        before = self.attempt.plan if self.attempt is not None and self._membership_from_attempt() else self.plan
+        self.newest_generation += 1
+        plan = make_plan(
+            generation=self.newest_generation,
+            kind=kind,
+            members=[self._candidate(worker_id) for worker_id in members],
+            slots=self.spec.slots,
+            virtual_replicas=self.spec.virtual_replicas,
+            prepare_timeout_ms=int(self.settings.failure_timeout_s * 1000),
+            reason=reason,
+            before=before if kind is PlanKind.FENCE else None,
+        )
+        participants = frozenset([*members, *leavers])
+        self.attempt = Attempt(plan, now + self.settings.prepare_timeout_s, participants=participants)
+        self._emit(
+            Persist(
+                "generation-opened",
+                f"generation {plan.generation} ({kind.name.lower()}) with {plan.world_size} worker(s): {reason}",
+                {"plan": plan},
+            )
+        )
+        for worker_id in sorted(participants):
+            self._tell(self.workers[worker_id], Prepare(plan))
+
+    def _membership_from_attempt(self) -> bool:
+        attempt = self.attempt
+        return attempt is not None and (attempt.committed or attempt.plan.kind is not PlanKind.SWITCH)
+
+    def _candidate(self, worker_id: str) -> Candidate:
+        worker = self.workers[worker_id]
+        node = self.nodes[worker.node]
+        return Candidate(worker.id, node.id, worker.local_rank, node.worker_address, node.peer_address)
+
+    def _fence(self, reason: str, now: float, *, loss: bool) -> None:
+        """Open a generation of the survivors; everybody seals at once."""
+        if self.outcome or self.finishing:
+            return
+        self.suspicion = None
+        self.fruitless = 0 if loss else self.fruitless + 1
+        if self.fruitless > FRUITLESS_LIMIT:
+            self._end("failed", f"{FRUITLESS_LIMIT} generations in a row failed with nobody lost; last: {reason}", now)
+            return
+        founding = self.plan is None
+        survivors = [w for w in self._membership() if self.workers[w].alive]
+        if any(self.workers[w].leaving for w in survivors):
+            survivors = [w for w in survivors if self.workers[w].holds_state]
+        old = self.attempt
+        if old is not None and old.plan.kind is PlanKind.SWITCH and not old.committed:
+            self._abandon(reason)
+        if founding:
+            self._unfound(survivors, now)
+            return
+        if not any(self.workers[w].holds_state for w in survivors):
+            self._state_lost(reason, now)
+            return
+        self._open(PlanKind.FENCE, survivors, reason, now)
+
+    def _unfound(self, survivors: list[str], now: float) -> None:
+        """A member was lost before the first world stood: nothing was trained, so found it anew when all are back."""
+        self.attempt = None
+        for worker_id in survivors:
+            self.workers[worker_id].state = "registered"
+        self.enough_since = None
+        self._found_if_complete(now)
+
+    def _state_lost(self, reason: str, now: float) -> None:
+        last = next((w.failure for w in reversed(self.workers.values()) if w.failure is not None), None)
+        if self.step_committed == 0:
+            self.plan, self.attempt = None, None
+            for worker in self.workers.values():
+                if worker.alive and worker.spec is not None:
+                    self._emit(ToAgent(self.nodes[worker.node].incarnation, KillWorker(worker.id, "founding anew")))
+            return
+        self._end(
+            "failed",
+            f"every copy of the training state was lost after step {self.step_committed} ({reason}); "
+            "no checkpoint exists, so the job must be started again from step 0",
+            now,
+            last,
+        )
+
+    def _commit_if_prepared(self, now: float) -> None:
+        attempt = self.attempt
+        if attempt is None or attempt.committed or set(attempt.prepared) < attempt.participants:
+            return
+        plan = attempt.plan
+        if len({m.node for m in plan.members}) < self.settings.nodes_min and plan.kind is not PlanKind.FOUND:
+            attempt.deadline = max(attempt.deadline, now + self.settings.start_timeout_s)
+            self._emit(
+                Persist(
+                    "job-waits",
+                    f"waiting for nodes: {len({m.node for m in plan.members})} left, --nnodes asks for at least "
+                    f"{self.settings.nodes_min}",
+                    {},
+                )
+            )
+            return
+        reports = {w: attempt.prepared[w] for w in (m.worker for m in plan.members)}
+        holders = [report for report in reports.values() if report.has_state]
+        if not holders:
+            self._state_lost("no survivor holds the state", now)
+            return
+        restore = max(report.committed for report in holders)
+        joiners = tuple(m.rank for m in plan.members if not reports[m.worker].has_state)
+        attempt.committed = True
+        attempt.deadline = float("inf")
+        self.plan = plan
+        for member in plan.members:
+            self.workers[member.worker].state = "member"
+        redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
+        if plan.kind is not PlanKind.SWITCH:
+            self._note_step(restore, now)
+            for entry in self.open_incidents:
+                entry.incident = replace(entry.incident, step=restore, steps_redone=redone, generation=plan.generation)
+        self._emit(
+            Persist(
+                "generation-committed",
+                f"generation {plan.generation} committed"
+                + (f", continuing after step {restore}" if plan.kind is PlanKind.FENCE else "")
+                + (f", {len(joiners)} joiner(s) receive the state" if joiners else ""),
+                {"generation": plan.generation, "restore_step": restore, "joiner_ranks": list(joiners)},
+            )
+        )
+        command = Commit(plan.generation, restore, joiners)
+        for worker_id in sorted(attempt.participants):
+            self._tell(self.workers[worker_id], command)
+
+    def _switched(self, worker: Worker, generation: int, now: float) -> None:
+        attempt = self.attempt
+        if attempt is None or not attempt.committed or attempt.plan.generation != generation:
+            return
+        attempt.switched.add(worker.id)
+        alive = {w for w in attempt.participants if self.workers[w].alive}
+        if not alive <= attempt.switched:
+            return
+        self.attempt = None
+        for worker_id in sorted(attempt.participants - attempt.plan.workers()):
+            self._dismiss(self.workers[worker_id], "drained")
+        self._consider_switch(now)
+
+    def _dismiss(self, worker: Worker, reason: str) -> None:
+        self._tell(worker, Finish(reason))
+        worker.state = "left"
+        node = self.nodes[worker.node]
+        if node.state == "draining" and not any(
+            w.alive and w.node == node.id for w in self.workers.values()
+        ):
+            self._emit(ToAgent(node.incarnation, Shutdown("drained", 0)))
+
+    def _prepare_failed(self, worker: Worker, generation: int, reason: str, now: float) -> None:
+        attempt = self.attempt
+        if attempt is None or attempt.committed or attempt.plan.generation != generation:
+            return
+        if attempt.plan.kind is PlanKind.SWITCH:
+            self._abandon(f"worker {worker.id} could not build its group: {reason}")
+            self._retry_switch_later()
+        elif self.suspicion is None:
+            self.suspicion = (now, f"worker {worker.id} could not build the group of generation {generation}: {reason}")
+
+    def _abandon(self, reason: str) -> None:
+        attempt = self.attempt
+        if attempt is None or attempt.plan.kind is not PlanKind.SWITCH or attempt.committed:
+            return
+        self.attempt = None
+        generation = attempt.plan.generation
+        self._emit(
+            Persist("generation-abandoned", f"generation {generation} abandoned: {reason}", {"generation": generation})
+        )
+        for worker_id in sorted(attempt.participants):
+            if self.workers[worker_id].alive:
+                self._tell(self.workers[worker_id], Abandon(generation))
+
+    def _retry_switch_later(self) -> None:
+        for worker in self.workers.values():
+            if worker.state == "warm":
+                worker.switch_failures += 1
+                if worker.switch_failures > SWITCH_RETRIES:
+                    node = self.nodes[worker.node]
+                    self._emit(ToAgent(node.incarnation, KillWorker(worker.id, "it could not be taken in")))
+
+    def _consider_switch(self, now: float) -> None:
+        """Take warm workers in and let leavers go, if nothing else is on its way."""
+        if self.attempt is not None or self.plan is None or self.spec is None or self.outcome or self.finishing:
+            return
+        if self.suspicion is not None or any(w.leaving for w in self.workers.values() if w.alive):
+            return
+        members = [m.worker for m in self.plan.members]
+        staying = [w for w in members if self.nodes[self.workers[w].node].state == "attached"]
+        leaving = [w for w in members if w not in staying]
+        warm = [w for w in self.workers.values() if w.state == "warm" and self.nodes[w.node].state == "attached"]
+        warm.sort(key=lambda w: (w.switch_failures, _natural(w.node), w.local_rank))
+        joining = [w.id for w in warm][: max(0, self.spec.slots - len(staying))]
+        if not joining and not leaving:
+            return
+        if not staying:
+            return  # a drain of the last node is refused when asked; here its only successor is still warming
+        words = [f"{', '.join(joining)} joins"] if joining else []
+        words += [f"{', '.join(leaving)} leaves"] if leaving else []
+        self._open(PlanKind.SWITCH, [*staying, *joining], "; ".join(words), now, leavers=leaving)
+
+    # -- people ----------------------------------------------------------------------------------------------------
+
+    def drain_refusal(self, node_id: str) -> str:
+        """Return why a node cannot be drained now, or ""."""
+        node = self.nodes.get(node_id)
+        if node is None or node.state in ("lost", "left"):
+            known = ", ".join(sorted(n.id for n in self.nodes.values() if n.state == "attached")) or "none"
+            return f"no node {node_id!r} is attached (attached: {known})"
+        if not any(n.state == "attached" and n.id != node_id for n in self.nodes.values()):
+            return f"node {node_id} is the last one: use `elastic stop` to end the job"
+        return ""
+
+    def _drain(self, node_id: str, now: float) -> None:
+        if self.drain_refusal(node_id) or self.outcome:
+            return
+        node = self.nodes[node_id]
+        node.state = "draining"
+        self._emit(Persist("node-draining", f"node {node_id} is asked to leave", {"node": node_id}))
+        members = set(self._membership())
+        for worker in list(self.workers.values()):
+            if worker.node == node_id and worker.alive and worker.id not in members:
+                self._emit(ToAgent(node.incarnation, KillWorker(worker.id, "its node is drained")))
+        self._check_drained(node, now)
+        self._consider_switch(now)
+
+    def _check_drained(self, node: Node, now: float) -> None:
+        if node.state == "draining" and not any(w.alive and w.node == node.id for w in self.workers.values()):
+            self._emit(ToAgent(node.incarnation, Shutdown("drained", 0)))
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def _check_finished(self, now: float) -> bool:
+        """Whether the job is ending well; starts or completes that end."""
+        if self.outcome:
+            return True
+        members = [self.workers[w] for w in self._membership()]
+        alive = [w for w in members if w.alive]
+        if not self.finishing and alive and all(w.leaving is not None for w in alive):
+            self._begin_finish(alive, now)
+        if not members and not self.finishing:
+            ran = [w for w in self.workers.values() if w.state == "finished"]
+            expected = sum(n.nproc for n in self.nodes.values() if n.state == "attached")
+            if not ran or len(ran) < expected or any(w.alive for w in self.workers.values()):
+                return False
+            self._end("succeeded", "every worker's script ended", now)
+            return True
+        if self.finishing and not any(w.alive for w in self.workers.values()):
+            self._end("succeeded", f"finished after step {self.step_committed}", now)
+        return self.finishing
+
+    def _begin_finish(self, members: list[Worker], now: float) -> None:
+        digests = {w.leaving.digest for w in members if w.leaving is not None}
+        if len(digests) > 1:
+            self._end("failed", "the replicas' final parameters differ: " + ", ".join(sorted(digests)), now)
+            return
+        self.finishing, self.digest = True, digests.pop()
+        self._close_incidents(now)
+        self._emit(Persist("loop-ended", f"all workers left the loop after step {self.step_committed}", {}))
+        inside = {w.id for w in members}
+        for worker in list(self.workers.values()):
+            if not worker.alive:
+                continue
+            if worker.id in inside:
+                self._tell(worker, Finish("the job is done"))
+            else:
+                self._emit(ToAgent(self.nodes[worker.node].incarnation, KillWorker(worker.id, "the job is done")))
+                worker.state = "left"
+
+    def _check_outcome(self, now: float) -> None:
+        """End the job when nothing is left that could go on."""
+        if self.outcome:
+            return
+        if self.finishing:
+            self._check_finished(now)
+            return
+        if self.recovering_until is not None or any(w.alive for w in self.workers.values()):
+            return
+        hopeful = [
+            n
+            for n in self.nodes.values()
+            if n.state == "attached"
+            and any(n.restarts.get(r, 0) <= self.settings.max_restarts for r in range(n.nproc))
+        ]
+        if not hopeful and any(n.state == "attached" for n in self.nodes.values()):
+            failure = next((w.failure for w in reversed(self.workers.values()) if w.failure is not None), None)
+            detail = f": {failure.error}" if failure is not None else ""
+            self._end(
+                "failed", f"every worker failed more than --max-restarts {self.settings.max_restarts} times{detail}", now, failure
+            )
+
+    def _end(self, outcome: str, reason: str, now: float, failure: Failed | None = None) -> None:
+        if self.outcome:
+            return
+        self.outcome, self.reason, self.ended_at = outcome, reason, now
+        data: dict[str, Any] = {
+            "outcome": outcome,
+            "reason": reason,
+            "digest": self.digest,
+            "step": self.step_committed,
+            "samples": self.samples,
+        }
+        if failure is not None:
+            data["traceback"] = failure.traceback
+            data["sample_ids"] = list(failure.sample_ids)
+        self._emit(Persist("job-ended", f"{outcome}: {reason}", data))
+        for node in self.nodes.values():
+            if node.state in ("attached", "draining"):
+                self._emit(ToAgent(node.incarnation, Shutdown(reason, 0 if outcome == "succeeded" else 1)))
+        self._emit(EndJob(outcome, reason))
+
+    # -- incidents -------------------------------------------------------------------------------------------------
+
+    def _open_incident(self, kind: str, subject: str, detected_by: str, reason: str, now: float) -> None:
+        incident = Incident(
+            kind=kind,
+            subject=subject,
+            detected_by=detected_by,
+            reason=reason,
+            generation=self.newest_generation + 1,
+            step=self.step_committed,
+            at_unix_s=now + self.unix_offset_s,
+        )
+        self.incidents_total += 1
+        self.open_incidents.append(OpenIncident(incident, now))
+
+    def _close_incidents(self, now: float) -> None:
+        for entry in self.open_incidents:
+            lost = max(0.0, now - entry.detected_at - self.step_s())
+            self.seconds_lost += lost
+            closed = replace(entry.incident, seconds_lost=lost)
+            self.incidents.append(closed)
+            self._emit(
+                Persist(
+                    "incident",
+                    f"{closed.kind}: {closed.subject} ({closed.reason}), found by {closed.detected_by}, "
+                    f"{lost:.2f} s lost, {closed.steps_redone} step(s) redone",
+                    {"incident": closed},
+                )
+            )
+        self.open_incidents = []
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> None:
+        timeout = self.settings.failure_timeout_s
+        if self.last_tick is not None and now - self.last_tick > timeout / 2:
+            # The controller itself stood still: silence in that time is nobody else's fault.
+            for node in self.nodes.values():
+                node.heard_at += now - self.last_tick
+        self.last_tick = now
+        if self.outcome:
+            return
+        for node in list(self.nodes.values()):
+            if node.state in ("attached", "draining") and now - node.heard_at > timeout:
+                self._node_lost(node, f"silent for {now - node.heard_at:.1f} s", "lease", now)
+        if self.recovering_until is not None:
+            self._finish_recovering(now)
+            return
+        attempt = self.attempt
+        if attempt is not None and not attempt.committed and now > attempt.deadline:
+            self._attempt_expired(attempt, now)
+        elif self.suspicion is not None and now - self.suspicion[0] > GRACE_S:
+            self._open_incident("collective broken", "the world", "worker report", self.suspicion[1], now)
+            self._fence(self.suspicion[1], now, loss=False)
+        self._found_if_complete(now)
+        if self.plan is None and self.attempt is None and now - (self.started_at or now) > self.settings.start_timeout_s:
+            self._start_timed_out(now)
+        self._consider_switch(now)
+
+    def _attempt_expired(self, attempt: Attempt, now: float) -> None:
+        missing = sorted(attempt.participants - set(attempt.prepared))
+        if attempt.plan.kind is PlanKind.SWITCH:
+            self._abandon(f"not prepared in time: {', '.join(missing)}")
+            for worker_id in missing:
+                if self.workers[worker_id].state == "warm":
+                    node = self.nodes[self.workers[worker_id].node]
+                    self._emit(ToAgent(node.incarnation, KillWorker(worker_id, "it was not prepared in time")))
+            return
+        if not missing:
+            self._end("failed", f"fewer nodes than --nnodes MIN ({self.settings.nodes_min}) for too long", now)
+            return
+        if not attempt.prepared:
+            self._fence(f"nobody was prepared for generation {attempt.plan.generation} in time", now, loss=False)
+            return
+        silent = [self.workers[w] for w in missing]
+        for worker in silent:
+            node = self.nodes[worker.node]
+            self._emit(ToAgent(node.incarnation, KillWorker(worker.id, "it was not prepared in time")))
+        self._workers_lost(
+            silent, "not prepared", ", ".join(f"worker {w}" for w in missing), "not prepared in time", "deadline", now
+        )
+        for node in list(self.nodes.values()):
+            self._fill(node)
+
+    def _start_timed_out(self, now: float) -> None:
+        here = [n.id for n in self.nodes.values() if n.state == "attached"]
+        waiting = [w.id for w in self.workers.values() if w.alive and w.state == "starting"]
+        self._end(
+            "failed",
+            f"no first world within --start-timeout {self.settings.start_timeout_s:.0f} s: {len(here)} of "
+            f"{self.settings.nodes_min} nodes attached"
+            + (f", not registered: {', '.join(waiting)}" if waiting else "")
+            + "; start the missing agents, or check that the script calls session.prepare()",
+            now,
+        )
+
+    # -- recovery of the controller itself -------------------------------------------------------------------------
+
+    def restore(self, records: Iterable[tuple[str, Mapping[str, Any]]], now: float) -> None:
+        """Rebuild the state from the ledger; the machine then waits for agents before it acts.
+
+        `records` are (kind, data) in order; data holds the values that Persist was given.
+        """
+        opened: dict[int, Plan] = {}
+        for kind, data in records:
+            match kind:
+                case "job-fixed":
+                    self.spec, self.requested = data["spec"], data["requested"]
+                case "worker-started":
+                    key = (data["node"], data["local_rank"])
+                    self.serials[key] = max(self.serials.get(key, 0), data["serial"])
+                case "generation-opened":
+                    plan: Plan = data["plan"]
+                    opened[plan.generation] = plan
+                    self.newest_generation = max(self.newest_generation, plan.generation)
+                case "generation-committed":
+                    self.plan = opened[data["generation"]]
+                    if self.plan.kind is not PlanKind.SWITCH:
+                        self.step_committed = max(self.step_committed, data["restore_step"])
+                case "incident":
+                    self.incidents.append(data["incident"])
+                    self.incidents_total += 1
+                    self.seconds_lost += max(0.0, data["incident"].seconds_lost)
+                case "job-ended":
+                    self.outcome, self.reason = data["outcome"], data["reason"]
+        self.started_at = now
+        self.recovering_until = now + 2 * self.settings.failure_timeout_s
+
+    def _replay(self, status: WorkerStatus, now: float) -> None:
+        """Take up what a worker said while there was no controller; nothing is decided yet."""
+        worker = self.workers.get(status.worker)
+        if worker is None or status.exited:
+            return
+        member = self.plan is not None and worker.id in self.plan.workers()
+        if member:
+            worker.state = "member"
+            worker.holds_state = status.committed > 0 or (self.plan is not None and self.plan.kind is PlanKind.FOUND)
+        for message in status.messages:
+            match message:
+                case Registered(spec):
+                    worker.spec = spec
+                    if not member:
+                        worker.state = "registered"
+                case Warm():
+                    if not member:
+                        worker.state = "warm"
+                case CollectiveFailed(generation):
+                    if self.plan is not None and generation == self.plan.generation:
+                        self.suspicion = (now, f"worker {worker.id}: {message.reason}")
+                case Leaving():
+                    worker.leaving = message
+                case Failed():
+                    worker.failure = message
+                case _:
+                    pass
+        self._note_step(status.committed, now)
+
+    def _finish_recovering(self, now: float) -> None:
+        """Act again once every member's node has spoken, or its lease has lapsed."""
+        plan = self.plan
+        members = [m for m in plan.members] if plan is not None else []
+        missing = [m for m in members if m.worker not in self.workers and m.node not in self.nodes]
+        assert self.recovering_until is not None
+        if missing and now < self.recovering_until:
+            return
+        if plan is None and now < self.recovering_until and not self.nodes:
+            return
+        self.recovering_until = None
+        for member in members:
+            if member.worker not in self.workers:
+                self.workers[member.worker] = Worker(member.worker, member.node, member.local_rank, state="dead")
+        self._emit(
+            Persist("controller-restarted", f"controller restarted at generation {self.newest_generation}", {})
+        )
+        if plan is not None:
+            alive = [self.workers[m.worker] for m in members if self.workers[m.worker].alive]
+            intact = (
+                len(alive) == len(members)
+                and self.newest_generation == plan.generation
+                and all(w.status.generation == plan.generation for w in alive)
+            )
+            if not alive:
+                self._state_lost("no member of the last world is left", now)
+            elif not intact:
+                gone = [m.worker for m in members if not self.workers[m.worker].alive]
+                reason = "the controller restarted" + (f"; lost meanwhile: {', '.join(gone)}" if gone else "")
+                self._open_incident("controller restarted", "controller", "ledger", reason, now)
+                self._fence(reason, now, loss=True)
+            for worker in self.workers.values():
+                if worker.state == "registered":
+                    self._admit(worker)
+        for node in list(self.nodes.values()):
+            self._fill(node)
+        self._check_finished(now)
+        self._found_if_complete(now)
+        self._consider_switch(now)
+
+    # -- views -----------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> str:
+        """One word for people."""
+        if self.outcome:
+            return self.outcome
+        if self.finishing:
+            return "ending"
+        if self.recovering_until is not None:
+            return "recovering"
+        if self.plan is None:
+            return "founding"
+        if self._membership_from_attempt() or self.suspicion is not None:
+            return "regrouping"
+        return "running"
+
+    def status(self, now: float) -> StatusReply:
+        """Return what people see."""
+        plan = self.plan
+        ranks = {m.worker: m.rank for m in plan.members} if plan is not None else {}
+        views = []
+        for node in sorted(self.nodes.values(), key=lambda n: _natural(n.id)):
+            workers = tuple(
+                WorkerView(
+                    worker=w.id,
+                    rank=ranks.get(w.id, 0),
+                    local_rank=w.local_rank,
+                    pid=w.pid,
+                    state="leaving" if w.leaving is not None and w.alive else w.state,
+                    generation=w.status.generation,
+                    committed=w.status.committed,
+                )
+                for w in sorted(self.workers.values(), key=lambda w: (w.local_rank, w.id))
+                if w.node == node.id and w.alive
+            )
+            views.append(
+                NodeView(node.id, node.state, node.pid, node.peer_address, max(0.0, now - node.heard_at), workers)
+            )
+        until = self.ended_at if self.ended_at is not None else now
+        elapsed = until - self.started_at if self.started_at is not None else 0.0
+        trained = until - self.first_commit_at if self.first_commit_at is not None else 0.0
+        still_open = tuple(entry.incident for entry in self.open_incidents)
+        return StatusReply(
+            job=self.settings.job,
+            state=self.state,
+            reason=self.reason,
+            generation=plan.generation if plan is not None else 0,
+            step=self.step_committed,
+            world_size=sum(1 for m in plan.members if self.workers[m.worker].alive) if plan is not None else 0,
+            nodes=tuple(views),
+            slots=self.spec.slots if self.spec is not None else 0,
+            virtual_replicas=self.spec.virtual_replicas if self.spec is not None else 0,
+            samples=self.samples,
+            loss=self.loss,
+            elapsed_s=elapsed,
+            productive_s=max(0.0, trained - self.seconds_lost),
+            incidents_total=self.incidents_total,
+            incidents=(*self.incidents, *still_open),
+            digest=self.digest,
+            step_s=self.step_s(),
+            reduction=self.spec.reduction if self.spec is not None else "",
+        )
+
+
+def _natural(text: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts node10 after node9."""
+    parts: list[tuple[int, int | str]] = []
+    digits = ""
+    for char in text + "\0":
+        if char.isdigit():
+            digits += char
+            continue
+        if digits:
+            parts.append((0, int(digits)))
+            digits = ""
+        parts.append((1, char))
+    return tuple(parts)

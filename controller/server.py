@@ -1,0 +1,287 @@
+"""The controller's shell: gRPC in and out, the clock, the ledger. Every decision is the machine's.
+
+One asyncio task owns the machine: events are handled one after another, each with its effects performed before the
+next is looked at, so the order of effects that the machine asks for is the order that happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc.aio
+
+from controller.events import (
+    AgentAttached,
+    AgentGone,
+    AgentSaid,
+    CloseAgent,
+    ControllerEffect,
+    ControllerEvent,
+    DrainAsked,
+    EndJob,
+    Persist,
+    StopAsked,
+    Tick,
+    ToAgent,
+)
+from controller.ledger import Ledger
+from controller.machine import ControllerMachine, JobSettings
+from elastic.domain import AgentHello, ControllerMessage, Event
+from elastic.v1 import runtime_pb2, runtime_pb2_grpc
+from elastic.wire import channels
+from elastic.wire.convert import to_plain, to_proto, unwrap, wrap
+
+TICK_S = 0.05
+OUTBOX_LIMIT = 4096  # messages to one agent that does not read; beyond it the agent is given up
+END_LINGER_S = 5.0  # how long the end waits for agents to say goodbye
+
+
+@dataclass(frozen=True, slots=True)
+class ControllerConfig:
+    """What a controller daemon is started with."""
+
+    settings: JobSettings
+    ledger: Path
+    host: str = "127.0.0.1"
+    port: int = 29400
+    port_file: Path | None = None
+    summary: Path | None = None  # where the end of the job is written as JSON
+
+
+class AgentStream:
+    """The outgoing half of one agent's stream."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[ControllerMessage | None] = asyncio.Queue(OUTBOX_LIMIT)
+        self.closed = False
+
+    def put(self, message: ControllerMessage | None) -> None:
+        """Queue a message; None ends the stream."""
+        if self.closed:
+            return
+        try:
+            self.queue.put_nowait(message)
+        except asyncio.QueueFull:
+            self.closed = True
+        if message is None:
+            self.closed = True
+
+
+class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.PeopleServicer):
+    """Serves agents and people from one machine and one ledger."""
+
+    def __init__(self, config: ControllerConfig) -> None:
+        self.config = config
+        self.ledger = Ledger(config.ledger, config.settings.job)
+        self.machine = ControllerMachine(config.settings, unix_offset_s=time.time() - time.monotonic())
+        self.streams: dict[str, AgentStream] = {}
+        self.news = asyncio.Condition()
+        self.newest_event = 0
+        self.over = asyncio.Event()
+        self.fault: BaseException | None = None
+        if not self.ledger.is_new():
+            self.machine.restore(self.ledger.records(), time.monotonic())
+
+    # -- the machine -----------------------------------------------------------------------------------------------
+
+    def handle(self, event: ControllerEvent) -> None:
+        """Give the machine one event and perform its effects in order."""
+        effects = self.machine.step(event, time.monotonic())
+        records = [effect for effect in effects if isinstance(effect, Persist)]
+        if records:
+            # All records of a step are made durable before any of its messages leave.
+            self._publish(self.ledger.append(records))
+        for effect in effects:
+            match effect:
+                case ToAgent(incarnation, message):
+                    stream = self.streams.get(incarnation)
+                    if stream is not None:
+                        stream.put(message)
+                case CloseAgent(incarnation, _):
+                    stream = self.streams.pop(incarnation, None)
+                    if stream is not None:
+                        stream.put(None)
+                case EndJob():
+                    self._write_summary(effects)
+                    asyncio.get_running_loop().create_task(self._end_when_empty())
+                case Persist():
+                    pass
+
+    def _write_summary(self, effects: list[ControllerEffect]) -> None:
+        if self.config.summary is None:
+            return
+        summary = to_plain(self.machine.status(time.monotonic()))
+        summary["goodput"] = summary["productive_s"] / summary["elapsed_s"] if summary["elapsed_s"] else 0.0
+        for effect in effects:
+            if isinstance(effect, Persist) and effect.kind == "job-ended":
+                summary |= {key: effect.data[key] for key in ("traceback", "sample_ids") if key in effect.data}
+        partial = self.config.summary.with_suffix(".part")
+        partial.write_text(json.dumps(summary, indent=2) + "\n")
+        partial.replace(self.config.summary)
+
+    def _publish(self, events: list[Event]) -> None:
+        for event in events:
+            self.newest_event = event.sequence
+            print(f"[controller] {event.text}", file=sys.stderr, flush=True)
+
+        async def notify() -> None:
+            async with self.news:
+                self.news.notify_all()
+
+        asyncio.get_running_loop().create_task(notify())
+
+    async def _end_when_empty(self) -> None:
+        deadline = time.monotonic() + END_LINGER_S
+        while self.streams and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.3)  # followers of the events still read the last one
+        self.over.set()
+
+    async def tick_forever(self) -> None:
+        """Give the machine the time; end the daemon if the machine itself fails."""
+        try:
+            while not self.over.is_set():
+                self.handle(Tick())
+                await asyncio.sleep(TICK_S)
+        except Exception as error:
+            self.fault = error
+            self.over.set()
+
+    # -- agents ----------------------------------------------------------------------------------------------------
+
+    async def Attach(  # noqa: N802
+        self, request_iterator: AsyncIterator[runtime_pb2.AgentMessage], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[runtime_pb2.ControllerMessage]:
+        """One agent's stream."""
+        first = await asyncio.wait_for(anext(request_iterator), self.config.settings.failure_timeout_s)
+        hello = unwrap(first)
+        if not isinstance(hello, AgentHello):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message must be the Hello")
+        token = self.config.settings.token
+        if token and hmac.compare_digest(hello.token.encode(), token.encode()):
+            hello = replace(hello, token=token)
+        stream = AgentStream()
+        self.streams[hello.incarnation] = stream
+        self.handle(AgentAttached(hello))
+        reader = asyncio.create_task(self._read(hello.incarnation, request_iterator))
+        try:
+            while True:
+                message = await stream.queue.get()
+                if message is None:
+                    return
+                yield wrap("ControllerMessage", message)
+                if stream.closed and stream.queue.empty():
+                    return
+        finally:
+            reader.cancel()
+            if self.streams.get(hello.incarnation) is stream:
+                del self.streams[hello.incarnation]
+                self.handle(AgentGone(hello.incarnation, "the connection closed"))
+
+    async def _read(self, incarnation: str, messages: AsyncIterator[runtime_pb2.AgentMessage]) -> None:
+        reason = "the agent closed it"
+        try:
+            async for message in messages:
+                self.handle(AgentSaid(incarnation, unwrap(message)))
+        except grpc.aio.AioRpcError as error:
+            reason = error.details() or "reset"
+        except asyncio.CancelledError:
+            return
+        except Exception as error:
+            self.fault = error
+            self.over.set()
+            raise
+        stream = self.streams.pop(incarnation, None)
+        if stream is not None:
+            self.handle(AgentGone(incarnation, reason))
+            stream.put(None)
+
+    # -- people ----------------------------------------------------------------------------------------------------
+
+    async def Status(  # noqa: N802
+        self, request: runtime_pb2.StatusRequest, context: grpc.aio.ServicerContext
+    ) -> runtime_pb2.StatusReply:
+        """What `elastic status` shows."""
+        reply: runtime_pb2.StatusReply = to_proto(replace(self.machine.status(time.monotonic()), controller_pid=os.getpid()))
+        return reply
+
+    async def Events(  # noqa: N802
+        self, request: runtime_pb2.EventsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[runtime_pb2.Event]:
+        """The ledger, and what is added to it while the caller follows."""
+        after = request.after
+        while True:
+            events = self.ledger.events_after(after)
+            for event in events:
+                after = event.sequence
+                yield to_proto(event)
+            if events:
+                continue
+            if not request.follow or self.over.is_set():
+                return
+            async with self.news:
+                try:
+                    await asyncio.wait_for(self.news.wait(), 0.5)
+                except TimeoutError:
+                    continue
+
+    async def Drain(  # noqa: N802
+        self, request: runtime_pb2.DrainRequest, context: grpc.aio.ServicerContext
+    ) -> runtime_pb2.DrainReply:
+        """Ask a node to leave."""
+        refusal = self.machine.drain_refusal(request.node)
+        if refusal:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        self.handle(DrainAsked(request.node))
+        return runtime_pb2.DrainReply(text=f"node {request.node} leaves after the step in progress")
+
+    async def Stop(  # noqa: N802
+        self, request: runtime_pb2.StopRequest, context: grpc.aio.ServicerContext
+    ) -> runtime_pb2.StopReply:
+        """End the job."""
+        self.handle(StopAsked(request.reason))
+        return runtime_pb2.StopReply(text="the job is stopping")
+
+
+async def serve(config: ControllerConfig) -> int:
+    """Run a controller until its job is over; returns the exit code (0 succeeded, 1 failed, 130 stopped)."""
+    controller = ControllerServer(config)
+    if controller.machine.outcome:
+        outcome = controller.machine.outcome
+        controller.ledger.close()
+        print(
+            f"elastic controller: the job in {config.ledger} has {outcome} already ({controller.machine.reason}); "
+            "name another --ledger to begin a new one",
+            file=sys.stderr,
+        )
+        return 1
+    server = channels.server()
+    runtime_pb2_grpc.add_ControllerServicer_to_server(controller, server)
+    runtime_pb2_grpc.add_PeopleServicer_to_server(controller, server)
+    port = channels.listen(server, config.host, config.port, what="the controller")
+    await server.start()
+    if config.port_file is not None:
+        partial = config.port_file.with_suffix(".part")
+        partial.write_text(f"{port}\n")
+        partial.replace(config.port_file)
+    print(f"[controller] job {config.settings.job} at {channels.join_address(config.host, port)}", file=sys.stderr, flush=True)
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, lambda s=signum: controller.handle(StopAsked(f"{signal.Signals(s).name} received")))
+    ticker = asyncio.create_task(controller.tick_forever())
+    await controller.over.wait()
+    ticker.cancel()
+    await server.stop(0.2)
+    controller.ledger.close()
+    if controller.fault is not None:
+        raise controller.fault
+    return {"succeeded": 0, "stopped": 130}.get(controller.machine.outcome, 1)

@@ -1,0 +1,43 @@
+"""The `elastic` command. Flags beat the environment (ELASTIC_...), which beats the settings file, which beats defaults."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from elastic import __version__
+from elastic.cli.daemons import agent, controller
+from elastic.cli.people import drain, events, status, stop
+from elastic.cli.run import run
+from elastic.config import load_defaults
+from elastic.errors import ElasticError
+
+
+@click.group(context_settings={"auto_envvar_prefix": "ELASTIC", "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="elastic")
+@click.option(
+    "--config",
+    "config_file",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Settings file (TOML), one table per command, such as [run].",
+)
+@click.pass_context
+def elastic(context: click.Context, config_file: Path | None) -> None:
+    """Keep a PyTorch training job going through failures, preemptions and changes of size."""
+    if config_file is not None:
+        context.default_map = load_defaults(config_file)
+
+
+for command in (run, controller, agent, status, events, drain, stop):
+    elastic.add_command(command)
+
+
+def main() -> None:
+    """Entry point of the `elastic` command: an error on purpose is one sentence and exit code 2."""
+    try:
+        elastic()
+    except ElasticError as error:
+        click.echo(f"elastic: {error}", err=True)
+        sys.exit(2)

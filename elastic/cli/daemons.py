@@ -1,0 +1,127 @@
+"""`elastic controller` and `elastic agent`: check the options, then become the daemon."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elastic.cli import options
+from elastic.config import default_run_dir
+from elastic.wire.channels import parse_address
+
+
+def daemon_command(name: str, settings: dict[str, Any]) -> list[str]:
+    """Return the command line of a daemon."""
+    return [sys.executable, "-m", "elastic.launch", name, json.dumps(settings)]
+
+
+def controller_settings(
+    *,
+    job: str,
+    nnodes: tuple[int, int],
+    max_restarts: int,
+    failure_timeout: float,
+    start_timeout: float,
+    join_timeout: float,
+    ledger: Path,
+    host: str,
+    port: int,
+    port_file: Path | None = None,
+    summary: Path | None = None,
+    parent: int = 0,
+) -> dict[str, Any]:
+    """Return what `controller.__main__` reads."""
+    return {
+        "settings": {
+            "job": job,
+            "nodes_min": nnodes[0],
+            "nodes_max": nnodes[1],
+            "max_restarts": max_restarts,
+            "failure_timeout_s": failure_timeout,
+            "start_timeout_s": start_timeout,
+            "join_timeout_s": join_timeout,
+        },
+        "ledger": str(ledger.absolute()),
+        "host": host,
+        "port": port,
+        "port_file": str(port_file) if port_file else "",
+        "summary": str(summary) if summary else "",
+        "parent": parent,
+    }
+
+
+def agent_settings(
+    *,
+    controller: str,
+    job: str,
+    node_id: str | None,
+    nproc_per_node: int,
+    local_addr: str,
+    log_dir: Path | None,
+    quiet: bool,
+    connect_timeout: float,
+    controller_timeout: float,
+    record_samples: Path | None,
+    seed: int,
+    labels: tuple[str, ...],
+    module: bool,
+    script: str,
+    arguments: tuple[str, ...],
+    parent: int = 0,
+) -> dict[str, Any]:
+    """Check an agent's options and return what `agent.__main__` reads. Raises ConfigError."""
+    options.check_script(script, module=module)
+    parse_address(controller, what="--controller")
+    return {
+        "controller": controller,
+        "job": job,
+        "node": node_id or options.default_node_id(),
+        "nproc": nproc_per_node,
+        "local_addr": local_addr,
+        "log_dir": str((log_dir or default_run_dir(job) / "logs").absolute()),
+        "quiet": quiet,
+        "connect_timeout_s": connect_timeout,
+        "controller_timeout_s": controller_timeout,
+        "record_dir": str(record_samples.absolute()) if record_samples else "",
+        "seed": seed,
+        "labels": options.parse_labels(labels),
+        "script": {
+            "argv": [script if module else str(Path(script).absolute()), *arguments],
+            "module": module,
+            "cwd": os.getcwd(),
+        },
+        "parent": parent,
+    }
+
+
+@click.command()
+@options.job_name
+@options.job_settings
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=options.DEFAULT_PORT, show_default=True,
+              help="Port to listen on; 0 for any.")  # fmt: skip
+@click.option("--ledger", type=click.Path(path_type=Path, dir_okay=False), default=None,
+              help="File of the job's ledger [default: under the run directory].")  # fmt: skip
+@click.option("--port-file", type=click.Path(path_type=Path), default=None, help="File to write the port to.")
+@click.option("--summary", type=click.Path(path_type=Path), default=None, help="File for the summary, as JSON.")
+def controller(ledger: Path | None, job: str, **given: Any) -> None:
+    """Run the controller of a job; started again on its ledger, it resumes."""
+    path = ledger or default_run_dir(job) / "ledger.sqlite"
+    command = daemon_command("controller", controller_settings(job=job, ledger=path, **given))
+    os.execv(command[0], command)
+
+
+@click.command(context_settings=options.SCRIPT_CONTEXT)
+@options.controller_address
+@options.job_name
+@options.agent_settings
+@options.script_arguments
+def agent(**given: Any) -> None:
+    """Run this node's agent: it starts SCRIPT in the job's workers and keeps them going."""
+    command = daemon_command("agent", agent_settings(**given))
+    os.execv(command[0], command)

@@ -1,0 +1,137 @@
+"""Options that several commands share, each written once."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from elastic.errors import ConfigError
+
+DEFAULT_PORT = 29400
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class NodeRange(click.ParamType):
+    """`N` or `MIN:MAX`, as torchrun writes it."""
+
+    name = "MIN:MAX"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        low, _, high = str(value).partition(":")
+        try:
+            span = int(low), int(high or low)
+        except ValueError:
+            self.fail(f"{value!r} is not a number or MIN:MAX", param, ctx)
+        if not 1 <= span[0] <= span[1]:
+            self.fail(f"{value!r} must have 1 <= MIN <= MAX", param, ctx)
+        return span
+
+
+class WorkerCount(click.ParamType):
+    """A number of workers, or `cpu` / `gpu` / `auto`, as torchrun writes it."""
+
+    name = "N|cpu|gpu|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        if text in ("cpu", "gpu", "auto"):
+            return _devices(text)
+        if not text.isdigit() or int(text) < 1:
+            self.fail(f"{value!r} is not a positive number, cpu, gpu or auto", param, ctx)
+        return int(text)
+
+
+def _devices(kind: str) -> int:
+    gpus = len([name for name in os.listdir("/dev") if name.removeprefix("nvidia").isdigit()])
+    if kind == "gpu" and not gpus:
+        raise ConfigError("--nproc-per-node gpu was given, but this machine shows no GPU: give a number or cpu")
+    return gpus if gpus and kind != "cpu" else os.cpu_count() or 1
+
+
+def together(*options: Callable[[F], F]) -> Callable[[F], F]:
+    """Apply several options as one decorator."""
+
+    def apply(command: F) -> F:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+job_name = click.option("--job", "--rdzv-id", "--rdzv_id", "job", help="Name of the job.", default="job", show_default=True)
+
+job_settings = together(
+    click.option("--nnodes", type=NodeRange(), default="1:1", show_default="1:1", help="Nodes, or MIN:MAX."),
+    click.option("--max-restarts", "--max_restarts", type=click.IntRange(0), default=3, show_default=True,
+                 help="Restarts of one worker that fails by its own fault."),
+    click.option("--failure-timeout", type=click.FloatRange(0.2, 600), default=2.0, show_default=True,
+                 help="Longest silence that is believed, in seconds; the protocol's deadlines derive from it."),
+    click.option("--start-timeout", type=click.FloatRange(1), default=600.0, show_default=True,
+                 help="Longest wait for the first world, in seconds."),
+    click.option("--join-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
+                 help="With MIN nodes present, seconds that the first world waits for MAX."),
+)  # fmt: skip
+
+agent_settings = together(
+    click.option("--nproc-per-node", "--nproc_per_node", "nproc_per_node", type=WorkerCount(), default="1",
+                 show_default=True, help="Workers on this node."),
+    click.option("--node-id", default=None, help="Name of this node [default: the host name]."),
+    click.option("--local-addr", "--local_addr", default="127.0.0.1", show_default=True,
+                 help="Address at which other nodes reach this one."),
+    click.option("--log-dir", "--log_dir", type=click.Path(path_type=Path), default=None,
+                 help="Directory for the workers' output [default: under the run directory]."),
+    click.option("--quiet", is_flag=True, help="Keep the workers' output out of the console."),
+    click.option("--connect-timeout", type=click.FloatRange(0.1), default=30.0, show_default=True,
+                 help="Seconds that the first attach to the controller may take."),
+    click.option("--controller-timeout", type=click.FloatRange(0.1), default=600.0, show_default=True,
+                 help="Seconds that workers wait for a controller that does not answer any more."),
+    click.option("--record-samples", type=click.Path(path_type=Path, file_okay=False), default=None,
+                 help="Directory for a record of (step, slot, generation, sample ids)."),
+    click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling and all randomness."),
+    click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label of this node."),
+    click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as in python -m."),
+)  # fmt: skip
+
+script_arguments = together(
+    click.argument("script"),
+    click.argument("arguments", nargs=-1, type=click.UNPROCESSED),
+)
+
+SCRIPT_CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+
+controller_address = click.option(
+    "--controller", default=f"127.0.0.1:{DEFAULT_PORT}", show_default=True, metavar="HOST:PORT",
+    envvar="ELASTIC_CONTROLLER", help="Address of the controller.",
+)  # fmt: skip
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON for machines.")
+
+
+def check_script(script: str, *, module: bool) -> None:
+    """Raise ConfigError when the script is not there."""
+    if not module and not Path(script).is_file():
+        raise ConfigError(f"there is no script {script!r}: check the path (or use -m for a module)")
+
+
+def default_node_id() -> str:
+    """Return this machine's name."""
+    return socket.gethostname()
+
+
+def parse_labels(labels: tuple[str, ...]) -> dict[str, str]:
+    """Return KEY=VALUE options as a dictionary."""
+    parsed = {}
+    for label in labels:
+        key, equals, value = label.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--label {label!r} is not KEY=VALUE")
+        parsed[key] = value
+    return parsed

@@ -1,0 +1,287 @@
+"""`elastic run`: a controller and an agent for this machine, watched, with a live view and a summary at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+from typing import IO, Any
+
+import click
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from elastic.cli import options
+from elastic.cli.daemons import agent_settings, controller_settings, daemon_command
+from elastic.cli.people import People, headline
+from elastic.config import default_run_dir
+from elastic.domain import StatusReply
+from elastic.errors import JobFailed, Unreachable
+from elastic.wire.channels import join_address
+
+POLL_S = 0.2
+START_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 4.0
+INTERRUPTED = 130
+
+
+@click.command(context_settings=options.SCRIPT_CONTEXT)
+@options.job_name
+@options.job_settings
+@options.agent_settings
+@click.option("--controller", "--rdzv-endpoint", "--rdzv_endpoint", "controller", default=None, metavar="HOST:PORT",
+              help="Join the controller there instead of starting one.")  # fmt: skip
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address that the embedded controller listens on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=None,
+              help="Its port [default: 29400 if free, else any].")  # fmt: skip
+@click.option("--run-dir", type=click.Path(path_type=Path, file_okay=False), default=None,
+              help="Directory for ledger and logs; with the ledger of an unfinished job in it, that job resumes "
+              "[default: a new one under the temporary directory].")  # fmt: skip
+@click.option("--summary", type=click.Path(path_type=Path, dir_okay=False), default=None,
+              help="File for the summary, as JSON.")  # fmt: skip
+@click.option("--standalone", is_flag=True, help="Accepted for torchrun's sake; it is the default.")
+@options.as_json
+@options.script_arguments
+def run(
+    *,
+    controller: str | None,
+    host: str,
+    port: int | None,
+    run_dir: Path | None,
+    summary: Path | None,
+    standalone: bool,
+    as_json: bool,
+    job: str,
+    nnodes: tuple[int, int],
+    max_restarts: int,
+    failure_timeout: float,
+    start_timeout: float,
+    join_timeout: float,
+    **given: Any,
+) -> None:
+    """Train SCRIPT on this machine (and on others that join), and keep going through failures."""
+    if controller is not None:
+        settings = agent_settings(controller=controller, job=job, **given)
+        command = daemon_command("agent", settings)
+        os.execv(command[0], command)
+    options.check_script(given["script"], module=given["module"])
+    folder = run_dir or default_run_dir(f"{job}-{os.getpid()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    given["log_dir"] = given["log_dir"] or folder / "logs"
+    base = controller_settings(
+        job=job,
+        nnodes=nnodes,
+        max_restarts=max_restarts,
+        failure_timeout=failure_timeout,
+        start_timeout=start_timeout,
+        join_timeout=join_timeout,
+        ledger=folder / "ledger.sqlite",
+        host=host,
+        port=0 if port is None else port,
+        port_file=folder / "controller.port",
+        summary=folder / "summary.json",
+        parent=os.getpid(),
+    )
+    if port is None and _is_free(host, options.DEFAULT_PORT):
+        base["port"] = options.DEFAULT_PORT
+    job_run = JobRun(folder, base, {**given, "job": job}, host)
+    code = job_run.to_end()
+    job_run.report(summary, as_json=as_json)
+    sys.exit(code)
+
+
+def _is_free(host: str, port: int) -> bool:
+    import socket
+
+    with socket.socket() as probe:
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+class JobRun:
+    """Two daemons and what a person sees of them."""
+
+    def __init__(self, folder: Path, controller: dict[str, Any], agent: dict[str, Any], host: str) -> None:
+        self.folder = folder
+        self.console = Console(stderr=True)
+        self._controller_settings = controller
+        self._agent_options = agent
+        self._host = host
+        self._address = ""
+        self._controller: subprocess.Popen[bytes] | None = None
+        self._agent: subprocess.Popen[bytes] | None = None
+        self._people: People | None = None
+        self._interrupted = 0
+        self._code = 1
+        (folder / "summary.json").unlink(missing_ok=True)
+
+    # -- the daemons -----------------------------------------------------------------------------------------------
+
+    def _start(self, command: list[str]) -> subprocess.Popen[bytes]:
+        # A session of its own: Ctrl-C reaches this process only, which then ends everything in order.
+        piped = self.console.is_terminal
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE if piped else None,
+            stderr=subprocess.STDOUT if piped else None,
+            start_new_session=True,
+        )
+        if process.stdout is not None:
+            threading.Thread(target=self._echo, args=(process.stdout,), daemon=True).start()
+        return process
+
+    def _echo(self, lines: IO[bytes]) -> None:
+        for line in lines:
+            self.console.print(Text(line.decode(errors="replace").rstrip("\n")))
+
+    def _start_controller(self) -> None:
+        port_file = Path(self._controller_settings["port_file"])
+        port_file.unlink(missing_ok=True)
+        self._controller = self._start(daemon_command("controller", self._controller_settings))
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not port_file.exists():
+            if self._controller.poll() is not None:
+                raise JobFailed(f"the controller did not start (exit code {self._controller.returncode}), see above")
+            if time.monotonic() > deadline:
+                raise JobFailed(f"the controller did not start within {START_TIMEOUT_S:.0f} s")
+            time.sleep(0.01)
+        self._controller_settings["port"] = int(port_file.read_text())
+        self._address = join_address(self._host, self._controller_settings["port"])
+        if self._people is not None:
+            self._people.close()
+        self._people = People(self._address)
+
+    def _start_agent(self) -> None:
+        settings = agent_settings(controller=self._address, parent=os.getpid(), **self._agent_options)
+        self._agent = self._start(daemon_command("agent", settings))
+
+    # -- the life of the job ---------------------------------------------------------------------------------------
+
+    def to_end(self) -> int:
+        """Run the job to its end; returns the exit code."""
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(signum, self._interrupt)
+        try:
+            self._start_controller()
+            self._start_agent()
+            self.console.print(f"elastic: run directory {self.folder}, controller at {self._address}", highlight=False)
+            if self.console.is_terminal:
+                with Live(Text("starting"), console=self.console, refresh_per_second=5, transient=True) as live:
+                    self._watch(live)
+            else:
+                self._watch(None)
+        finally:
+            self._end()
+        return INTERRUPTED if self._interrupted else self._code
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self._interrupted += 1
+        if self._interrupted == 1 and self._controller is not None:
+            self._controller.send_signal(signal.SIGTERM)
+        elif self._interrupted > 1:
+            raise KeyboardInterrupt
+
+    def _watch(self, live: Live | None) -> None:
+        interrupted_at: float | None = None
+        seen_incidents = 0
+        while True:
+            assert self._controller is not None and self._agent is not None
+            code = self._controller.poll()
+            if code is not None and (code >= 0 or self._interrupted):
+                self._code = code if code >= 0 else 1
+                return
+            if self._interrupted:
+                interrupted_at = interrupted_at or time.monotonic()
+                if time.monotonic() - interrupted_at > STOP_TIMEOUT_S:
+                    return
+            elif code is not None:
+                self.console.print("elastic: the controller was killed; starting it again on its ledger", highlight=False)
+                self._start_controller()
+            elif self._agent.poll() is not None and self._agent.returncode < 0:
+                self.console.print("elastic: the agent was killed; starting it again", highlight=False)
+                self._start_agent()
+            elif live is not None:
+                seen_incidents = self._show(live, seen_incidents)
+            time.sleep(POLL_S)
+
+    def _show(self, live: Live, seen_incidents: int) -> int:
+        assert self._people is not None
+        try:
+            reply = self._people.status(timeout_s=1.0)
+        except Unreachable:
+            live.update(Text("the controller does not answer"))
+            return seen_incidents
+        live.update(_view(reply))
+        return reply.incidents_total
+
+    def _end(self) -> None:
+        """Leave nothing behind: first in order, then by force."""
+        for process in (self._controller, self._agent):
+            if process is None or process.poll() is not None:
+                continue
+            if process is self._controller:
+                process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_TIMEOUT_S / 2)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        if self._people is not None:
+            self._people.close()
+
+    # -- the summary -----------------------------------------------------------------------------------------------
+
+    def report(self, target: Path | None, *, as_json: bool) -> None:
+        """Print the summary of the run, and copy it to a file."""
+        source = self.folder / "summary.json"
+        if not source.exists():
+            self.console.print("elastic: the job left no summary", highlight=False)
+            return
+        summary = json.loads(source.read_text())
+        if target is not None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, target)
+        if as_json:
+            click.echo(json.dumps(summary))
+            return
+        if summary.get("traceback"):
+            self.console.print(Text(summary["traceback"]))
+        self.console.print(_summary_table(summary))
+
+
+def _view(reply: StatusReply) -> Table:
+    grid = Table.grid()
+    grid.add_row(headline(reply))
+    if reply.incidents:
+        last = reply.incidents[-1]
+        cost = "under way" if last.seconds_lost < 0 else f"{last.seconds_lost:.2f} s lost"
+        grid.add_row(f"last incident: {escape(last.kind)}, {escape(last.subject)} ({escape(last.reason)}), {cost}")
+    return grid
+
+
+def _summary_table(summary: dict[str, Any]) -> Table:
+    table = Table(title=f"job {summary['job']}: {summary['state']}", show_header=False)
+    table.add_row("reason", summary["reason"])
+    table.add_row("steps", str(summary["step"]))
+    table.add_row("samples", str(summary["samples"]))
+    table.add_row("seconds", f"{summary['elapsed_s']:.1f}")
+    table.add_row("goodput", f"{100 * summary['goodput']:.1f} %")
+    table.add_row("incidents", str(summary["incidents_total"]))
+    table.add_row("digest", summary["digest"] or "-")
+    return table
+
+

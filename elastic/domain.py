@@ -1,0 +1,400 @@
+"""The words of the runtime as values: what controller, agents and workers say to each other.
+
+Every class here mirrors one message of `proto/elastic/v1/runtime.proto`, where each field is documented; the machines
+speak these values and never protobuf. They are frozen, hold no references to anything that changes, and know nothing
+of clocks, sockets or processes.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+PROTOCOL_VERSION = 1
+FRESH_STEP = 0  # `committed` of a replica that has not trained yet
+
+
+class PlanKind(enum.IntEnum):
+    """How a world begins."""
+
+    UNSPECIFIED = 0
+    FOUND = 1
+    FENCE = 2
+    SWITCH = 3
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSpec:
+    """What a worker is about to train; all workers of a job must agree on it."""
+
+    slots: int = 0
+    virtual_replicas: int = 0
+    reduction: str = "ordered"
+    seed: int = 0
+    dataset_size: int = 0
+    batch_size: int = 0
+    shuffle: bool = False
+    drop_last: bool = False
+    layout_digest: str = ""
+    state_digest: str = ""
+
+    def difference(self, other: TrainingSpec, *, with_state: bool) -> str:
+        """Return the first difference in words, or "" when both train the same thing.
+
+        `with_state` compares the initial bits too: founders must start equal, joiners are given the state.
+        """
+        for name, words in _SPEC_WORDS.items():
+            if name == "state_digest" and not with_state:
+                continue
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                return f"{words} differ: {mine} here, {theirs} in the job"
+        return ""
+
+
+_SPEC_WORDS = {
+    "slots": "the requested slots",
+    "virtual_replicas": "the requested virtual replicas",
+    "reduction": "the reductions",
+    "seed": "the seeds",
+    "dataset_size": "the lengths of the dataset",
+    "batch_size": "the batch sizes",
+    "shuffle": "the shuffle settings",
+    "drop_last": "the drop_last settings",
+    "layout_digest": "names, shapes or dtypes of the parameters or buffers",
+    "state_digest": "the initial parameters or buffers (seed the model's construction on every worker alike)",
+}
+
+
+# What a worker says -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    spec: TrainingSpec = field(default_factory=TrainingSpec)
+
+
+@dataclass(frozen=True, slots=True)
+class Warm:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    generation: int = 0
+    committed: int = 0
+    voted: int = 0
+    has_state: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PrepareFailed:
+    generation: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Switched:
+    generation: int = 0
+    committed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    generation: int = 0
+    committed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveFailed:
+    generation: int = 0
+    step: int = 0
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    committed: int = 0
+    digest: str = ""
+    samples: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    step: int = 0
+    slot: int = -1
+    error: str = ""
+    traceback: str = ""
+    sample_ids: tuple[int, ...] = ()
+
+
+WorkerMessage = (
+    Registered | Warm | Prepared | PrepareFailed | Switched | Resumed | CollectiveFailed | Leaving | Failed
+)
+
+
+# What a worker is told --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    worker: str = ""
+    node: str = ""
+    rank: int = 0
+    local_rank: int = 0
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Who owns what in one generation, and why."""
+
+    generation: int = 0
+    kind: PlanKind = PlanKind.UNSPECIFIED
+    members: tuple[Member, ...] = ()
+    owners: tuple[int, ...] = ()
+    virtual_replicas: int = 0
+    store_node: str = ""
+    store_address: str = ""
+    prepare_timeout_ms: int = 0
+    reason: str = ""
+
+    @property
+    def slots(self) -> int:
+        return len(self.owners)
+
+    @property
+    def world_size(self) -> int:
+        return len(self.members)
+
+    def rank_of(self, worker: str) -> int | None:
+        """Rank of a worker in this world; None when the plan leaves it out."""
+        for member in self.members:
+            if member.worker == worker:
+                return member.rank
+        return None
+
+    def workers(self) -> frozenset[str]:
+        return frozenset(member.worker for member in self.members)
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    slots: int = 0
+    virtual_replicas: int = 0
+    reduction: str = "ordered"
+    seed: int = 0
+    committed: int = 0
+    joins_running_world: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Prepare:
+    plan: Plan = field(default_factory=Plan)
+
+
+@dataclass(frozen=True, slots=True)
+class Commit:
+    generation: int = 0
+    restore_step: int = 0
+    joiner_ranks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Abandon:
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    reason: str = ""
+
+
+WorkerCommand = Admitted | Prepare | Commit | Abandon | Finish
+
+
+# Agent and controller ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStatus:
+    worker: str = ""
+    local_rank: int = 0
+    pid: int = 0
+    generation: int = 0
+    committed: int = 0
+    progress: int = 0
+    loss: float = float("nan")
+    samples: int = 0
+    exited: bool = False
+    exit_reason: str = ""
+    messages: tuple[WorkerMessage, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AgentHello:
+    job: str = ""
+    node: str = ""
+    incarnation: str = ""
+    protocol_version: int = PROTOCOL_VERSION
+    token: str = field(default="", repr=False)
+    pid: int = 0
+    nproc: int = 1
+    peer_address: str = ""
+    worker_address: str = ""
+    highest_generation: int = 0
+    labels: tuple[tuple[str, str], ...] = ()
+    workers: tuple[WorkerStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    sequence: int = 0
+    workers: tuple[WorkerStatus, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted:
+    worker: str = ""
+    local_rank: int = 0
+    pid: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExited:
+    worker: str = ""
+    code: int = 0
+    reason: str = ""
+    blameless: bool = False
+    detected_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class FromWorker:
+    worker: str = ""
+    message: WorkerMessage = field(default_factory=Warm)
+
+
+@dataclass(frozen=True, slots=True)
+class Goodbye:
+    reason: str = ""
+
+
+AgentMessage = AgentHello | Heartbeat | WorkerStarted | WorkerExited | FromWorker | Goodbye
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    keep: tuple[str, ...] = ()
+    failure_timeout_ms: int = 2000
+    highest_generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class StartWorker:
+    worker: str = ""
+    local_rank: int = 0
+    rank_hint: int = 0
+    world_size_hint: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class KillWorker:
+    worker: str = ""
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ToWorker:
+    worker: str = ""
+    command: WorkerCommand = field(default_factory=Finish)
+
+
+@dataclass(frozen=True, slots=True)
+class Shutdown:
+    reason: str = ""
+    exit_code: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatAck:
+    sequence: int = 0
+
+
+ControllerMessage = Welcome | Refused | StartWorker | KillWorker | ToWorker | Shutdown | HeartbeatAck
+
+
+# What people see --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    worker: str = ""
+    rank: int = 0
+    local_rank: int = 0
+    pid: int = 0
+    state: str = ""
+    generation: int = 0
+    committed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    id: str = ""
+    state: str = ""
+    agent_pid: int = 0
+    address: str = ""
+    heartbeat_age_s: float = 0.0
+    workers: tuple[WorkerView, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Incident:
+    kind: str = ""
+    subject: str = ""
+    detected_by: str = ""
+    reason: str = ""
+    generation: int = 0
+    step: int = 0
+    steps_redone: int = 0
+    seconds_lost: float = -1.0
+    at_unix_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StatusReply:
+    job: str = ""
+    state: str = ""
+    reason: str = ""
+    generation: int = 0
+    step: int = 0
+    world_size: int = 0
+    nodes: tuple[NodeView, ...] = ()
+    slots: int = 0
+    virtual_replicas: int = 0
+    samples: int = 0
+    loss: float = float("nan")
+    elapsed_s: float = 0.0
+    productive_s: float = 0.0
+    incidents_total: int = 0
+    incidents: tuple[Incident, ...] = ()
+    digest: str = ""
+    step_s: float = 0.0
+    controller_pid: int = 0
+    reduction: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the job's history, as people read it."""
+
+    sequence: int = 0
+    at_unix_s: float = 0.0
+    kind: str = ""
+    text: str = ""
+    json: str = ""

@@ -1,0 +1,455 @@
+"""The step of a worker: slots, reduction, verdict, commit, and what happens when a world breaks in between.
+
+The engine runs on the main thread, inside calls that user code makes anyway: the loader's next, the optimizer's step,
+the end of the script. It asks the coordinator what it may do and never decides who lives, who leads, or which step is
+restored. User code sees more iterations after a failure, never an exception.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from elastic import verdict
+from elastic.buffers import CommittedBuffers
+from elastic.control import Coordinator
+from elastic.domain import Plan
+from elastic.errors import CollectiveAborted, ConfigError, ProtocolError
+from elastic.group import Group
+from elastic.progress import ProgressPage
+from elastic.protocol import (
+    Applied,
+    AskCommit,
+    AskVote,
+    AskWorld,
+    CollectiveBroke,
+    EnterWorld,
+    Finished,
+    FinishStep,
+    GoOn,
+    LoopEnded,
+    MayCommit,
+    MayVote,
+    StateReceived,
+    Wait,
+    Warmed,
+)
+from elastic.records import SampleRecord
+from elastic.reduction import Reduced, Reducer, Reduction
+from elastic.sampler import SlotSampler
+from elastic.state import TrainingState
+from elastic.transfer import receive_state, send_state
+
+LOSS_EXTRAS = 2  # sum of the logged losses, and how many slots logged one
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One micro-batch that user code is about to compute.
+
+    Attributes:
+        step, slot: Logical coordinates; they seed everything random.
+        ids: Sample ids.
+        counts: False for a throwaway slot: nothing of it is kept.
+        is_last: Whether the step is reduced at the end of this slot.
+    """
+
+    step: int
+    slot: int
+    ids: tuple[int, ...]
+    counts: bool
+    is_last: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What user code handed to prepare()."""
+
+    models: Mapping[str, nn.Module]
+    optimizers: Mapping[str, Optimizer]
+    schedulers: Mapping[str, Any]
+    parameters: Sequence[nn.Parameter]
+
+
+class Engine:
+    """Drives one worker's steps."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        parts: Parts,
+        sampler: SlotSampler,
+        *,
+        replicas: int,
+        reduction: Reduction,
+        joins: bool,
+        page: ProgressPage | None,
+        record: SampleRecord | None,
+    ) -> None:
+        self.coordinator = coordinator
+        self.sampler = sampler
+        self.parts = parts
+        self.buffers = CommittedBuffers(parts.models)
+        self.state = TrainingState(parts.models, parts.optimizers, parts.schedulers, self.buffers.copies)
+        self.reducer = Reducer(
+            parts.parameters,
+            replicas=replicas,
+            reduction=reduction,
+            extras=self.buffers.extras + LOSS_EXTRAS,
+        )
+        self.plan: Plan | None = None
+        self.rank = 0
+        self.group: Group | None = None
+        self.committed = 0
+        self.samples = 0
+        self.loss = float("nan")
+        self.slot: Slot | None = None
+        self.committed_in_slot = False  # the optimizer step of the present slot was the commit
+        self.skipped_in_slot = False
+        self.clips: list[Callable[[], None]] = []
+        self.reduced: Reduced | None = None
+        self.to_announce: list[int] = []  # committed steps whose callbacks have not run
+        self.on_commit: list[Callable[[int], None]] = []
+        self._inner_steps = [optimizer.step for optimizer in parts.optimizers.values()]
+        self._stepped: set[int] = set()
+        self._must_warm = joins
+        self._donate: tuple[int, ...] = ()
+        self._slot_loss: list[float] = []
+        self._page = page
+        self._record = record
+        self._committed_in = 0  # generation that committed the newest step
+
+    # -- what the loader asks --------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """The step in progress, counted from 1."""
+        return self.committed + 1
+
+    def end_iteration(self) -> None:
+        """End the present slot, and with it the step if it was committed: user code asks for more.
+
+        Raises:
+            ConfigError: an optimizer was not stepped in this iteration.
+        """
+        slot, self.slot = self.slot, None
+        if slot is None:
+            return
+        if not slot.counts:
+            self.reducer.discard_slot()
+            self.buffers.restore()
+            if self._must_warm:
+                self._must_warm = False
+                self.coordinator.feed(Warmed())
+        elif len(self._stepped) < len(self._inner_steps):
+            raise ConfigError(
+                f"{len(self._inner_steps) - len(self._stepped)} of {len(self._inner_steps)} prepared optimizers were not "
+                f"stepped in an iteration of step {slot.step}: call every optimizer's step() once per iteration"
+            )
+        self._announce()
+
+    def next_slot(self, epoch: int) -> Slot | None:
+        """Return the next slot of a data epoch, or None when the step in progress belongs to another one.
+
+        Blocks while the world is being regrouped. Raises SystemExit when the world goes on without this worker.
+        """
+        self.end_iteration()
+        self._beat()
+        if self._must_warm:
+            slot = Slot(self.step, 0, self.sampler.ids(self.step, 0), counts=False, is_last=True)
+            return self._open_slot(slot)
+        self._settle()
+        if self.sampler.epoch_of(self.step) != epoch:
+            return None
+        return self._open_slot(self._choose())
+
+    def epoch(self) -> int:
+        """Return the data epoch of the step in progress."""
+        return self.sampler.epoch_of(self.step)
+
+    def _choose(self) -> Slot:
+        remaining = self.reducer.remaining_slots()
+        if not remaining:
+            # Nothing to compute (an epoch's short last step, or all was kept through a regroup), but the code behind
+            # optimizer.step() must run for this step too: a throwaway slot carries it.
+            return Slot(self.step, 0, self.sampler.ids(self.step, 0), counts=True, is_last=True)
+        slot = remaining[0]
+        return Slot(self.step, slot, self.sampler.ids(self.step, slot), counts=True, is_last=len(remaining) == 1)
+
+    def _open_slot(self, slot: Slot) -> Slot:
+        self.slot = slot
+        self._stepped.clear()
+        self._slot_loss = []
+        self.committed_in_slot = self.skipped_in_slot = False
+        self.clips = []
+        self.buffers.begin_slot()
+        real = slot.counts and slot.slot in self.reducer.remaining_slots()
+        sizes = set(self.sampler.sizes(slot.step)) - {0}
+        self.reducer.begin_slot(
+            slot.slot if real else None, float(len(slot.ids)) if real and len(sizes) > 1 else None
+        )
+        if real and slot.is_last:
+            self.reducer.arm(self._divisor())
+        return slot
+
+    def _divisor(self) -> float:
+        """What the sum over slots is divided by, so that it is the mean over the global batch's samples."""
+        sizes = [size for size in self.sampler.sizes(self.step) if size]
+        return float(len(sizes) if len(set(sizes)) == 1 else sum(sizes))
+
+    def _empty_slots(self) -> tuple[int, ...]:
+        return tuple(slot for slot, size in enumerate(self.sampler.sizes(self.step)) if size == 0)
+
+    def _end_slot(self) -> None:
+        slot = self.slot
+        assert slot is not None
+        extras = torch.cat(
+            [
+                self.buffers.of_slot(slot.slot),
+                torch.tensor([sum(self._slot_loss), float(bool(self._slot_loss))], dtype=torch.float64),
+            ]
+        )
+        self.reducer.end_slot(extras)
+
+    def log_loss(self, value: float) -> None:
+        """Take a slot's loss for the global mean of its step."""
+        self._slot_loss = [value]
+
+    # -- what the optimizer asks -----------------------------------------------------------------------------------
+
+    def optimizer_step(self, index: int) -> None:
+        """User code called step() of one optimizer; the last of them ends the slot, and perhaps the step."""
+        slot = self.slot
+        if slot is None:
+            raise ProtocolError(
+                "optimizer.step() was called outside the prepared loader's loop: step only inside `for ... in loader`"
+            )
+        self._stepped.add(index)
+        if len(self._stepped) < len(self._inner_steps) or not slot.counts:
+            return
+        if slot.slot in self.reducer.remaining_slots():
+            self._end_slot()
+        else:
+            self.reducer.discard_slot()
+        if slot.is_last:
+            self._commit_step()
+
+    def clip(self, request: Callable[[], None]) -> None:
+        """Remember a clipping: it is done when the step has been reduced, before its verdict."""
+        if self.slot is not None and self.slot.counts and self.slot.is_last:
+            self.clips.append(request)
+
+    def _commit_step(self) -> None:
+        """Reduce, vote and commit the step in progress; on a broken world regroup and try again.
+
+        Returns without a commit when the regrouped world gives this worker more slots to compute.
+        """
+        step = self.step
+        while True:
+            try:
+                if self._try_commit(step):
+                    return
+                reason = "sealed"
+            except CollectiveAborted as error:
+                reason = str(error)
+                self.coordinator.feed(CollectiveBroke(reason))
+            if self._regroup(step):
+                return
+            if self.reducer.remaining_slots():
+                return
+
+    def _try_commit(self, step: int) -> bool:
+        group = self.group
+        assert group is not None and self.plan is not None
+        reduced = self.reducer.finish(self._divisor())
+        self.reduced = reduced
+        if reduced.complete:
+            self._clip()
+        answer = self.coordinator.ask(AskVote(step))
+        if not isinstance(answer, MayVote):
+            return False
+        outcome = verdict.cast(
+            group,
+            verdict.Vote(
+                step=step,
+                generation=answer.generation,
+                complete=reduced.complete,
+                finite=reduced.finite,
+                groups_hash=self._groups_hash(),
+                next_generation=answer.next_generation,
+                stop=False,
+                presence=self.reducer.presence(),
+            ),
+        )
+        if outcome.decision is verdict.Decision.RETRY:
+            self._plan_step()
+            return False
+        if not isinstance(self.coordinator.ask(AskCommit(step, outcome.next_generation)), MayCommit):
+            return False
+        self._apply(step, outcome.presence, commit=outcome.decision is verdict.Decision.COMMIT)
+        return True
+
+    def _clip(self) -> None:
+        if self.clips:
+            self.reducer.install(self.reducer.presence_after_reduction())
+            for request in self.clips:
+                request()
+
+    def _groups_hash(self) -> int:
+        """Hash of what the optimizers are about to do; it must be equal on all workers."""
+        groups = [
+            [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            for optimizer in self.parts.optimizers.values()
+        ]
+        return zlib.crc32(repr(groups).encode())
+
+    def _apply(self, step: int, presence: Sequence[bool], *, commit: bool) -> None:
+        reduced = self.reduced
+        assert reduced is not None and self.plan is not None
+        self.reducer.install(presence)
+        slots = sum(1 for size in self.sampler.sizes(step) if size)
+        if commit:
+            for inner in self._inner_steps:
+                inner()
+            self.buffers.commit(reduced.extras[: self.buffers.extras], slots)
+        else:
+            self.buffers.restore()
+        losses, logged = reduced.extras[self.buffers.extras :].tolist()
+        if logged:
+            self.loss = losses / logged
+        if self._record is not None:
+            mine = [s for s, owner in enumerate(self.plan.owners) if owner == self.rank]
+            self._record.write(step, self.plan.generation, {s: self.sampler.ids(step, s) for s in mine})
+        self.committed, self._committed_in = step, self.plan.generation
+        self.samples += self.sampler.samples(step)
+        self.reduced = None
+        self.committed_in_slot, self.skipped_in_slot = True, not commit
+        self.reducer.clear()
+        self.to_announce.append(step)
+        self.coordinator.feed(Applied(step))
+        self._plan_step()
+        self._show()
+
+    # -- worlds ----------------------------------------------------------------------------------------------------
+
+    def _regroup(self, step: int) -> bool:
+        """Wait for the next world and enter it; returns whether `step` was committed on the way."""
+        committed = False
+        while True:
+            answer = self.coordinator.ask_until(AskWorld(), lambda a: not isinstance(a, Wait))
+            match answer:
+                case FinishStep(finished):
+                    # Others saw this step's verdict pass, and this worker holds the whole reduced gradient.
+                    presence = self.reducer.presence_after_reduction()
+                    self._apply(finished, presence, commit=self.reducer.output_is_finite())
+                    committed = True
+                case EnterWorld():
+                    self._enter(answer)
+                    return committed
+                case GoOn():
+                    return committed
+                case Finished():
+                    raise SystemExit(0)  # drained: the world goes on without this worker
+                case _:
+                    raise ProtocolError(f"{answer} while regrouping: a fault of the runtime")
+
+    def _settle(self) -> None:
+        """At a fetch: wait out a regroup, adopt a new world, pass the state on to joiners."""
+        while True:
+            self._regroup(self.step)
+            if not self._donate:
+                return
+            joiners, self._donate = self._donate, ()
+            try:
+                self._pass_state(joiners)
+                return
+            except CollectiveAborted as error:
+                self.coordinator.feed(CollectiveBroke(str(error)))
+
+    def _enter(self, world: EnterWorld) -> None:
+        if self.plan is not None and world.rank == 0:
+            self._record_for_the_dead(self.plan, world.plan)
+        self.plan, self.rank = world.plan, world.rank
+        self.group = self.coordinator.group(world.plan.generation)
+        self._donate = world.joiner_ranks
+        self._plan_step()
+        self._show()
+        self.coordinator.bury()
+
+    def _record_for_the_dead(self, old: Plan, new: Plan) -> None:
+        """Write what lost workers used of the newest step: they may have died between their vote and their record."""
+        if self._record is None or self.committed == 0 or self._committed_in != old.generation:
+            return
+        lost = {member.rank for member in old.members if member.worker not in new.workers()}
+        slots = [slot for slot, owner in enumerate(old.owners) if owner in lost]
+        self._record.write(self.committed, old.generation, {s: self.sampler.ids(self.committed, s) for s in slots})
+
+    def _plan_step(self) -> None:
+        """Tell the reducer who owns which slots of the step in progress."""
+        assert self.plan is not None and self.group is not None
+        self.reducer.plan(self.group, self.plan.owners, self._empty_slots())
+
+    def _pass_state(self, joiners: tuple[int, ...]) -> None:
+        """Every rank that holds the state gives a share of it to every rank that does not."""
+        assert self.plan is not None and self.group is not None
+        donors = tuple(rank for rank in range(self.plan.world_size) if rank not in joiners)
+        if self.rank not in joiners:
+            send_state(self.group, self.state, donors, joiners, self.committed)
+            return
+        self.committed = receive_state(self.group, self.state, donors)
+        self.buffers.restore()
+        self.samples = self.sampler.samples_until(self.committed)
+        self.coordinator.feed(StateReceived(self.committed))
+        self.reducer.clear()
+        self._plan_step()
+        self._show()
+
+    # -- the end ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """The training loop is over here: say so, and wait until it is over for all."""
+        if self.slot is not None and not self.committed_in_slot:
+            self.slot = None  # the loop was left in the middle of a step, which then never happened
+            self.reducer.discard_slot()
+        self.end_iteration()
+        self.coordinator.feed(LoopEnded(self.state.digest_model(), self.samples))
+        while True:
+            answer = self.coordinator.ask_until(AskWorld(), lambda a: not isinstance(a, Wait | GoOn))
+            if isinstance(answer, Finished):
+                return
+            if isinstance(answer, EnterWorld):
+                self._enter(answer)
+
+    # -- what people see -------------------------------------------------------------------------------------------
+
+    def _announce(self) -> None:
+        steps, self.to_announce = self.to_announce, []
+        if self.rank == 0:
+            for step in steps:
+                for callback in self.on_commit:
+                    callback(step)
+
+    def on_forward(self, *_: object) -> None:
+        """A forward of a prepared model has ended (a module hook): the process makes progress."""
+        self._beat()
+
+    def _beat(self) -> None:
+        if self._page is not None:
+            self._page.beat()
+
+    def _show(self) -> None:
+        if self._page is not None:
+            self._page.show(
+                generation=self.plan.generation if self.plan is not None else 0,
+                committed=self.committed,
+                samples=self.samples,
+                loss=self.loss,
+            )
+
+

@@ -1,0 +1,81 @@
+"""The progress page: one page of shared memory through which a worker shows its agent that it lives.
+
+A heartbeat thread keeps beating while the main thread hangs, and a thread that holds the GIL stops it while all is
+well; a counter in shared memory has neither fault, and reading it costs the worker nothing. Every field is eight bytes
+and aligned, so a reader sees old or new, never a mixture. The page carries numbers for people and for the detection of
+hangs; no decision about committed state is ever taken from it.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import struct
+from dataclasses import dataclass
+
+PAGE_SIZE_BYTES = 4096
+_FIELDS = ("progress", "generation", "committed", "samples")
+_OFFSET = {name: 8 * index for index, name in enumerate(_FIELDS)}
+_LOSS_OFFSET = 8 * len(_FIELDS)
+_UNSIGNED = struct.Struct("<Q")
+_DOUBLE = struct.Struct("<d")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a progress page showed at one moment."""
+
+    progress: int
+    generation: int
+    committed: int
+    samples: int
+    loss: float
+
+
+class ProgressPage:
+    """One worker's page; the worker writes, the agent reads.
+
+    Raises:
+        OSError: the file descriptor is no memory file of a page.
+    """
+
+    def __init__(self, fd: int) -> None:
+        self._map = mmap.mmap(fd, PAGE_SIZE_BYTES)
+        self._count = 0
+
+    @staticmethod
+    def create(name: str) -> int:
+        """Return the descriptor of a new page (a memfd: it vanishes with its last user)."""
+        fd = os.memfd_create(f"elastic-progress-{name}")
+        os.ftruncate(fd, PAGE_SIZE_BYTES)
+        page = mmap.mmap(fd, PAGE_SIZE_BYTES)
+        _DOUBLE.pack_into(page, _LOSS_OFFSET, float("nan"))
+        page.close()
+        return fd
+
+    def beat(self) -> None:
+        """Count one forward, backward or fetch."""
+        self._count += 1
+        _UNSIGNED.pack_into(self._map, _OFFSET["progress"], self._count)
+
+    def show(self, *, generation: int, committed: int, samples: int, loss: float) -> None:
+        """Write what people see."""
+        _UNSIGNED.pack_into(self._map, _OFFSET["generation"], generation)
+        _UNSIGNED.pack_into(self._map, _OFFSET["committed"], committed)
+        _UNSIGNED.pack_into(self._map, _OFFSET["samples"], samples)
+        _DOUBLE.pack_into(self._map, _LOSS_OFFSET, loss)
+
+    def read(self) -> Progress:
+        """Return what the page shows now."""
+        values = {name: _UNSIGNED.unpack_from(self._map, offset)[0] for name, offset in _OFFSET.items()}
+        return Progress(
+            progress=values["progress"],
+            generation=values["generation"],
+            committed=values["committed"],
+            samples=values["samples"],
+            loss=_DOUBLE.unpack_from(self._map, _LOSS_OFFSET)[0],
+        )
+
+    def close(self) -> None:
+        """Unmap the page."""
+        self._map.close()

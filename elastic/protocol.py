@@ -1,0 +1,478 @@
+"""The worker's side of the protocol, as a pure machine: vote, seal, commit, abort, park, join, leave.
+
+Two threads of a worker feed it under one lock: the control thread with what the controller says, the main thread with
+what it wants to do. Everything that decides who wins between them lives here, in one word:
+
+    OPEN        the main thread computes a step and may vote
+    COMMITTING  the main thread writes parameters; nothing may stop it now
+    SEALED      a newer generation is on its way; the main thread may neither vote nor write until it has adopted it
+
+Main goes OPEN -> COMMITTING only if it is OPEN, control goes OPEN -> SEALED only if it is OPEN, and the loser obeys.
+What a worker reports (`Prepared`) is therefore final: after the seal nothing is voted or committed any more.
+
+The machine performs nothing: `step` returns effects. It must never read a clock, touch a socket or see a tensor.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from elastic.domain import (
+    Abandon,
+    Admitted,
+    CollectiveFailed,
+    Commit,
+    Failed,
+    Finish,
+    Leaving,
+    Plan,
+    PlanKind,
+    Prepare,
+    Prepared,
+    PrepareFailed,
+    Registered,
+    Resumed,
+    Switched,
+    TrainingSpec,
+    Warm,
+    WorkerCommand,
+    WorkerMessage,
+)
+
+
+class Word(enum.Enum):
+    """Who may write parameters; see the module's docstring."""
+
+    OPEN = "open"
+    COMMITTING = "committing"
+    SEALED = "sealed"
+
+
+# Events: what happens to a worker ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """The controller said something."""
+
+    command: WorkerCommand
+
+
+@dataclass(frozen=True, slots=True)
+class GroupStands:
+    """The process group of a generation is built and its first operation has succeeded."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class GroupFell:
+    """The process group of a generation could not be built."""
+
+    generation: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Register:
+    """Main: prepare() knows what is to be trained."""
+
+    spec: TrainingSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Warmed:
+    """Main: the throwaway slot of a joiner is done."""
+
+
+@dataclass(frozen=True, slots=True)
+class AskVote:
+    """Main: I hold the whole reduced gradient of `step` and want to vote."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskCommit:
+    """Main: the verdict on `step` passed; I want to write. `next_generation` is the verdict's minimum."""
+
+    step: int
+    next_generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """Main: the update of `step` is written (or skipped by the verdict)."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class AskWorld:
+    """Main: I am outside every collective; where do I stand?"""
+
+
+@dataclass(frozen=True, slots=True)
+class StateReceived:
+    """Main of a joiner: parameters and optimizer state as of `committed` are here."""
+
+    committed: int
+
+
+@dataclass(frozen=True, slots=True)
+class CollectiveBroke:
+    """Main: an operation of the adopted world failed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class LoopEnded:
+    """Main: the training loop is over."""
+
+    digest: str
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class UserCodeRaised:
+    """Main: an exception is about to end the process."""
+
+    failure: Failed
+
+
+Event = (
+    Heard
+    | GroupStands
+    | GroupFell
+    | Register
+    | Warmed
+    | AskVote
+    | AskCommit
+    | Applied
+    | AskWorld
+    | StateReceived
+    | CollectiveBroke
+    | LoopEnded
+    | UserCodeRaised
+)
+
+
+# Effects: what the shell must do, in order ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Send:
+    """Tell the controller."""
+
+    message: WorkerMessage
+
+
+@dataclass(frozen=True, slots=True)
+class BuildGroup:
+    """Build this plan's process group beside whatever runs, then report GroupStands or GroupFell."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
+class DropGroup:
+    """Cancel the building of a generation's group, or abort it where it stands: it will not be used (any more)."""
+
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class WakeMain:
+    """Something that the main thread may be waiting for has changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """End the process at once; nothing that it holds is needed."""
+
+    reason: str
+
+
+# Answers to the main thread's questions, among the effects of the same call.
+
+
+@dataclass(frozen=True, slots=True)
+class MayVote:
+    """Vote now, in this generation, naming the newest generation that this worker is ready to switch to."""
+
+    generation: int
+    next_generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class MayCommit:
+    """Write now; say Applied when done."""
+
+
+@dataclass(frozen=True, slots=True)
+class MustRegroup:
+    """The word is sealed or the world is broken: leave the collective and AskWorld."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class GoOn:
+    """The adopted world stands: continue the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nothing can be done before the controller has spoken: wait to be woken, then AskWorld again."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FinishStep:
+    """Others have committed `step`, for which this worker holds the reduced gradient: apply it, say Applied."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnterWorld:
+    """Adopted: train in `plan` after step `committed`. Ranks in `joiner_ranks` must be given the state first."""
+
+    plan: Plan
+    rank: int
+    committed: int
+    joiner_ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Nothing is left to do here: the job is over, or the world goes on without this worker as planned."""
+
+    reason: str
+
+
+Answer = MayVote | MayCommit | MustRegroup | GoOn | Wait | FinishStep | EnterWorld | Finished
+Effect = Send | BuildGroup | DropGroup | WakeMain | Exit | Answer
+
+
+class WorkerMachine:
+    """State of one worker process; see the module's docstring for its law."""
+
+    def __init__(self, worker: str) -> None:
+        self.worker = worker
+        self.word = Word.OPEN
+        self.committed = 0
+        self.voted = 0
+        self.has_state = True  # the initial weights are the state of step 0, until Admitted says otherwise
+        self.world: Plan | None = None
+        self.broken = ""  # why the adopted world cannot be used any more; "" while it can
+        self.newest_generation = 0
+        self.pending: Plan | None = None
+        self.pending_stands = False
+        self.pending_reported = False
+        self.order: Commit | None = None
+        self.switch_decided = 0  # generation that the last verdict told everyone to adopt
+        self.retired = 0  # generation that a switch replaced, whose group peers may still be reading from
+        self.admitted: Admitted | None = None
+        self.left: Leaving | None = None
+        self.resumed_in = 0
+        self.finished = ""
+
+    # -- dispatch --------------------------------------------------------------------------------------------------
+
+    def step(self, event: Event) -> list[Effect]:
+        """Take one event in and return what must be done, in order."""
+        match event:
+            case Heard(command):
+                return self._heard(command)
+            case GroupStands(generation):
+                return self._group_stands(generation)
+            case GroupFell(generation, reason):
+                if self.pending is None or self.pending.generation != generation:
+                    return []
+                return [Send(PrepareFailed(generation, reason))]
+            case Register(spec):
+                return [Send(Registered(spec))]
+            case Warmed():
+                return [Send(Warm())]
+            case AskVote(step):
+                return self._ask_vote(step)
+            case AskCommit(step, next_generation):
+                return self._ask_commit(step, next_generation)
+            case Applied(step):
+                return self._applied(step)
+            case AskWorld():
+                return self._ask_world()
+            case StateReceived(committed):
+                self.has_state, self.committed, self.voted = True, committed, committed
+                return []
+            case CollectiveBroke(reason):
+                return self._collective_broke(reason)
+            case LoopEnded(digest, samples):
+                self.left = Leaving(self.committed, digest, samples)
+                return [Send(self.left)]
+            case UserCodeRaised(failure):
+                return [Send(failure)]
+
+    # -- the controller's side -------------------------------------------------------------------------------------
+
+    def _heard(self, command: WorkerCommand) -> list[Effect]:
+        match command:
+            case Admitted():
+                self.admitted = command
+                self.has_state = not command.joins_running_world
+                return [WakeMain()]
+            case Prepare(plan):
+                return self._prepare(plan)
+            case Commit(generation):
+                if self.pending is None or self.pending.generation != generation or self.order is not None:
+                    return []
+                self.order = command
+                return [WakeMain()]
+            case Abandon(generation):
+                if self.pending is None or self.pending.generation != generation or self.order is not None:
+                    return []
+                self._forget_pending()
+                return [DropGroup(generation)]
+            case Finish(reason):
+                self.finished = reason or "the job is over"
+                return [WakeMain()]
+
+    def _prepare(self, plan: Plan) -> list[Effect]:
+        if plan.generation <= self.newest_generation:
+            return []  # the fence: an older generation has nothing to say any more
+        self.newest_generation = plan.generation
+        effects: list[Effect] = []
+        if self.pending is not None:
+            effects.append(DropGroup(self.pending.generation))
+        self._forget_pending()
+        included = plan.rank_of(self.worker) is not None
+        if plan.kind is PlanKind.FENCE:
+            if not included:
+                return [*effects, Exit(f"generation {plan.generation} leaves this worker out: {plan.reason}")]
+            self.switch_decided = 0
+            if self.retired:
+                effects.append(DropGroup(self.retired))
+                self.retired = 0
+            if self.world is not None:
+                effects.append(DropGroup(self.world.generation))
+                self.broken = plan.reason
+        self.pending = plan
+        if plan.kind is not PlanKind.SWITCH and self.word is Word.OPEN:
+            self.word = Word.SEALED
+        if included:
+            effects.append(BuildGroup(plan))
+        else:
+            self.pending_stands = True  # it leaves with this switch, so there is nothing to build
+        effects.append(WakeMain())
+        return effects + self._report_if_ready()
+
+    def _forget_pending(self) -> None:
+        self.pending, self.pending_stands, self.pending_reported, self.order = None, False, False, None
+
+    def _group_stands(self, generation: int) -> list[Effect]:
+        if self.pending is None or self.pending.generation != generation:
+            return [DropGroup(generation)]
+        self.pending_stands = True
+        return self._report_if_ready()
+
+    def _report_if_ready(self) -> list[Effect]:
+        plan = self.pending
+        if plan is None or not self.pending_stands or self.pending_reported:
+            return []
+        if plan.kind is not PlanKind.SWITCH and self.word is not Word.SEALED:
+            return []  # main is writing; what it writes belongs in the report
+        self.pending_reported = True
+        return [Send(Prepared(plan.generation, self.committed, self.voted, self.has_state))]
+
+    # -- the main thread's side ------------------------------------------------------------------------------------
+
+    def _ask_vote(self, step: int) -> list[Effect]:
+        if self.word is not Word.OPEN or self.broken or self.world is None:
+            return [MustRegroup(self.broken or "sealed")]
+        if step != self.committed + 1:
+            return [Exit(f"vote on step {step} after {self.committed} committed steps: a fault of the runtime")]
+        self.voted = step
+        ready = self.world.generation
+        if self.pending is not None and self.order is not None:
+            ready = self.pending.generation
+        return [MayVote(self.world.generation, ready)]
+
+    def _ask_commit(self, step: int, next_generation: int) -> list[Effect]:
+        if self.word is not Word.OPEN or self.world is None:
+            return [MustRegroup(self.broken or "sealed")]
+        self.word = Word.COMMITTING
+        if next_generation > self.world.generation:
+            self.switch_decided = next_generation
+        return [MayCommit()]
+
+    def _applied(self, step: int) -> list[Effect]:
+        self.committed = step
+        self.word = Word.OPEN
+        effects: list[Effect] = []
+        if self.retired:
+            effects.append(DropGroup(self.retired))
+            self.retired = 0
+        if self.pending is not None and self.pending.kind is not PlanKind.SWITCH:
+            self.word = Word.SEALED
+            return effects + self._report_if_ready()
+        if self.world is not None and self.resumed_in < self.world.generation:
+            self.resumed_in = self.world.generation
+            effects.append(Send(Resumed(self.world.generation, step)))
+        return effects
+
+    def _collective_broke(self, reason: str) -> list[Effect]:
+        if self.world is None or self.broken:
+            return []
+        self.broken = reason
+        # Dropping the group makes the failure everybody's at once: no peer waits for a timeout.
+        effects: list[Effect] = [DropGroup(self.world.generation)]
+        if self.word is Word.OPEN:
+            effects.append(Send(CollectiveFailed(self.world.generation, self.committed + 1, reason)))
+        return effects
+
+    def _ask_world(self) -> list[Effect]:
+        if self.finished:
+            return [Finished(self.finished)]
+        if self.pending is not None and self.order is not None:
+            if self.pending.kind is not PlanKind.SWITCH:
+                return self._adopt_after_fence(self.pending, self.order)
+            if self.world is None or self.switch_decided == self.pending.generation:
+                return self._adopt(self.pending, self.order)
+        if self.word is Word.SEALED or self.broken:
+            return [Wait(self.broken or "a newer generation is being prepared")]
+        if self.world is None:
+            return [Wait("the first world has not formed yet")]
+        return [GoOn()]
+
+    def _adopt_after_fence(self, plan: Plan, order: Commit) -> list[Effect]:
+        if self.has_state and order.restore_step != self.committed:
+            if order.restore_step == self.committed + 1 == self.voted:
+                self.word = Word.COMMITTING
+                return [FinishStep(order.restore_step)]
+            return [
+                Exit(
+                    f"generation {plan.generation} restores step {order.restore_step}, but this worker has committed "
+                    f"{self.committed} and voted {self.voted}: its state cannot be brought there"
+                )
+            ]
+        return self._adopt(plan, order)
+
+    def _adopt(self, plan: Plan, order: Commit) -> list[Effect]:
+        rank = plan.rank_of(self.worker)
+        if plan.kind is PlanKind.SWITCH and self.world is not None:
+            # A slower peer may still be reading the verdict from the old group; the next commit proves that none is.
+            self.retired = self.world.generation
+        self._forget_pending()
+        self.word, self.broken, self.switch_decided = Word.OPEN, "", 0
+        self.voted = self.committed  # an undecided step is redone: its reduced gradient is not a vote any more
+        switched = Send(Switched(plan.generation, self.committed))
+        if rank is None:
+            # The old group stays until the controller knows that all others have switched, and says Finish.
+            self.world = None
+            return [switched, Wait(plan.reason)]
+        self.world = plan
+        return [switched, EnterWorld(plan, rank, self.committed, order.joiner_ranks)]

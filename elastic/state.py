@@ -1,0 +1,465 @@
+"""The training state of one replica: what a joiner must receive to train on with the same bits.
+
+Reads models, optimizers and schedulers through their public attributes, addresses an optimizer's state by
+(optimizer, group, position in the group), and splits everything into large tensors (the manifest) and small
+values (JSON text). Reading must never change what is read: no hidden optimizer step, no state that springs
+into being, no alias of a live tensor in the small part. No rank, no memory address and no order of insertion
+may reach the output, since several donors describe the same state and must agree byte for byte.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from elastic.encoding import TENSOR_DTYPES, check_dense, decode, encode, flat_bytes, raw_view
+from elastic.errors import ConfigError, TransferError
+
+DIGEST_SIZE_BYTES = 16
+DIMENSIONS_MAX = 64
+
+StateAddress = tuple[int, int, str]
+"""Where a value of an optimizer's state is: index of the group, index of the parameter in it, key."""
+
+
+class EntryKind(enum.StrEnum):
+    """What a tensor of the state belongs to."""
+
+    PARAMETER = "parameter"
+    BUFFER = "buffer"
+    OPTIMIZER = "optimizer"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of the training state, described.
+
+    Attributes:
+        kind: what it belongs to. name: "<model>.<name in the model>" of a parameter or buffer; the
+            optimizer's name otherwise. dtype: torch's name of the dtype, such as "bfloat16". shape: sides.
+            device: type of the device, such as "cpu" or "cuda". address: where in the optimizer; None for
+            parameters and buffers. stride: of an optimizer's tensor that is dense but not row-major, None
+            otherwise. Kept because the order in
+            which a kernel sums (a norm, a matrix product) follows the memory, and so do the last bits.
+    """
+
+    kind: EntryKind
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    device: str
+    address: StateAddress | None = None
+    stride: tuple[int, ...] | None = None
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor's elements."""
+        return math.prod(self.shape) * TENSOR_DTYPES[self.dtype].itemsize
+
+    @property
+    def label(self) -> str:
+        """The entry in words, for errors."""
+        if self.address is None:
+            return f"{self.kind} {self.name!r}"
+        group, index, key = self.address
+        return f"state {key!r} of parameter {index} in group {group} of optimizer {self.name!r}"
+
+    @property
+    def description(self) -> str:
+        """What must be equal on both sides, in words."""
+        return f"{self.dtype} of shape {self.shape} on {self.device}"
+
+    def to_json(self) -> list[Any]:
+        """As a list of JSON's own types."""
+        return [self.kind.value, self.name, self.dtype, self.shape, self.device, self.address, self.stride]
+
+    @classmethod
+    def from_json(cls, fields: object) -> Entry:
+        """The inverse of `to_json`.
+
+        Raises:
+            TransferError: `fields` is not what `to_json` can return.
+        """
+        try:
+            kind, name, dtype, shape, device, address, stride = _checked(fields, list)
+            entry = cls(
+                kind=EntryKind(kind),
+                name=_checked(name, str),
+                dtype=_checked(dtype, str),
+                shape=_sides(shape),
+                device=_checked(device, str),
+                address=None if address is None else _address(address),
+                stride=None if stride is None else _sides(stride),
+            )
+        except (ValueError, TypeError) as error:
+            raise TransferError(
+                f"A manifest holds a malformed entry ({error}): ask for the state again."
+            ) from error
+        is_state = entry.kind is EntryKind.OPTIMIZER
+        is_sound = entry.dtype in TENSOR_DTYPES and is_state == (entry.address is not None)
+        if not is_sound or (entry.stride is not None and not _fills_memory(entry.shape, entry.stride)):
+            raise TransferError(f"A manifest holds an impossible entry ({fields}): ask for the state again.")
+        return entry
+
+
+class TrainingState:
+    """Models, optimizers and schedulers of one replica, readable as bytes and writable from bytes.
+
+    Args:
+        models: by name. Parameters and buffers that several models share count once. optimizers: by name;
+            each may hold only parameters of the models. schedulers: by name; anything with `state_dict()` and
+            `load_state_dict()`. buffers: tensors to read and write in place of the modules' buffers of the
+            same full name ("<model>.<name>"),
+            such as the committed copy. Looked up anew each time; buffers that it lacks are the modules' own.
+
+    Raises:
+        ConfigError: an optimizer or a scheduler of a kind that cannot be moved.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        schedulers: Mapping[str, Any],
+        buffers: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.models = models
+        self.optimizers = optimizers
+        self.schedulers = schedulers
+        self.buffers: Mapping[str, Tensor] = {} if buffers is None else buffers
+        for name, optimizer in optimizers.items():
+            if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
+                raise ConfigError(
+                    f"Optimizer {name!r} is {type(optimizer).__name__}, whose state cannot be moved between "
+                    "workers: use another optimizer."
+                )
+        for name, scheduler in schedulers.items():
+            if not hasattr(scheduler, "state_dict") or not hasattr(scheduler, "load_state_dict"):
+                raise ConfigError(
+                    f"Scheduler {name!r} ({type(scheduler).__qualname__}) has no state_dict() and "
+                    "load_state_dict(): add them, so that a worker that joins can take over its state."
+                )
+
+    def digest_model(self) -> str:
+        """Hex digest of all parameters and buffers, compared by bits: the digest of a run.
+
+        BLAKE2b over the tensors in the order of their names, each framed by name, dtype and shape. Memory
+        formats and devices do not matter.
+        """
+        digest = hashlib.blake2b(digest_size=DIGEST_SIZE_BYTES)
+        for entry, tensor in sorted(self._model_items(), key=lambda item: item[0].name):
+            frame = json.dumps([entry.name, entry.dtype, entry.shape]).encode()
+            digest.update(len(frame).to_bytes(8, "little") + frame)
+            data = flat_bytes(tensor).cpu()
+            digest.update(raw_view(data))
+        return digest.hexdigest()
+
+    def digest_layout(self) -> str:
+        """Hex digest of names, dtypes and shapes of all parameters and buffers: what can be trained together."""
+        digest = hashlib.blake2b(digest_size=DIGEST_SIZE_BYTES)
+        for entry, _ in sorted(self._model_items(), key=lambda item: item[0].name):
+            digest.update(json.dumps([entry.name, entry.dtype, entry.shape]).encode())
+        return digest.hexdigest()
+
+    def manifest(self) -> list[Entry]:
+        """Every tensor of the state in a fixed order: parameters, buffers, then the optimizers' state."""
+        return [entry for entry, _ in self._items()]
+
+    def tensors(self) -> list[Tensor]:
+        """The live tensors that `manifest()` describes, in its order, detached."""
+        return [tensor for _, tensor in self._items()]
+
+    def described_tensors(self) -> tuple[list[Entry], list[Tensor]]:
+        """`manifest()` and `tensors()` from one pass."""
+        items = list(self._items())
+        return [entry for entry, _ in items], [tensor for _, tensor in items]
+
+    def small(self) -> str:
+        """Everything but the manifest's tensors, as JSON text: hyper-parameters, counters, schedulers.
+
+        Raises:
+            ConfigError: a value cannot be sent; names its path.
+        """
+        return encode(self._small_values(), "the training state")
+
+    def adopt(self, manifest: Sequence[Entry], small: str) -> list[Tensor]:
+        """Take over a donor's small state, and make room for its tensors.
+
+        Everything is checked before anything is changed. Afterwards the optimizers hold exactly the donor's
+        keys, with the contents of the returned tensors still to be written; until then this replica must not
+        train.
+
+        Args:
+            manifest: the donor's `manifest()`.
+            small: the donor's `small()`.
+
+        Returns:
+            The tensors to write, in the manifest's order.
+
+        Raises:
+            ConfigError: models, optimizers or schedulers differ from the donor's; names the first difference.
+            TransferError: `small` or the manifest contradicts itself.
+        """
+        model_items = list(self._model_items())
+        described = [entry for entry in manifest if entry.address is None]
+        _check_same_model([entry for entry, _ in model_items], described)
+        if described != list(manifest[: len(described)]):
+            raise TransferError("A manifest mixes model and optimizer tensors: ask for the state again.")
+        for entry, tensor in model_items:
+            if any(side > 1 and step == 0 for side, step in zip(tensor.shape, tensor.stride(), strict=True)):
+                raise ConfigError(
+                    f"The {entry.label} is an expanded tensor, whose elements share memory: clone() it first."
+                )
+        values = decode(small, self._small_values(), "the training state")
+        self._check_same_structure(values)
+        entries = manifest[len(described) :]
+        state_tensors = [self._state_tensor_for(entry) for entry in entries]
+        for name, scheduler in self.schedulers.items():
+            scheduler.load_state_dict(values["schedulers"][name])
+        # After the schedulers, as torch advises: some of them write learning rates when loaded.
+        for name, optimizer in self.optimizers.items():
+            _load_groups(optimizer, values["optimizers"][name]["groups"])
+            at_optimizer = {
+                entry.address: tensor
+                for entry, tensor in zip(entries, state_tensors, strict=True)
+                if entry.name == name and entry.address is not None
+            }
+            _load_state(optimizer, at_optimizer, values["optimizers"][name])
+        return [tensor for _, tensor in model_items] + state_tensors
+
+    def _items(self) -> Iterator[tuple[Entry, Tensor]]:
+        known: set[int] = set()
+        for model in self.models.values():
+            known.update(id(parameter) for parameter in model.parameters())
+        yield from self._model_items()
+        for name, optimizer in sorted(self.optimizers.items()):
+            yield from _state_items(name, optimizer, known)
+
+    def _model_items(self) -> Iterator[tuple[Entry, Tensor]]:
+        """Parameters, then buffers; each shared tensor under the first of its names."""
+        seen: set[int] = set()
+        names: set[str] = set()
+        for kind in (EntryKind.PARAMETER, EntryKind.BUFFER):
+            for model_name, model in sorted(self.models.items()):
+                named = model.named_parameters() if kind is EntryKind.PARAMETER else model.named_buffers()
+                for tensor_name, tensor in named:
+                    name = f"{model_name}.{tensor_name}"
+                    if name in names:
+                        raise ConfigError(f"Two tensors of the models are called {name!r}: rename a model.")
+                    names.add(name)
+                    if id(tensor) in seen:
+                        continue
+                    seen.add(id(tensor))
+                    stored = self.buffers.get(name, tensor) if kind is EntryKind.BUFFER else tensor
+                    yield _described(kind, name, stored), stored.detach()
+        unknown = set(self.buffers) - names
+        if unknown:
+            raise ConfigError(f"The models have no buffer {min(unknown)!r}, which a copy is kept of.")
+
+    def _small_values(self) -> dict[str, Any]:
+        return {
+            "optimizers": {
+                name: _small_of(name, optimizer) for name, optimizer in sorted(self.optimizers.items())
+            },
+            "schedulers": {
+                name: scheduler.state_dict() for name, scheduler in sorted(self.schedulers.items())
+            },
+        }
+
+    def _check_same_structure(self, values: Any) -> None:
+        """The donor has the same optimizers, groups and schedulers."""
+        try:
+            theirs = {name: value["sizes"] for name, value in values["optimizers"].items()}
+            their_schedulers = sorted(values["schedulers"])
+        except (KeyError, TypeError, AttributeError) as error:
+            raise TransferError(f"The small state has no {error}: ask for the state again.") from error
+        mine = {name: _group_sizes(optimizer) for name, optimizer in self.optimizers.items()}
+        for words, here, there in (
+            ("optimizers", sorted(mine), sorted(theirs)),
+            ("schedulers", sorted(self.schedulers), their_schedulers),
+            *(
+                (f"parameters in the groups of optimizer {name!r}", mine[name], theirs.get(name))
+                for name in mine
+            ),
+        ):
+            if here != there:
+                raise ConfigError(f"The {words} are {here} here and {there} on the donors: {_SAME_PROGRAM}")
+
+    def _state_tensor_for(self, entry: Entry) -> Tensor:
+        """The tensor that will hold `entry`: the present one if it has the same form, otherwise a new one."""
+        if entry.address is None or entry.name not in self.optimizers:
+            raise TransferError(
+                f"A manifest names an unknown optimizer {entry.name!r}: ask for the state again."
+            )
+        optimizer = self.optimizers[entry.name]
+        group, index, key = entry.address
+        try:
+            parameter = optimizer.param_groups[group]["params"][index]
+        except IndexError:
+            raise TransferError(
+                f"A manifest names an unknown {entry.label}: ask for the state again."
+            ) from None
+        present = optimizer.state.get(parameter, {}).get(key)
+        if (
+            isinstance(present, Tensor)
+            and _described(entry.kind, entry.name, present, entry.address) == entry
+        ):
+            return present.detach()
+        # On the CPU by choice (a step counter) or beside its parameter: an optimizer knows no third place.
+        device = torch.device("cpu") if entry.device == "cpu" else parameter.device
+        dtype = TENSOR_DTYPES[entry.dtype]
+        if entry.stride is not None:
+            return torch.empty_strided(entry.shape, entry.stride, dtype=dtype, device=device)
+        return torch.empty(entry.shape, dtype=dtype, device=device)
+
+
+_SAME_PROGRAM = "start every worker with the same program and settings."
+
+
+def _described(kind: EntryKind, name: str, tensor: Tensor, address: StateAddress | None = None) -> Entry:
+    check_dense(tensor, f"{kind} {name!r}")
+    stride = None
+    if address is not None and not tensor.is_contiguous() and _fills_memory(tensor.shape, tensor.stride()):
+        stride = tuple(tensor.stride())
+    return Entry(
+        kind=kind,
+        name=name,
+        dtype=str(tensor.dtype).removeprefix("torch."),
+        shape=tuple(tensor.shape),
+        device=tensor.device.type,
+        address=address,
+        stride=stride,
+    )
+
+
+def _fills_memory(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether strides visit each place of a block of memory once: some order of dimensions is row-major."""
+    if len(shape) != len(stride):
+        return False
+    expected = 1
+    for step, side in sorted(zip(stride, shape, strict=True)):
+        if side != 1:
+            if step != expected:
+                return False
+            expected *= side
+    return True
+
+
+def _state_items(name: str, optimizer: Optimizer, known: set[int]) -> Iterator[tuple[Entry, Tensor]]:
+    """Tensor state of one optimizer, by group, position and key."""
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            if id(parameter) not in known:
+                raise ConfigError(
+                    f"Parameter {index} in group {group_index} of optimizer {name!r} belongs to none of the "
+                    "models: hand over every model that is trained."
+                )
+            # get(), since indexing a defaultdict would create the state that we only want to look at. Sorted,
+            # since a replica that joined has inserted its keys in another order than one that trained from
+            # the start.
+            for key, value in sorted(
+                optimizer.state.get(parameter, {}).items(), key=lambda item: str(item[0])
+            ):
+                if isinstance(value, Tensor):
+                    address = (group_index, index, key)
+                    yield _described(EntryKind.OPTIMIZER, name, value, address), value.detach()
+
+
+def _small_of(name: str, optimizer: Optimizer) -> dict[str, Any]:
+    """What an optimizer holds besides parameters and tensor state."""
+    state: dict[StateAddress, Any] = {}
+    for group_index, group in enumerate(optimizer.param_groups):
+        for index, parameter in enumerate(group["params"]):
+            for key, value in optimizer.state.get(parameter, {}).items():
+                if not isinstance(key, str):
+                    raise ConfigError(f"Optimizer {name!r} has state under {key!r}, which is not a string.")
+                if not isinstance(value, Tensor):
+                    state[group_index, index, key] = value
+    return {
+        "sizes": _group_sizes(optimizer),
+        "groups": [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ],
+        "state": dict(sorted(state.items())),
+        # Some optimizers keep state of their own under a string, beside that of the parameters.
+        "shared": {key: value for key, value in optimizer.state.items() if not isinstance(key, Tensor)},
+    }
+
+
+def _group_sizes(optimizer: Optimizer) -> list[int]:
+    return [len(group["params"]) for group in optimizer.param_groups]
+
+
+def _check_same_model(mine: Sequence[Entry], theirs: Sequence[Entry]) -> None:
+    for here, there in zip(mine, theirs, strict=False):
+        if (here.kind, here.name) != (there.kind, there.name):
+            raise ConfigError(
+                f"The model has {here.label} where the donors have {there.label}: {_SAME_PROGRAM}"
+            )
+        if here.description != there.description:
+            raise ConfigError(
+                f"The {here.label} is {here.description} here and {there.description} on the donors: "
+                f"{_SAME_PROGRAM}"
+            )
+    if len(mine) != len(theirs):
+        longer, where = (mine, "here only") if len(mine) > len(theirs) else (theirs, "on the donors only")
+        raise ConfigError(
+            f"The model has {longer[min(len(mine), len(theirs))].label} {where}: {_SAME_PROGRAM}"
+        )
+
+
+def _load_groups(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> None:
+    """Give each group exactly the donor's settings, in place for tensors: a captured graph reads them."""
+    for group, values in zip(optimizer.param_groups, groups, strict=True):
+        for key in [key for key in group if key != "params" and key not in values]:
+            del group[key]
+        for key, value in values.items():
+            present = group.get(key)
+            if isinstance(present, Tensor) and isinstance(value, Tensor) and present.shape == value.shape:
+                with torch.no_grad():
+                    present.copy_(value)
+            else:
+                group[key] = value
+
+
+def _load_state(
+    optimizer: Optimizer, tensors: Mapping[StateAddress, Tensor], small: Mapping[str, Any]
+) -> None:
+    """Replace an optimizer's state, so that nothing of its own is left over."""
+    by_parameter: dict[tuple[int, int], dict[str, Any]] = {}
+    for (group, index, key), value in [*small["state"].items(), *tensors.items()]:
+        by_parameter.setdefault((group, index), {})[key] = value
+    optimizer.state.clear()
+    optimizer.state.update(small["shared"])
+    for (group, index), state in sorted(by_parameter.items()):
+        optimizer.state[optimizer.param_groups[group]["params"][index]] = state
+
+
+def _checked(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise ValueError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def _sides(values: Any) -> tuple[int, ...]:
+    sides = tuple(_checked(value, int) for value in _checked(values, list))
+    if len(sides) > DIMENSIONS_MAX or any(side < 0 for side in sides):
+        raise ValueError(f"{values} is no shape")
+    return sides
+
+
+def _address(values: Any) -> StateAddress:
+    group, index, key = values
+    if _checked(group, int) < 0 or _checked(index, int) < 0:
+        raise ValueError(f"{values} is no place in an optimizer")
+    return group, index, _checked(key, str)

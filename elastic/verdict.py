@@ -1,0 +1,144 @@
+"""The one word at the end of a step: commit, skip, or do it again; with what everybody has to know by then.
+
+Every worker casts one vote, a short vector of integers, and one exchange takes the maximum of each element.
+What must be equal travels twice, as itself and as its complement: the two maxima fit together only if all
+were equal. Everybody sees the same maxima and comes to the same outcome without asking again. The file must
+never carry anything whose size depends on the data, and must never decide from what only this worker knows.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from elastic.errors import ElasticError
+from elastic.group import Group
+
+_DIRECT_SIZE_MAX = 8
+"""Up to here everybody sends to everybody: one message time, where an all-reduce takes several."""
+
+_TAG = 1 << 30
+"""Above every tag of a reduction."""
+
+_EQUAL = ("step", "generation", "groups_hash")
+
+
+class VoteMismatch(ElasticError):
+    """Workers that should be at the same point of the same job are not: this is a defect, stop the job."""
+
+
+class Decision(enum.Enum):
+    """What happens to the step."""
+
+    COMMIT = "commit"
+    SKIP = "skip"
+    """Some gradient is not finite: the step advances, without an update."""
+    RETRY = "retry"
+    """Some worker's gradients are not all in the sum: reduce again, the step stays."""
+
+
+@dataclass(frozen=True)
+class Vote:
+    """What one worker knows at the end of a step.
+
+    Attributes:
+        step: the step that was reduced.
+        generation: the world that reduced it.
+        complete: whether the gradients of all slots of this worker are in the sum.
+        finite: whether this worker's chunks of the sum are.
+        groups_hash: of the optimizer's param groups, a signed 64-bit integer.
+        next_generation: the newest generation that this worker is ready to switch to.
+        stop: whether this worker was asked to stop after this step.
+        presence: for each parameter, whether a slot of this worker gave it a gradient.
+    """
+
+    step: int
+    generation: int
+    complete: bool
+    finite: bool
+    groups_hash: int
+    next_generation: int
+    stop: bool
+    presence: Sequence[bool]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What everybody knows after the exchange; the same on every rank.
+
+    Attributes:
+        decision: what happens to the step.
+        reason: why, in words.
+        next_generation: the newest generation that all are ready to switch to.
+        stop: whether anybody was asked to stop.
+        presence: for each parameter, whether any slot gave it a gradient.
+    """
+
+    decision: Decision
+    reason: str
+    next_generation: int
+    stop: bool
+    presence: list[bool]
+
+
+def cast(group: Group, vote: Vote) -> Outcome:
+    """Exchange the votes of all ranks; the call returns everywhere or fails somewhere.
+
+    Raises:
+        VoteMismatch: step, generation or hash of the param groups are not the same everywhere.
+        CollectiveAborted: a peer is gone. Others may have the outcome; whoever voted can still commit.
+    """
+    return _read(_maximum(group, _pack(vote)), vote)
+
+
+def _pack(vote: Vote) -> torch.Tensor:
+    # The complement reverses the order like a minus sign, but has no value that it overflows on.
+    equal = [vote.step, vote.generation, vote.groups_hash]
+    flags = [not vote.complete, not vote.finite, vote.stop]
+    head = [*equal, *(~value for value in equal), ~vote.next_generation, *flags]
+    return torch.tensor([*head, *vote.presence], dtype=torch.int64)
+
+
+def _read(maxima: torch.Tensor, vote: Vote) -> Outcome:
+    values = maxima.tolist()
+    count = len(_EQUAL)
+    highest, lowest = values[:count], [~value for value in values[count : 2 * count]]
+    differing = [
+        f"{name} (from {low} to {high})"
+        for name, low, high in zip(_EQUAL, lowest, highest, strict=True)
+        if low != high
+    ]
+    if differing:
+        raise VoteMismatch(
+            f"Workers of generation {vote.generation} do not agree at step {vote.step} on "
+            f"{', '.join(differing)}: they are not training the same thing; compare their scripts."
+        )
+    next_generation, incomplete, not_finite, stop = values[2 * count : 2 * count + 4]
+    if incomplete:
+        decision, reason = Decision.RETRY, "gradients of a worker are missing from the sum"
+    elif not_finite:
+        decision, reason = Decision.SKIP, "a gradient is not finite"
+    else:
+        decision, reason = Decision.COMMIT, "all gradients are summed and finite"
+    presence = [bool(value) for value in values[2 * count + 4 :]]
+    return Outcome(decision, reason, ~next_generation, bool(stop), presence)
+
+
+def _maximum(group: Group, vector: torch.Tensor) -> torch.Tensor:
+    if group.size > _DIRECT_SIZE_MAX or group.size == 1:
+        group.all_reduce_max(vector).wait()
+        return vector
+    rows = torch.empty(group.size, vector.numel(), dtype=vector.dtype)
+    rows[group.rank] = vector
+    peers = [(group.rank + distance) % group.size for distance in range(1, group.size)]
+    try:
+        works = [group.recv(rows[peer], peer, _TAG) for peer in peers]
+        works += [group.send(vector, peer, _TAG) for peer in peers]
+        for work in works:
+            work.wait()
+    finally:
+        group.drain()  # after a failure the others still write into `rows`
+    return rows.amax(0)

@@ -1,0 +1,70 @@
+"""Make the plan of a generation: members in order of rank, the owner of each slot, the store's place, the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elastic.domain import Member, Plan, PlanKind
+from recovery.dealing import deal_afresh, deal_orphans
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A worker that may be a member: where it runs and how its peers reach it."""
+
+    worker: str
+    node: str
+    local_rank: int
+    address: str
+    store_address: str  # HOST:PORT of its agent's peer service
+
+
+def make_plan(
+    *,
+    generation: int,
+    kind: PlanKind,
+    members: Sequence[Candidate],
+    slots: int,
+    virtual_replicas: int,
+    prepare_timeout_ms: int,
+    reason: str,
+    before: Plan | None = None,
+) -> Plan:
+    """Return the plan of a world with these members, ranks in the order given.
+
+    `before` is the world that a FENCE continues: its owners keep their slots, since they may have finished some of the
+    interrupted step. All other worlds begin at a boundary and are dealt afresh. Raises ValueError without members or
+    with more members than slots, which the caller must have prevented.
+    """
+    if not members:
+        raise ValueError("a world needs at least one member")
+    if len(members) > slots:
+        raise ValueError(f"{len(members)} members cannot share {slots} slots")
+    names = [candidate.worker for candidate in members]
+    if kind is PlanKind.FENCE and before is not None:
+        owners = deal_orphans([before.members[rank].worker for rank in before.owners], names)
+    else:
+        owners = deal_afresh(slots, virtual_replicas, names)
+    rank_of = {name: rank for rank, name in enumerate(names)}
+    return Plan(
+        generation=generation,
+        kind=kind,
+        members=tuple(
+            Member(
+                worker=candidate.worker,
+                node=candidate.node,
+                rank=rank_of[candidate.worker],
+                local_rank=candidate.local_rank,
+                address=candidate.address,
+            )
+            for candidate in members
+        ),
+        owners=tuple(rank_of[owner] for owner in owners),
+        virtual_replicas=virtual_replicas,
+        store_node=members[0].node,
+        store_address=members[0].store_address,
+        prepare_timeout_ms=prepare_timeout_ms,
+        reason=reason,
+    )
+

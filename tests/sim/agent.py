@@ -1,0 +1,236 @@
+"""An agent process around the real `AgentMachine`, and the node with its supervisor that starts it again."""
+
+from __future__ import annotations
+
+import signal
+from typing import TYPE_CHECKING, Any
+
+from agent.machine import (
+    AgentEvent,
+    AgentMachine,
+    AgentSettings,
+    Connected,
+    Disconnected,
+    DropConnection,
+    EndAgent,
+    EndAsked,
+    Fork,
+    Forked,
+    ForkFailed,
+    Forward,
+    Heard,
+    Looked,
+    OpenGeneration,
+    ProcessEnded,
+    Report,
+    Signal,
+    Tick,
+    WorkerSaid,
+)
+from elastic.domain import AgentHello, StartWorker
+from tests.sim.links import Stream
+from tests.sim.process import Process
+from tests.sim.worker import Worker
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import Cluster
+
+TICK_S = 0.05
+
+
+class Node:
+    """A machine: what stays when its agent dies."""
+
+    def __init__(self, cluster: Cluster, name: str) -> None:
+        self.cluster = cluster
+        self.name = name
+        self.agents_started = 0
+        self.agent: Agent | None = None
+        self.partitioned_until = 0.0
+        self.abandoned = False  # nobody will start an agent here again
+        self.exit_code: int | None = None
+
+    def start_agent(self) -> None:
+        """Start an agent, unless one is running or nothing is left to do."""
+        if self.abandoned or self.cluster.is_over() or (self.agent is not None and self.agent.alive):
+            return
+        self.agents_started += 1
+        self.agent = Agent(self.cluster, self)
+
+    def agent_ended(self, code: int) -> None:
+        """The supervisor's rule: what fails is started again, what ends well is not."""
+        self.exit_code = code
+        if code == 0 or self.agents_started > 6:
+            self.abandoned = True
+        elif not self.abandoned:
+            self.cluster.clock.after(self.cluster.random.uniform(0.2, 3.0), self.start_agent)
+
+
+class Agent(Process):
+    """One agent process."""
+
+    def __init__(self, cluster: Cluster, node: Node) -> None:
+        super().__init__(cluster.clock)
+        self.cluster = cluster
+        self.node = node
+        self.random = cluster.random
+        self.incarnation = f"{node.name}#{node.agents_started}"
+        scenario = cluster.scenario
+        self.machine = AgentMachine(
+            AgentSettings(
+                AgentHello(
+                    job=scenario.settings.job,
+                    node=node.name,
+                    incarnation=self.incarnation,
+                    pid=1000 + node.agents_started,
+                    nproc=scenario.nproc,
+                    peer_address=f"{node.name}:1",
+                    worker_address=node.name,
+                ),
+                controller_timeout_s=scenario.controller_timeout_s,
+                leave_grace_s=3.0,
+            )
+        )
+        self.workers: dict[str, Worker] = {}
+        self.stream: Stream | None = None
+        cluster.agents.append(self)
+        cluster.note("agent %s starts", self.incarnation)
+        self.post(self.random.uniform(0.0, 0.1), self._connect)
+        self.post(TICK_S * self.random.random(), self._tick)
+
+    # -- the process -----------------------------------------------------------------------------------------------
+
+    def die(self, code: int, *, silent: bool = False) -> None:
+        """End; the kernel takes all workers along. `silent`: the machine lost power, nobody hears of it."""
+        if not self.alive:
+            return
+        self.cluster.note("agent %s ends with code %d", self.incarnation, code)
+        self.alive = False
+        for worker in self.workers.values():
+            if silent:
+                worker.die(-9, silent=True)
+            else:
+                self.clock.after(self.random.uniform(0.0, 0.02), worker.die, -9)
+        if self.stream is not None:
+            if silent:
+                self.stream.vanish(self)
+            elif code == 0:
+                self.stream.close(self)
+            else:
+                self.stream.die(self)
+        self.node.agent_ended(code)
+
+    def die_between_effects(self) -> None:
+        self.cluster.note("agent %s is killed between two effects", self.incarnation)
+        self.die(-9)
+
+    def handle(self, event: AgentEvent) -> None:
+        """Give the machine an event and perform its effects one by one. Raises Died."""
+        for effect in self.machine.step(event, self.clock.now):
+            self.spend_effect()
+            match effect:
+                case Fork(order):
+                    self.cluster.note("agent %s forks %s", self.incarnation, order.worker)
+                    self.post(self.random.uniform(0.005, 0.05), self._fork, order)
+                case Signal(worker_id, signum, reason):
+                    self.cluster.note("agent %s sends signal %d to %s: %s", self.incarnation, signum, worker_id, reason)
+                    self._signal(worker_id, signum)
+                case Report(message):
+                    if self.stream is not None:
+                        self.stream.send(self, message)
+                case Forward(worker_id, command):
+                    worker = self.workers.get(worker_id)
+                    if worker is not None and worker.alive:
+                        worker.stream.send(self, command)
+                case OpenGeneration():
+                    pass
+                case DropConnection(reason):
+                    self.cluster.note("agent %s drops its stream: %s", self.incarnation, reason)
+                    self.post(0.0, self._drop_stream, reason)
+                case EndAgent(code, reason):
+                    self.cluster.note("agent %s ends: %s", self.incarnation, reason)
+                    self.cluster.observe("agent_ended", self, code, reason)
+                    self.die(code)
+                    self.spend_effect()
+
+    # -- workers ---------------------------------------------------------------------------------------------------
+
+    def _fork(self, order: StartWorker) -> None:
+        if self.cluster.fork_fails():
+            self.handle(ForkFailed(order.worker, "no memory"))
+            return
+        pid = self.cluster.next_pid()
+        worker = Worker(self.cluster, self, order, pid)
+        self.cluster.observe("forked", worker)
+        self.cluster.workers.append(worker)
+        self.workers[order.worker] = worker
+        self.cluster.moment("forked", worker)
+        self.handle(Forked(order.worker, pid))
+
+    def _signal(self, worker_id: str, signum: int) -> None:
+        worker = self.workers.get(worker_id)
+        if worker is None:
+            return
+        if signum == signal.SIGKILL:
+            worker.die(-signum)
+            return
+        worker.go_on()
+        if self.random.random() < 0.8:  # the rest take longer than anybody's patience
+            worker.post(self.random.uniform(0.0, 0.3), worker.die, -signum)
+
+    def worker_ended(self, worker: Worker, code: int) -> None:
+        """A worker's pidfd says so, some time later."""
+        self.post(self.random.uniform(0.001, 0.05), self._reaped, worker, code)
+
+    def _reaped(self, worker: Worker, code: int) -> None:
+        self._look(worker)
+        del self.workers[worker.id]
+        self.handle(ProcessEnded(worker.id, code))
+
+    def _look(self, worker: Worker) -> None:
+        state = "T" if worker.stopped else "S" if worker.alive else "Z"
+        self.handle(Looked(worker.id, state, worker.page_generation, worker.page_committed, 0, 0.0, worker.page_committed))
+
+    def on_message(self, stream: Stream, message: Any) -> None:
+        if stream is self.stream:
+            self.cluster.note("agent %s hears %s", self.incarnation, message)
+            self.handle(Heard(message))
+            return
+        for worker in self.workers.values():
+            if worker.stream is stream:
+                self.handle(WorkerSaid(worker.id, message))
+                return
+
+    # -- the link --------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> None:
+        # As gRPC does: the call is made at once, and fails later if nobody is there.
+        self.stream = self.cluster.connect_controller(self)
+        self.handle(Connected())
+
+    def on_reset(self, stream: Stream, reason: str) -> None:
+        if stream is self.stream:
+            self._lose_stream(reason)
+
+    def _drop_stream(self, reason: str) -> None:
+        if self.stream is not None:
+            self.stream.close(self)
+            self._lose_stream(reason)
+
+    def _lose_stream(self, reason: str) -> None:
+        self.stream = None
+        self.cluster.note("agent %s lost its stream: %s", self.incarnation, reason)
+        self.post(self.random.uniform(0.05, 0.4), self._connect)
+        self.handle(Disconnected(reason))
+
+    # -- time ------------------------------------------------------------------------------------------------------
+
+    def _tick(self) -> None:
+        self.post(TICK_S, self._tick)
+        for worker in list(self.workers.values()):
+            self._look(worker)
+        self.handle(Tick())
+
+    def ask_to_end(self) -> None:
+        """SIGTERM."""
+        self.run(self.handle, EndAsked("SIGTERM received"))

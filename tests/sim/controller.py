@@ -1,0 +1,124 @@
+"""A controller process around the real `ControllerMachine`, and the ledger that outlives it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from controller.events import (
+    AgentAttached,
+    AgentGone,
+    AgentSaid,
+    CloseAgent,
+    ControllerEvent,
+    DrainAsked,
+    EndJob,
+    Persist,
+    StopAsked,
+    Tick,
+    ToAgent,
+)
+from controller.machine import ControllerMachine
+from elastic.domain import AgentHello, Commit, Prepare, ToWorker
+from tests.sim.links import Stream
+from tests.sim.process import Process
+
+if TYPE_CHECKING:
+    from tests.sim.cluster import Cluster
+
+TICK_S = 0.05
+END_LINGER_S = 5.0
+
+
+class Controller(Process):
+    """One controller process; the next one starts from the same ledger."""
+
+    def __init__(self, cluster: Cluster, ledger: list[tuple[str, Any]]) -> None:
+        super().__init__(cluster.clock)
+        self.cluster = cluster
+        self.random = cluster.random
+        self.ledger = ledger
+        self.machine = ControllerMachine(cluster.scenario.settings)
+        self.streams: dict[str, Stream] = {}
+        self.said_hello: dict[int, str] = {}  # id of a stream -> incarnation
+        self.ending_since: float | None = None
+        if ledger:
+            self.machine.restore(list(ledger), self.clock.now)
+        self.post(0.0, self._tick)
+
+    # -- the process -----------------------------------------------------------------------------------------------
+
+    def die(self) -> None:
+        if not self.alive:
+            return
+        self.cluster.note("controller dies")
+        self.alive = False
+        for stream in self.streams.values():
+            stream.die(self)
+        self.cluster.controller_died()
+
+    def die_between_effects(self) -> None:
+        self.cluster.note("controller is killed between two effects")
+        self.die()
+
+    def handle(self, event: ControllerEvent) -> None:
+        """Give the machine an event and perform its effects one by one. Raises Died."""
+        for effect in self.machine.step(event, self.clock.now):
+            self.spend_effect()
+            match effect:
+                case Persist(kind, text, data):
+                    self.cluster.note("LEDGER %s: %s", kind, text)
+                    self.ledger.append((kind, data))
+                    self.cluster.observe("persisted", kind, data)
+                    name = data["plan"].kind.name if kind == "generation-opened" else ""
+                    self.cluster.moment(f"ledger:{kind}{name}", None)
+                case ToAgent(incarnation, message):
+                    self.cluster.observe("sent", incarnation, message)
+                    stream = self.streams.get(incarnation)
+                    if stream is not None:
+                        stream.send(self, message)
+                        if isinstance(message, ToWorker) and isinstance(message.command, Commit | Prepare):
+                            self.cluster.moment(f"sent:{type(message.command).__name__}", None)
+                case CloseAgent(incarnation):
+                    stream = self.streams.pop(incarnation, None)
+                    if stream is not None:
+                        stream.close(self)
+                case EndJob(outcome, reason):
+                    self.cluster.note("JOB %s: %s", outcome, reason)
+                    self.ending_since = self.clock.now
+
+    def _tick(self) -> None:
+        self.post(TICK_S, self._tick)
+        self.handle(Tick())
+        if self.ending_since is not None and (
+            not self.streams or self.clock.now - self.ending_since > END_LINGER_S
+        ):
+            self.die()
+
+    # -- agents and people -----------------------------------------------------------------------------------------
+
+    def on_message(self, stream: Stream, message: Any) -> None:
+        incarnation = self.said_hello.get(id(stream))
+        if incarnation is None:
+            if not isinstance(message, AgentHello):
+                return
+            self.said_hello[id(stream)] = message.incarnation
+            old = self.streams.get(message.incarnation)
+            if old is not None:
+                old.close(self)
+            self.streams[message.incarnation] = stream
+            self.cluster.note("controller hears Hello of %s: %s", message.incarnation, message)
+            self.handle(AgentAttached(message))
+        elif self.streams.get(incarnation) is stream:
+            self.handle(AgentSaid(incarnation, message))
+
+    def on_reset(self, stream: Stream, reason: str) -> None:
+        incarnation = self.said_hello.get(id(stream), "")
+        if self.streams.get(incarnation) is stream:
+            del self.streams[incarnation]
+            self.handle(AgentGone(incarnation, reason))
+
+    def ask_to_drain(self, node: str) -> None:
+        self.run(self.handle, DrainAsked(node))
+
+    def ask_to_stop(self) -> None:
+        self.run(self.handle, StopAsked("a person wants it"))

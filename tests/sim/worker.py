@@ -1,0 +1,371 @@
+"""A worker process around the real `WorkerMachine`: control thread, group builders, and the main thread as a coroutine.
+
+The main thread does what the session does: register, warm up, then slots, reduce, vote, verdict, commit, in the same order
+and with the same questions in between. Tensors are replaced by what they depend on: a slot's gradient is (step, slot,
+digest of the parameters), and the parameters are a hash chain over what was added to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from elastic.domain import Failed, Plan, StartWorker
+from elastic.protocol import (
+    Answer,
+    Applied,
+    AskCommit,
+    AskVote,
+    AskWorld,
+    BuildGroup,
+    CollectiveBroke,
+    DropGroup,
+    EnterWorld,
+    Event,
+    Exit,
+    Finished,
+    FinishStep,
+    GoOn,
+    GroupFell,
+    GroupStands,
+    Heard,
+    LoopEnded,
+    MayCommit,
+    MayVote,
+    Register,
+    Send,
+    StateReceived,
+    UserCodeRaised,
+    Wait,
+    WakeMain,
+    Warmed,
+    WorkerMachine,
+)
+from tests.sim.clock import Violation
+from tests.sim.groups import Broken
+from tests.sim.links import Stream
+from tests.sim.process import Process
+
+if TYPE_CHECKING:
+    from tests.sim.agent import Agent
+    from tests.sim.cluster import Cluster
+
+TORN = -1  # digest of parameters that are partly overwritten
+FENCED_EXIT_CODE = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """The main thread computes."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WaitForWake:
+    """The main thread waits for WakeMain, unless one has come since `seen`."""
+
+    seen: int
+
+
+@dataclass(frozen=True, slots=True)
+class Collective:
+    """The main thread enters an operation of the adopted world and waits for all values, or Broken."""
+
+    what: tuple[str, int]
+    value: Any
+
+
+Request = Sleep | WaitForWake | Collective
+Main = Generator[Request, Any, Any]
+Gradient = tuple[int, int, int]  # step, slot, digest of the parameters it was computed with
+
+
+class Worker(Process):
+    """One worker process."""
+
+    def __init__(self, cluster: Cluster, agent: Agent, order: StartWorker, pid: int) -> None:
+        super().__init__(cluster.clock)
+        self.cluster = cluster
+        self.agent = agent
+        self.id = order.worker
+        self.local_rank = order.local_rank
+        self.pid = pid
+        self.random = cluster.random
+        self.speed = cluster.scenario.worker_speed(self.random)
+        self.machine = WorkerMachine(self.id)
+        self.stream: Stream = cluster.connect(self, agent)
+        self.page_generation = 0
+        self.page_committed = 0
+        # What the engine holds.
+        self.plan: Plan | None = None
+        self.rank = 0
+        self.committed = 0
+        self.digest = cluster.scenario.initial_digest
+        self.slots_done: dict[int, Gradient] = {}
+        self.reduced: tuple[Gradient, ...] | None = None
+        self.donate: tuple[int, ...] = ()
+        self._wakes = 0
+        self._asleep = False
+        self._main = self._run_main()
+        self.post(self.speed.start_s, self._resume, None)
+
+    # -- the process -----------------------------------------------------------------------------------------------
+
+    def die(self, code: int, *, silent: bool = False) -> None:
+        """End, for whatever reason; `silent` when its whole machine lost power."""
+        if not self.alive:
+            return
+        self.cluster.note("worker %s ends with code %d", self.id, code)
+        self.alive = False
+        if silent:
+            self.stream.vanish(self)
+        else:
+            self.stream.die(self)
+        self.cluster.groups.worker_died(self, silent=silent)
+        self.agent.worker_ended(self, code)
+
+    def die_between_effects(self) -> None:
+        self.cluster.note("worker %s is killed between two effects", self.id)
+        self.die(-9)
+
+    # -- the control thread and the builders -----------------------------------------------------------------------
+
+    def on_message(self, stream: Stream, message: Any) -> None:
+        self.cluster.note("worker %s hears %s", self.id, message)
+        self.feed(Heard(message))
+
+    def on_reset(self, stream: Stream, reason: str) -> None:
+        if not self.machine.finished:
+            self.die(FENCED_EXIT_CODE)
+
+    def group_stands(self, generation: int) -> None:
+        self.feed(GroupStands(generation))
+
+    def group_fell(self, generation: int, reason: str) -> None:
+        self.feed(GroupFell(generation, reason))
+
+    def feed(self, event: Event) -> Answer | None:
+        """Give the machine an event, perform its effects one by one, return its answer. Raises Died."""
+        answer: Answer | None = None
+        for effect in self.machine.step(event):
+            self.spend_effect()
+            match effect:
+                case Send(message):
+                    self.cluster.note("worker %s says %s", self.id, message)
+                    self.stream.send(self, message)
+                    self.cluster.observe("said", self, message)
+                    self.cluster.moment(f"said:{type(message).__name__}", self)
+                case BuildGroup(plan):
+                    self.cluster.groups.begin(self, plan)
+                case DropGroup(generation):
+                    group = self.cluster.groups.of(generation)
+                    if group is not None:
+                        group.leave(self, f"generation {generation} was dropped")
+                case WakeMain():
+                    self._wakes += 1
+                    if self._asleep:
+                        self._asleep = False
+                        self.post(self.random.uniform(0.0, 0.002), self._resume, None)
+                case Exit(reason):
+                    self.cluster.note("worker %s: Exit: %s", self.id, reason)
+                    self.cluster.observe("exited", self, reason)
+                    self.die(FENCED_EXIT_CODE)
+                    self.spend_effect()
+                case _:
+                    answer = effect
+        return answer
+
+    def ask(self, event: Event) -> Answer:
+        answer = self.feed(event)
+        if answer is None:
+            raise Violation(f"worker {self.id}: {event} was not answered")
+        return answer
+
+    # -- the main thread -------------------------------------------------------------------------------------------
+
+    def _resume(self, value: Any) -> None:
+        try:
+            request = self._main.send(value)
+        except StopIteration as end:
+            self.die(end.value)
+            return
+        match request:
+            case Sleep(seconds):
+                self.post(seconds, self._resume, None)
+            case WaitForWake(seen):
+                if self._wakes != seen:
+                    self.post(0.0, self._resume, None)
+                else:
+                    self._asleep = True
+            case Collective(what, value):
+                assert self.plan is not None
+                group = self.cluster.groups.of(self.plan.generation)
+                assert group is not None
+                group.contribute(self, what, value)
+
+    def operation_done(self, result: Any) -> None:
+        self._resume(result)
+
+    def _run_main(self) -> Main:
+        scenario = self.cluster.scenario
+        if self.cluster.quits_early(self):
+            return 3
+        self.feed(Register(scenario.spec))
+        while self.machine.admitted is None:
+            yield WaitForWake(self._wakes)
+        if self.machine.admitted.joins_running_world:
+            yield Sleep(self.speed.slot_s)
+            self.feed(Warmed())
+        while True:
+            if (yield from self._settle()):
+                return 0
+            if self.committed >= scenario.steps:
+                break
+            remaining = self._remaining()
+            if remaining:
+                yield Sleep(self.speed.slot_s * self.random.uniform(0.8, 1.2))
+                if self.cluster.raises(self, self.committed + 1, remaining[0]):
+                    error = scenario.user_error
+                    self.feed(UserCodeRaised(Failed(self.committed + 1, remaining[0], error, "traceback")))
+                    yield Sleep(0.001)
+                    return 1
+                self.slots_done[remaining[0]] = (self.committed + 1, remaining[0], self.digest)
+            if not self._remaining() and (yield from self._commit_step()):
+                return 0
+        self.cluster.moment("left the loop", self)
+        self.feed(LoopEnded(f"{self.digest:x}", self.committed))
+        while True:
+            answer = yield from self._ask_until(Wait, GoOn)
+            match answer:
+                case Finished():
+                    return 0
+                case EnterWorld():
+                    self._enter(answer)
+                    yield from self._pass_state()
+                case _:
+                    raise Violation(f"worker {self.id}: {answer} after the training loop")
+
+    def _ask_until(self, *unsettled: type) -> Generator[Request, Any, Answer]:
+        while True:
+            seen = self._wakes
+            answer = self.ask(AskWorld())
+            if not isinstance(answer, unsettled):
+                return answer
+            yield WaitForWake(seen)
+
+    def _remaining(self) -> list[int]:
+        assert self.plan is not None
+        return [s for s, owner in enumerate(self.plan.owners) if owner == self.rank and s not in self.slots_done]
+
+    def _settle(self) -> Generator[Request, Any, bool]:
+        """At a fetch: wait out a regroup, enter a new world, pass the state on. True when nothing is left to do."""
+        while True:
+            if (yield from self._regroup()) is None:
+                return True
+            if not self.donate or (yield from self._pass_state()):
+                return False
+
+    def _regroup(self) -> Generator[Request, Any, bool | None]:
+        """Until the adopted world stands. Whether the step was committed on the way; None when all is finished."""
+        committed = False
+        while True:
+            answer = yield from self._ask_until(Wait)
+            match answer:
+                case FinishStep(step):
+                    yield from self._apply(step)
+                    committed = True
+                case EnterWorld():
+                    self._enter(answer)
+                    return committed
+                case GoOn():
+                    return committed
+                case Finished():
+                    return None
+                case _:
+                    raise Violation(f"worker {self.id}: {answer} while regrouping")
+
+    def _enter(self, world: EnterWorld) -> None:
+        self.plan, self.rank, self.donate = world.plan, world.rank, world.joiner_ranks
+        self.page_generation = world.plan.generation
+        if self.rank not in self.donate and world.committed != self.committed:
+            raise Violation(f"worker {self.id} has committed {self.committed}, its machine says {world.committed}")
+        self.cluster.observe("entered", self, world)
+        self.cluster.moment("entered", self)
+
+    def _pass_state(self) -> Generator[Request, Any, bool]:
+        """Whether every joiner has the state now; False when the world broke first."""
+        if not self.donate:
+            return True
+        joins = self.rank in self.donate
+        if joins:
+            self.digest = TORN
+        self.cluster.moment("transfer", self)
+        values = yield Collective(("transfer", 0), None if joins else (self.committed, self.digest))
+        if isinstance(values, Broken):
+            self.feed(CollectiveBroke(values.reason))
+            return False
+        self.donate = ()
+        if joins:
+            given = {value for value in values.values() if value is not None}
+            if len(given) != 1:
+                raise Violation(f"joiner {self.id} is given different states: {sorted(given)}")
+            self.committed, self.digest = given.pop()
+            self.slots_done, self.reduced = {}, None
+            self.page_committed = self.committed
+            self.cluster.observe("received", self)
+            self.feed(StateReceived(self.committed))
+        return True
+
+    def _commit_step(self) -> Generator[Request, Any, bool]:
+        """Inside optimizer.step(). Returns without a commit if the regrouped world gives more slots; True when finished."""
+        while True:
+            outcome = yield from self._try_commit()
+            if outcome == "committed":
+                return False
+            if isinstance(outcome, Broken):
+                self.feed(CollectiveBroke(outcome.reason))
+            committed = yield from self._regroup()
+            if committed is None:
+                return True
+            if committed or self.donate or self._remaining():
+                return False
+
+    def _try_commit(self) -> Generator[Request, Any, str | Broken]:
+        assert self.plan is not None
+        step, generation = self.committed + 1, self.plan.generation
+        mine = tuple(self.slots_done[s] for s, owner in enumerate(self.plan.owners) if owner == self.rank)
+        values = yield Collective(("reduce", step), mine)
+        if isinstance(values, Broken):
+            return values
+        self.reduced = tuple(sorted(gradient for part in values.values() for gradient in part))
+        self.cluster.observe("reduced", self, step, self.reduced)
+        answer = self.ask(AskVote(step))
+        if not isinstance(answer, MayVote):
+            return "sealed"
+        self.cluster.observe("voted", self, step, answer)
+        self.cluster.moment("voted", self)
+        votes = yield Collective(("verdict", step), (step, answer.generation, answer.next_generation))
+        if isinstance(votes, Broken):
+            return votes
+        if len({(s, g) for s, g, _ in votes.values()}) != 1:
+            raise Violation(f"generation {generation}, step {step}: votes differ: {votes}")
+        answer = self.ask(AskCommit(step, min(following for _, _, following in votes.values())))
+        if not isinstance(answer, MayCommit):
+            return "sealed"
+        yield from self._apply(step)
+        return "committed"
+
+    def _apply(self, step: int) -> Generator[Request, Any, None]:
+        assert self.plan is not None and self.reduced is not None
+        self.cluster.moment("applying", self)
+        before, self.digest = self.digest, TORN
+        yield Sleep(self.speed.apply_s)
+        slots = self.reduced
+        self.digest = abs(hash((before, step, slots)))
+        self.committed = self.page_committed = step
+        self.slots_done, self.reduced = {}, None
+        self.cluster.observe("applied", self, step, slots)
+        self.feed(Applied(step))
+        self.cluster.moment("applied", self)
