@@ -235,8 +235,10 @@ class AgentMachine:
         self.settings = settings
         self.failure_timeout_s = settings.failure_timeout_s
         self.workers: dict[str, LocalWorker] = {}
-        self.attached = False
+        self.connected = False  # a stream is open and the Hello is on it: whatever follows reaches whoever takes it
+        self.attached = False  # the controller has welcomed it
         self.was_attached = False
+        self.places: dict[str, StartWorker] = {}  # orders that wait for the end of the process before them
         self.highest_generation = settings.hello.highest_generation
         self.detached_since: float | None = None
         self.heartbeat_at = float("-inf")
@@ -252,12 +254,12 @@ class AgentMachine:
         self._out = []
         match event:
             case Connected():
-                self.heard_at = now
+                self.connected, self.heard_at = True, now
                 self._emit(Report(self._hello()))
             case Disconnected():
                 if self.attached or self.detached_since is None:
                     self.detached_since = now
-                self.attached = False
+                self.connected = self.attached = False
             case Heard(message):
                 self.heard_at = now
                 self._heard(message, now)
@@ -265,6 +267,7 @@ class AgentMachine:
                 self._forked(worker_id, pid)
             case ForkFailed(worker_id, reason):
                 self._ended(worker_id, 1, f"it could not be started: {reason}", "fork server", blameless=False)
+                self._fill_place(self.workers[worker_id].local_rank)
             case WorkerSaid(worker_id, message):
                 self._worker_said(worker_id, message)
             case ProcessEnded(worker_id, code, detected_by):
@@ -283,7 +286,7 @@ class AgentMachine:
         self._out.append(effect)
 
     def _report(self, message: AgentMessage) -> None:
-        if self.attached:
+        if self.connected:
             self._emit(Report(message))
 
     def _hello(self) -> AgentHello:
@@ -309,12 +312,7 @@ class AgentMachine:
             case Refused(reason):
                 self._shut_down(Shutdown(reason, 1), now)
             case StartWorker():
-                self.workers[message.worker] = LocalWorker(
-                    message.worker,
-                    message.local_rank,
-                    status=WorkerStatus(worker=message.worker, local_rank=message.local_rank),
-                )
-                self._emit(Fork(message))
+                self._start(message)
             case KillWorker(worker_id, reason):
                 if worker_id in self.workers:
                     self._kill(self.workers[worker_id], reason)
@@ -324,6 +322,28 @@ class AgentMachine:
                 self._shut_down(message, now)
             case HeartbeatAck():
                 pass
+
+    def _start(self, order: StartWorker) -> None:
+        if order.worker in self.workers or self.ending is not None:
+            return
+        place_taken = any(not w.gone and w.local_rank == order.local_rank for w in self.workers.values())
+        self.workers[order.worker] = LocalWorker(
+            order.worker,
+            order.local_rank,
+            status=WorkerStatus(worker=order.worker, local_rank=order.local_rank),
+        )
+        if place_taken:
+            self.places[order.worker] = order  # what the old process holds of the machine is not free yet
+        else:
+            self._emit(Fork(order))
+
+    def _fill_place(self, local_rank: int) -> None:
+        for worker_id, order in list(self.places.items()):
+            if order.local_rank == local_rank:
+                del self.places[worker_id]
+                if not self.workers[worker_id].gone:
+                    self._emit(Fork(order))
+                    return
 
     def _forward(self, worker_id: str, command: WorkerCommand) -> None:
         if isinstance(command, Prepare) and command.plan.generation > self.highest_generation:
@@ -344,7 +364,7 @@ class AgentMachine:
         for worker in self.workers.values():
             if not worker.gone:
                 worker.end_reason = worker.end_reason or order.reason
-                self._emit(Signal(worker.id, signal.SIGTERM, order.reason))
+                self._signal(worker, signal.SIGTERM, order.reason)
 
     def _end_if_empty(self) -> None:
         if self.ending is None or self.ended or any(not w.gone for w in self.workers.values()):
@@ -357,8 +377,14 @@ class AgentMachine:
 
     def _kill(self, worker: LocalWorker, reason: str) -> None:
         worker.end_reason = worker.end_reason or reason
-        if not worker.gone and worker.pid:
-            self._emit(Signal(worker.id, signal.SIGKILL, reason))
+        self._signal(worker, signal.SIGKILL, reason)
+
+    def _signal(self, worker: LocalWorker, signum: int, reason: str) -> None:
+        if worker.id in self.places:
+            del self.places[worker.id]
+            self._ended(worker.id, -signum, reason, "never started", blameless=True)
+        elif not worker.gone and worker.pid:
+            self._emit(Signal(worker.id, signum, reason))
 
     def _forked(self, worker_id: str, pid: int) -> None:
         worker = self.workers[worker_id]
@@ -385,16 +411,16 @@ class AgentMachine:
         blameless = bool(worker.end_reason) or (code < 0 and -code in OUTSIDE_SIGNALS)
         self._ended(worker_id, code, worker.end_reason or describe_exit(code), detected_by, blameless=blameless)
         worker.gone = True
+        self._fill_place(worker.local_rank)
 
     def _ended(self, worker_id: str, code: int, reason: str, detected_by: str, *, blameless: bool) -> None:
         worker = self.workers[worker_id]
         worker.status = replace(worker.status, exited=True, exit_reason=reason)
         if worker.pid == 0:
             worker.gone = True
-        if worker.reported:
-            return
-        worker.reported = True
-        self._report(WorkerExited(worker_id, code, reason, blameless, detected_by))
+        if not worker.reported:
+            worker.reported = True
+            self._report(WorkerExited(worker_id, code, reason, blameless, detected_by))
 
     def _looked(self, look: Looked, now: float) -> None:
         worker = self.workers.get(look.worker)
@@ -428,7 +454,7 @@ class AgentMachine:
             self.heartbeat_at = now
             self.sequence += 1
             self._report(Heartbeat(self.sequence, tuple(w.status for w in self.workers.values() if not w.gone)))
-        if self.attached and now - self.heard_at > 2 * self.failure_timeout_s:
+        if self.connected and now - self.heard_at > 2 * self.failure_timeout_s:
             self._emit(DropConnection(f"the controller has been silent for {now - self.heard_at:.1f} s"))
             self.heard_at = now
         if self.detached_since is not None and not self.was_attached:

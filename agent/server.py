@@ -270,8 +270,8 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
-    async def Attach(  # noqa: N802
-        self, request_iterator: AsyncIterator[runtime_pb2.WorkerUp], context: grpc.aio.ServicerContext
+    async def Attach(
+        self, request_iterator: AsyncIterator[runtime_pb2.WorkerUp], context: channels.Context
     ) -> AsyncIterator[runtime_pb2.WorkerCommand]:
         """One worker's stream."""
         first = await asyncio.wait_for(anext(request_iterator), WORKER_HELLO_TIMEOUT_S)
@@ -361,7 +361,7 @@ async def serve(settings: AgentConfig) -> int:
     await local.start()
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, lambda s=signum: agent.handle(EndAsked(f"{signal.Signals(s).name} received")))
+        loop.add_signal_handler(signum, agent.handle, EndAsked(f"{signum.name} received"))
     link = asyncio.create_task(agent.link_forever())
     background = [asyncio.create_task(agent._warm_up()), asyncio.create_task(agent.tick_forever())]
     for task in background:

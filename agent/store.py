@@ -7,6 +7,8 @@ of a generation vanish when a newer one opens here, and everything is bounded. I
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 import grpc
 import grpc.aio
@@ -18,6 +20,7 @@ GENERATIONS_KEPT = 4
 KEYS_MAX = 4096
 VALUE_SIZE_BYTES_MAX = 64 * 1024
 FORWARD_TIMEOUT_S = 30.0
+R = TypeVar("R")
 
 
 class _Generation:
@@ -48,7 +51,7 @@ class StoreService(runtime_pb2_grpc.StoreServicer):
             old.fenced = True
             old.announce()
 
-    async def _generation(self, number: int, context: grpc.aio.ServicerContext) -> _Generation:
+    async def _generation(self, number: int, context: channels.Context) -> _Generation:
         if number < self._oldest:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -65,8 +68,8 @@ class StoreService(runtime_pb2_grpc.StoreServicer):
             self._peers[address] = channels.client(address)
         return runtime_pb2_grpc.StoreStub(self._peers[address])
 
-    async def Set(  # noqa: N802
-        self, request: runtime_pb2.StoreSetRequest, context: grpc.aio.ServicerContext
+    async def Set(
+        self, request: runtime_pb2.StoreSetRequest, context: channels.Context
     ) -> runtime_pb2.StoreSetReply:
         """Publish one value."""
         if request.node != self.node:
@@ -80,8 +83,8 @@ class StoreService(runtime_pb2_grpc.StoreServicer):
         generation.announce()
         return runtime_pb2.StoreSetReply()
 
-    async def Get(  # noqa: N802
-        self, request: runtime_pb2.StoreGetRequest, context: grpc.aio.ServicerContext
+    async def Get(
+        self, request: runtime_pb2.StoreGetRequest, context: channels.Context
     ) -> runtime_pb2.StoreGetReply:
         """Return values once all of them are there."""
         if request.node != self.node:
@@ -93,12 +96,13 @@ class StoreService(runtime_pb2_grpc.StoreServicer):
             await generation.changed.wait()  # ends with the call's deadline at the latest
         return runtime_pb2.StoreGetReply(values=[generation.values[key] for key in request.keys])
 
-    async def _forward(self, method, request, context):  # type: ignore[no-untyped-def]
+    async def _forward(self, method: Callable[..., Awaitable[R]], request: object, context: channels.Context) -> R:
         remaining = context.time_remaining()
         try:
             return await method(request, timeout=FORWARD_TIMEOUT_S if remaining is None else remaining)
         except grpc.aio.AioRpcError as error:
             await context.abort(error.code(), error.details() or "the store's node did not answer")
+            raise AssertionError("abort() does not return") from error
 
     async def close(self) -> None:
         """Close the channels to other agents."""

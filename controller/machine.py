@@ -50,6 +50,7 @@ from elastic.domain import (
     Incident,
     KillWorker,
     Leaving,
+    Member,
     NodeView,
     Plan,
     PlanKind,
@@ -124,6 +125,11 @@ class Node:
     heard_at: float
     state: str = "attached"  # attached, draining, lost, left
     restarts: dict[int, int] = field(default_factory=dict)
+    shut_down: bool = False  # its agent was told that it has left
+
+    @property
+    def attached(self) -> bool:
+        return self.state in ("attached", "draining")
 
 
 @dataclass(slots=True)
@@ -134,7 +140,7 @@ class Worker:
     node: str
     local_rank: int
     pid: int = 0
-    state: str = "starting"  # starting, registered, warming, warm, member, finished, left, dead
+    state: str = "starting"  # starting, registered, warming, warm, member, finished, left, dead, or lost: see alive
     spec: TrainingSpec | None = None
     holds_state: bool = False
     status: WorkerStatus = field(default_factory=WorkerStatus)
@@ -144,7 +150,8 @@ class Worker:
 
     @property
     def alive(self) -> bool:
-        return self.state not in ("finished", "left", "dead")
+        """Whether the job counts on it; one that is `lost` with its node may live, and is taken back only at need."""
+        return self.state not in ("finished", "left", "dead", "lost")
 
 
 @dataclass(slots=True)
@@ -156,7 +163,13 @@ class Attempt:
     prepared: dict[str, Prepared] = field(default_factory=dict)
     committed: bool = False
     switched: set[str] = field(default_factory=set)
-    participants: frozenset[str] = frozenset()  # members, and those who leave with this switch
+    leavers: tuple[Member, ...] = ()  # members of the world before, who leave with this switch
+    replaces: int = 0  # generation in which the participants train until they have adopted this one
+    waits_for_nodes: bool = False  # prepared by all, but fewer nodes than the job asks for
+
+    @property
+    def participants(self) -> frozenset[str]:
+        return self.plan.workers() | {member.worker for member in self.leavers}
 
 
 @dataclass(slots=True)
@@ -178,6 +191,7 @@ class ControllerMachine:
         self.spec: TrainingSpec | None = None  # as fixed at the founding: slots and replicas filled in
         self.requested: TrainingSpec | None = None  # as the founders said it
         self.plan: Plan | None = None  # of the newest committed generation
+        self.leavers: tuple[Member, ...] = ()  # who leaves with it, until all others have adopted it
         self.attempt: Attempt | None = None
         self.newest_generation = 0
         self.step_committed = 0
@@ -194,12 +208,16 @@ class ControllerMachine:
         self.enough_since: float | None = None
         self.suspicion: tuple[float, str] | None = None  # (since, why) of a broken collective without a loss
         self.serials: dict[tuple[str, int], int] = {}
-        self.recovering_until: float | None = None
+        self.draining: dict[str, str] = {}  # node -> incarnation of the agent that was asked to leave
+        self.founding_since: float | None = None
+        self.recovering_until: float | None = None  # while not None, nothing is decided: agents may come back
         self.outcome = ""
         self.reason = ""
         self.finishing = False
         self.digest = ""
         self.last_tick: float | None = None
+        self.restarted = False
+        self.returned_at: float | None = None  # when the first member came back in that time
         self._step_marks: deque[tuple[float, int]] = deque(maxlen=64)
         self._out: list[ControllerEffect] = []
 
@@ -209,7 +227,7 @@ class ControllerMachine:
         """Take one event in and return its effects, in the order in which they must happen."""
         self._out = []
         if self.started_at is None:
-            self.started_at = now
+            self.started_at = self.founding_since = now
         match event:
             case AgentAttached(hello):
                 self._agent_attached(hello, now)
@@ -257,12 +275,17 @@ class ControllerMachine:
 
     def _tell(self, worker: Worker, command: WorkerCommand) -> None:
         node = self.nodes.get(worker.node)
-        if node is not None and node.state in ("attached", "draining"):
+        if node is not None and node.attached:
             self._emit(ToAgent(node.incarnation, ToWorker(worker.id, command)))
+
+    def _kill(self, worker: Worker, reason: str) -> None:
+        node = self.nodes.get(worker.node)
+        if node is not None and node.attached:
+            self._emit(ToAgent(node.incarnation, KillWorker(worker.id, reason)))
 
     def _node_of(self, incarnation: str) -> Node | None:
         for node in self.nodes.values():
-            if node.incarnation == incarnation and node.state in ("attached", "draining"):
+            if node.incarnation == incarnation and node.attached:
                 return node
         return None
 
@@ -275,7 +298,7 @@ class ControllerMachine:
             self._emit(CloseAgent(hello.incarnation, refusal))
             return
         known = self.nodes.get(hello.node)
-        if known is not None and known.state in ("attached", "draining"):
+        if known is not None and known.attached:
             self._node_lost(known, "it attached anew", "stream", now)
         self.newest_generation = max(self.newest_generation, hello.highest_generation)
         node = Node(
@@ -286,6 +309,7 @@ class ControllerMachine:
             peer_address=hello.peer_address,
             worker_address=hello.worker_address,
             heard_at=now,
+            state="draining" if self.draining.get(hello.node) == hello.incarnation else "attached",
             restarts=known.restarts if known is not None else {},
         )
         self.nodes[hello.node] = node
@@ -304,11 +328,12 @@ class ControllerMachine:
                 Welcome(keep, int(self.settings.failure_timeout_s * 1000), self.newest_generation),
             )
         )
-        if self.recovering_until is not None:
-            for status in hello.workers:
+        for status in hello.workers:
+            if status.worker in keep:
                 self._replay(status, now)
+        if self.recovering_until is not None:
             self._finish_recovering(now)
-        if self.recovering_until is None:
+        else:
             self._fill(node)
 
     def _refusal(self, hello: AgentHello, now: float) -> str:
@@ -324,32 +349,39 @@ class ControllerMachine:
             )
         if self.settings.token and hello.token != self.settings.token:
             return f"node {hello.node} shows a wrong join token: start it with the token of job {self.settings.job!r}"
-        if self.outcome or self.finishing:
+        if self.outcome or (self.finishing and self.recovering_until is None):
             return f"job {self.settings.job!r} is over: {self.reason or 'it has finished'}"
         known = self.nodes.get(hello.node)
-        if known is not None and known.state in ("attached", "draining") and known.incarnation != hello.incarnation:
+        if known is not None and known.attached and known.incarnation != hello.incarnation:
             return (
                 f"node id {hello.node!r} is already attached (agent pid {known.pid}): give every agent its own --node-id"
             )
-        others = [n for n in self.nodes.values() if n.state in ("attached", "draining") and n.id != hello.node]
+        others = [n for n in self.nodes.values() if n.state == "attached" and n.id != hello.node]
         if len(others) >= self.settings.nodes_max:
             return f"the job has its {self.settings.nodes_max} nodes already: raise the MAX of --nnodes to add more"
         return ""
 
     def _recognise(self, node: Node, hello: AgentHello) -> tuple[str, ...]:
-        """Return the workers that a (re)attached agent may keep."""
+        """Return the workers that a (re)attached agent may keep.
+
+        None, unless nothing has been decided since it was last heard: it comes to a controller that waits for agents.
+        """
         keep: list[str] = []
-        for status in hello.workers:
-            if status.exited:
-                continue
-            worker = self.workers.get(status.worker)
-            if worker is None and self.recovering_until is not None:
+        if self.recovering_until is not None:
+            members = {member.worker for member in self._last_members()}
+            for status in hello.workers:
+                known = self.workers.get(status.worker)
+                if status.exited or (known is not None and known.state != "lost"):
+                    continue
+                if status.generation and status.worker not in members:
+                    continue  # a newer world has left it out
                 worker = Worker(id=status.worker, node=node.id, local_rank=status.local_rank)
+                worker.pid, worker.status = status.pid, replace(status, messages=())
                 self.workers[worker.id] = worker
-            if worker is None or not worker.alive:
-                continue
-            worker.pid, worker.status = status.pid, replace(status, messages=())
-            keep.append(worker.id)
+                keep.append(worker.id)
+        for worker in self.workers.values():
+            if worker.node == node.id and worker.state == "lost":
+                worker.state = "dead"  # its agent is here and does not have it, or ends it now
         return tuple(keep)
 
     def _fill(self, node: Node) -> None:
@@ -380,24 +412,21 @@ class ControllerMachine:
         self._emit(ToAgent(node.incarnation, StartWorker(worker.id, local_rank, hint, max(expected, hint + 1))))
 
     def _node_lost(self, node: Node, reason: str, detected_by: str, now: float) -> None:
-        if node.state not in ("attached", "draining"):
+        if not node.attached:
             return
         node.state = "lost"
         lost = [w for w in self.workers.values() if w.node == node.id and w.alive]
         self._emit(Persist("node-lost", f"node {node.id} lost: {reason}", {"node": node.id, "detected_by": detected_by}))
-        self._emit(CloseAgent(node.incarnation, reason))
-        if self.recovering_until is not None:
-            for worker in lost:
-                worker.state = "dead"
-            self._finish_recovering(now)
-            return
-        self._workers_lost(lost, "node lost", f"node {node.id}", reason, detected_by, now)
+        if detected_by != "stream":  # otherwise it has ended, or its agent has opened another
+            self._emit(CloseAgent(node.incarnation, reason))
+        self._workers_lost(lost, "node lost", f"node {node.id}", reason, detected_by, now, state="lost")
         self._check_outcome(now)
 
     def _node_said_goodbye(self, node: Node, reason: str, now: float) -> None:
         lost = [w for w in self.workers.values() if w.node == node.id and w.alive]
         drained = node.state == "draining" and not any(self._is_member(w) for w in lost)
         node.state = "left"
+        self.draining.pop(node.id, None)
         self._emit(Persist("node-left", f"node {node.id} left: {reason}", {"node": node.id}))
         if drained or self.outcome or self.finishing:
             for worker in lost:
@@ -418,9 +447,8 @@ class ControllerMachine:
             self._emit(Persist("worker-finished", f"worker {worker.id} finished", {"worker": worker.id}))
             self._check_finished(now)
             return
-        if worker.state == "left" or (exited.code == 0 and node.state == "draining" and not self._is_member(worker)):
+        if exited.code == 0 and node.state == "draining" and not self._is_member(worker):
             worker.state = "left"
-            self._check_drained(node, now)
             return
         if exited.code == 0 and not exited.blameless:
             exited = replace(exited, reason="the script ended before its training loop did")
@@ -463,13 +491,24 @@ class ControllerMachine:
         return f"two workers raised the same exception at {where}, so it is the data or the code: {failure.error}{ids}"
 
     def _workers_lost(
-        self, lost: Iterable[Worker], kind: str, subject: str, reason: str, detected_by: str, now: float
+        self,
+        lost: Iterable[Worker],
+        kind: str,
+        subject: str,
+        reason: str,
+        detected_by: str,
+        now: float,
+        *,
+        state: str = "dead",
     ) -> None:
         lost = [worker for worker in lost if worker.alive]
         involved = [worker for worker in lost if self._is_member(worker)]
         for worker in lost:
-            worker.state = "dead"
+            worker.state = state
         if self.outcome:
+            return
+        if self.recovering_until is not None:
+            self._finish_recovering(now)
             return
         if lost:
             self._emit(
@@ -494,11 +533,15 @@ class ControllerMachine:
         return worker.id in self._membership()
 
     def _membership(self) -> tuple[str, ...]:
-        """Workers that the newest world is made of, in order of rank."""
+        """Workers that the newest world cannot lose unnoticed, in order of rank; leavers of an unfinished switch last."""
         attempt = self.attempt
-        if attempt is not None and (attempt.committed or attempt.plan.kind is not PlanKind.SWITCH):
-            return tuple(m.worker for m in attempt.plan.members)
-        return tuple(m.worker for m in self.plan.members) if self.plan is not None else ()
+        if attempt is not None and self._membership_from_attempt():
+            return tuple(m.worker for m in (*attempt.plan.members, *attempt.leavers))
+        return tuple(m.worker for m in self._last_members())
+
+    def _last_members(self) -> tuple[Member, ...]:
+        """Who may hold the state as of the newest committed generation."""
+        return (*self.plan.members, *self.leavers) if self.plan is not None else ()
 
     def _note_status(self, status: WorkerStatus, now: float) -> None:
         worker = self.workers.get(status.worker)
@@ -527,6 +570,8 @@ class ControllerMachine:
     # -- what workers say ------------------------------------------------------------------------------------------
 
     def _worker_said(self, worker: Worker, message: WorkerMessage, now: float) -> None:
+        if self.outcome:
+            return
         match message:
             case Registered(spec):
                 self._registered(worker, spec, now)
@@ -550,10 +595,10 @@ class ControllerMachine:
                     self.fruitless = 0
                     self._close_incidents(now)
             case CollectiveFailed(generation, step, reason):
-                if self.plan is not None and generation == self.plan.generation and self.suspicion is None:
-                    self.suspicion = (now, f"worker {worker.id}: a collective of step {step} broke ({reason})")
+                if generation in self._worlds_in_use():
+                    self.suspicion = self.suspicion or (now, f"worker {worker.id}: a collective of step {step} broke ({reason})")
             case Leaving():
-                worker.leaving = message
+                worker.leaving, worker.holds_state = message, True
                 self._note_step(message.committed, now)
                 self.samples = max(self.samples, message.samples)
                 if self.attempt is not None and self.attempt.plan.kind is PlanKind.SWITCH and not self.attempt.committed:
@@ -561,6 +606,17 @@ class ControllerMachine:
                 self._check_finished(now)
             case Failed():
                 worker.failure = message
+
+    def _worlds_in_use(self) -> tuple[int, ...]:
+        """Generations in which workers may be training: a broken collective of another one says nothing new."""
+        attempt = self.attempt
+        if attempt is None or (attempt.plan.kind is PlanKind.SWITCH and not attempt.committed):
+            return (self.plan.generation,) if self.plan is not None else ()
+        if not attempt.committed:
+            return ()
+        if attempt.plan.kind is PlanKind.SWITCH:
+            return (attempt.replaces, attempt.plan.generation)
+        return (attempt.plan.generation,)
 
     def _registered(self, worker: Worker, spec: TrainingSpec, now: float) -> None:
         worker.spec = spec
@@ -584,10 +640,9 @@ class ControllerMachine:
 
     def _refuse_worker(self, worker: Worker, sentence: str) -> None:
         worker.state = "dead"
-        node = self.nodes[worker.node]
-        node.restarts[worker.local_rank] = self.settings.max_restarts + 1
+        self.nodes[worker.node].restarts[worker.local_rank] = self.settings.max_restarts + 1
         self._emit(Persist("worker-refused", sentence, {"worker": worker.id}))
-        self._emit(ToAgent(node.incarnation, KillWorker(worker.id, sentence)))
+        self._kill(worker, sentence)
 
     def _admit(self, worker: Worker) -> None:
         assert self.spec is not None
@@ -611,7 +666,9 @@ class ControllerMachine:
         if self.plan is not None or self.attempt is not None or self.outcome or self.recovering_until is not None:
             return
         nodes = [n for n in self.nodes.values() if n.state == "attached"]
-        ready = [w for w in self.workers.values() if w.state == "registered"]
+        here = {n.id for n in nodes}
+        # Those who came while an earlier attempt was on its way count too, although they were told to join it.
+        ready = [w for w in self.workers.values() if w.state in ("registered", "warming", "warm") and w.node in here]
         places = sum(n.nproc for n in nodes)
         if len(nodes) < self.settings.nodes_min or not ready or len(ready) < places:
             self.enough_since = None
@@ -623,14 +680,32 @@ class ControllerMachine:
         self._found(ready, now)
 
     def _found(self, ready: list[Worker], now: float) -> None:
-        spec = ready[0].spec
+        spec = self.requested or ready[0].spec
         assert spec is not None
-        self.requested = spec
-        slots = spec.slots or len(ready)
-        replicas = spec.virtual_replicas or min(len(ready), slots)
+        for worker in ready:
+            if worker.spec is not None and (difference := worker.spec.difference(spec, with_state=True)):
+                self._end("failed", f"worker {worker.id} cannot train with the others: {difference}", now)
+                return
+        if self.spec is None and not self._fix_job(spec, len(ready), now):
+            return
+        assert self.spec is not None
+        fixed = self.spec
+        order = sorted(ready, key=lambda w: (_natural(w.node), w.local_rank))
+        for worker in order[fixed.slots :]:
+            self._admit(worker)  # more have come since the numbers were fixed
+        order = order[: fixed.slots]
+        for worker in order:
+            worker.state, worker.holds_state = "member", True
+            self._tell(worker, Admitted(fixed.slots, fixed.virtual_replicas, fixed.reduction, fixed.seed, 0))
+        self._open(PlanKind.FOUND, [w.id for w in order], f"first world of {len(order)} worker(s)", now)
+
+    def _fix_job(self, spec: TrainingSpec, workers: int, now: float) -> bool:
+        """Fix slots and virtual replicas for the job's whole life; ends the job where they make no sense."""
+        slots = spec.slots or workers
+        replicas = spec.virtual_replicas or min(workers, slots)
         problem = ""
-        if slots < len(ready):
-            problem = f"slots={slots} cannot feed {len(ready)} workers: give at least as many slots as workers"
+        if slots < workers:
+            problem = f"slots={slots} cannot feed {workers} workers: give at least as many slots as workers"
         elif replicas > slots:
             problem = f"virtual_replicas={replicas} exceeds slots={slots}: give at most as many as slots"
         elif slots * spec.batch_size > spec.dataset_size:
@@ -640,26 +715,21 @@ class ControllerMachine:
             )
         if problem:
             self._end("failed", problem, now)
-            return
-        if self.spec is None:
-            self.spec = replace(spec, slots=slots, virtual_replicas=replicas)
-            self._emit(
-                Persist(
-                    "job-fixed",
-                    f"{slots} slots of {spec.batch_size} samples, {replicas} virtual replicas, {spec.reduction} reduction",
-                    {"spec": self.spec, "requested": self.requested},
-                )
+            return False
+        self.requested, self.spec = spec, replace(spec, slots=slots, virtual_replicas=replicas)
+        self._emit(
+            Persist(
+                "job-fixed",
+                f"{slots} slots of {spec.batch_size} samples, {replicas} virtual replicas, {spec.reduction} reduction",
+                {"spec": self.spec, "requested": self.requested},
             )
-        order = sorted(ready, key=lambda w: (_natural(w.node), w.local_rank))
-        for worker in order:
-            worker.state, worker.holds_state = "member", True
-            self._tell(worker, Admitted(slots, replicas, spec.reduction, spec.seed, 0, joins_running_world=False))
-        self._open(PlanKind.FOUND, [w.id for w in order], f"first world of {len(order)} worker(s)", now)
+        )
+        return True
 
     # -- generations -----------------------------------------------------------------------------------------------
 
     def _open(
-        self, kind: PlanKind, members: list[str], reason: str, now: float, *, leavers: Iterable[str] = ()
+        self, kind: PlanKind, members: list[str], reason: str, now: float, *, leavers: Iterable[Member] = ()
     ) -> None:
         assert self.spec is not None
         before = self.attempt.plan if self.attempt is not None and self._membership_from_attempt() else self.plan
@@ -674,19 +744,24 @@ class ControllerMachine:
             reason=reason,
             before=before if kind is PlanKind.FENCE else None,
         )
-        participants = frozenset([*members, *leavers])
-        self.attempt = Attempt(plan, now + self.settings.prepare_timeout_s, participants=participants)
+        self.attempt = Attempt(
+            plan,
+            now + self.settings.prepare_timeout_s,
+            leavers=tuple(leavers),
+            replaces=self.plan.generation if self.plan is not None else 0,
+        )
         self._emit(
             Persist(
                 "generation-opened",
                 f"generation {plan.generation} ({kind.name.lower()}) with {plan.world_size} worker(s): {reason}",
-                {"plan": plan},
+                {"plan": plan, "leavers": [member.worker for member in self.attempt.leavers]},
             )
         )
-        for worker_id in sorted(participants):
+        for worker_id in sorted(self.attempt.participants):
             self._tell(self.workers[worker_id], Prepare(plan))
 
     def _membership_from_attempt(self) -> bool:
+        """Whether the generation on its way decides already who belongs to the job."""
         attempt = self.attempt
         return attempt is not None and (attempt.committed or attempt.plan.kind is not PlanKind.SWITCH)
 
@@ -695,8 +770,8 @@ class ControllerMachine:
         node = self.nodes[worker.node]
         return Candidate(worker.id, node.id, worker.local_rank, node.worker_address, node.peer_address)
 
-    def _fence(self, reason: str, now: float, *, loss: bool) -> None:
-        """Open a generation of the survivors; everybody seals at once."""
+    def _fence(self, reason: str, now: float, *, loss: bool, joining: Iterable[str] = ()) -> None:
+        """Open a generation of the survivors, and of `joining`; everybody seals at once."""
         if self.outcome or self.finishing:
             return
         self.suspicion = None
@@ -704,20 +779,38 @@ class ControllerMachine:
         if self.fruitless > FRUITLESS_LIMIT:
             self._end("failed", f"{FRUITLESS_LIMIT} generations in a row failed with nobody lost; last: {reason}", now)
             return
-        founding = self.plan is None
         survivors = [w for w in self._membership() if self.workers[w].alive]
-        if any(self.workers[w].leaving for w in survivors):
-            survivors = [w for w in survivors if self.workers[w].holds_state]
-        old = self.attempt
-        if old is not None and old.plan.kind is PlanKind.SWITCH and not old.committed:
-            self._abandon(reason)
-        if founding:
+        self._abandon(reason)
+        if self.plan is None:
             self._unfound(survivors, now)
             return
-        if not any(self.workers[w].holds_state for w in survivors):
+        members = self._seats(survivors)
+        if not members:
             self._state_lost(reason, now)
             return
-        self._open(PlanKind.FENCE, survivors, reason, now)
+        self._open(PlanKind.FENCE, [*members, *joining], reason, now)
+
+    def _seats(self, survivors: list[str]) -> list[str]:
+        """Return who of the survivors is in the next world, in order of rank; the others are ended.
+
+        Whoever holds the state comes first: with leavers of an unfinished switch there may be more workers than slots, and a
+        worker whose loop has ended gives the state to nobody.
+        """
+        assert self.spec is not None
+        holders = [w for w in survivors if self.workers[w].holds_state]
+        others = [w for w in survivors if w not in holders]
+        if any(self.workers[w].leaving for w in holders):
+            others = []
+        seated = [*holders, *others][: self.spec.slots]
+        members = [w for w in survivors if w in seated]
+        for worker_id in survivors:
+            if worker_id not in members:
+                self._kill(self.workers[worker_id], "the world goes on without it")
+                self.workers[worker_id].state = "dead"
+        return members
+
+    def _known(self, members: Iterable[Member]) -> list[Worker]:
+        return [self.workers[m.worker] for m in members if m.worker in self.workers]
 
     def _unfound(self, survivors: list[str], now: float) -> None:
         """A member was lost before the first world stood: nothing was trained, so found it anew when all are back."""
@@ -728,12 +821,21 @@ class ControllerMachine:
         self._found_if_complete(now)
 
     def _state_lost(self, reason: str, now: float) -> None:
+        """Nobody who holds the state can be reached. Wait for nodes that may come back with it, else give it up."""
+        self.attempt, self.suspicion = None, None
+        if self.recovering_until is None and any(w.state == "lost" for w in self._known(self._last_members())):
+            self.recovering_until = now + self.settings.start_timeout_s
+            self._emit(
+                Persist("job-waits", f"no worker that holds the state can be reached ({reason}): waiting for its node", {})
+            )
+            return
         last = next((w.failure for w in reversed(self.workers.values()) if w.failure is not None), None)
         if self.step_committed == 0:
-            self.plan, self.attempt = None, None
+            self.plan, self.leavers, self.founding_since = None, (), now
+            self._emit(Persist("job-unfounded", f"nothing was trained yet, so the first world forms anew: {reason}", {}))
             for worker in self.workers.values():
                 if worker.alive and worker.spec is not None:
-                    self._emit(ToAgent(self.nodes[worker.node].incarnation, KillWorker(worker.id, "founding anew")))
+                    self._kill(worker, "the first world forms anew")
             return
         self._end(
             "failed",
@@ -745,19 +847,21 @@ class ControllerMachine:
 
     def _commit_if_prepared(self, now: float) -> None:
         attempt = self.attempt
-        if attempt is None or attempt.committed or set(attempt.prepared) < attempt.participants:
+        if attempt is None or attempt.committed or not attempt.participants <= set(attempt.prepared):
             return
         plan = attempt.plan
-        if len({m.node for m in plan.members}) < self.settings.nodes_min and plan.kind is not PlanKind.FOUND:
-            attempt.deadline = max(attempt.deadline, now + self.settings.start_timeout_s)
+        nodes = len({m.node for m in plan.members})
+        ending = any(worker.leaving for worker in self._known(plan.members))
+        if nodes < self.settings.nodes_min and plan.kind is PlanKind.FENCE and not ending:
+            attempt.waits_for_nodes, attempt.deadline = True, now + self.settings.start_timeout_s
             self._emit(
                 Persist(
                     "job-waits",
-                    f"waiting for nodes: {len({m.node for m in plan.members})} left, --nnodes asks for at least "
-                    f"{self.settings.nodes_min}",
+                    f"waiting for nodes: {nodes} left, --nnodes asks for at least {self.settings.nodes_min}",
                     {},
                 )
             )
+            self._consider_switch(now)
             return
         reports = {w: attempt.prepared[w] for w in (m.worker for m in plan.members)}
         holders = [report for report in reports.values() if report.has_state]
@@ -765,12 +869,15 @@ class ControllerMachine:
             self._state_lost("no survivor holds the state", now)
             return
         restore = max(report.committed for report in holders)
+        if restore < self.step_committed <= min(report.voted for report in holders):
+            restore = self.step_committed  # whoever committed it is lost, but all the others can
         joiners = tuple(m.rank for m in plan.members if not reports[m.worker].has_state)
         attempt.committed = True
         attempt.deadline = float("inf")
-        self.plan = plan
+        self.plan, self.leavers = plan, attempt.leavers
         for member in plan.members:
             self.workers[member.worker].state = "member"
+            self.workers[member.worker].holds_state = reports[member.worker].has_state
         redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
         if plan.kind is not PlanKind.SWITCH:
             self._note_step(restore, now)
@@ -794,22 +901,22 @@ class ControllerMachine:
         if attempt is None or not attempt.committed or attempt.plan.generation != generation:
             return
         attempt.switched.add(worker.id)
-        alive = {w for w in attempt.participants if self.workers[w].alive}
-        if not alive <= attempt.switched:
+        if not attempt.plan.workers() <= attempt.switched:
             return
-        self.attempt = None
-        for worker_id in sorted(attempt.participants - attempt.plan.workers()):
-            self._dismiss(self.workers[worker_id], "drained")
+        # All who stay are past the step that decided the switch, so nothing is needed from those who leave.
+        self.attempt, self.suspicion, self.leavers = None, None, ()
+        if attempt.plan.kind is PlanKind.SWITCH:
+            self._emit(
+                Persist(
+                    "generation-adopted",
+                    f"generation {generation} is adopted by all",
+                    {"generation": generation},
+                )
+            )
+        for member in attempt.leavers:
+            self._tell(self.workers[member.worker], Finish("drained"))
+            self.workers[member.worker].state = "left"
         self._consider_switch(now)
-
-    def _dismiss(self, worker: Worker, reason: str) -> None:
-        self._tell(worker, Finish(reason))
-        worker.state = "left"
-        node = self.nodes[worker.node]
-        if node.state == "draining" and not any(
-            w.alive and w.node == node.id for w in self.workers.values()
-        ):
-            self._emit(ToAgent(node.incarnation, Shutdown("drained", 0)))
 
     def _prepare_failed(self, worker: Worker, generation: int, reason: str, now: float) -> None:
         attempt = self.attempt
@@ -839,28 +946,49 @@ class ControllerMachine:
             if worker.state == "warm":
                 worker.switch_failures += 1
                 if worker.switch_failures > SWITCH_RETRIES:
-                    node = self.nodes[worker.node]
-                    self._emit(ToAgent(node.incarnation, KillWorker(worker.id, "it could not be taken in")))
+                    self._kill(worker, "it could not be taken in")
 
     def _consider_switch(self, now: float) -> None:
         """Take warm workers in and let leavers go, if nothing else is on its way."""
-        if self.attempt is not None or self.plan is None or self.spec is None or self.outcome or self.finishing:
+        if self.plan is None or self.spec is None or self.outcome or self.finishing or self.recovering_until is not None:
             return
         if self.suspicion is not None or any(w.leaving for w in self.workers.values() if w.alive):
             return
-        members = [m.worker for m in self.plan.members]
-        staying = [w for w in members if self.nodes[self.workers[w].node].state == "attached"]
-        leaving = [w for w in members if w not in staying]
-        warm = [w for w in self.workers.values() if w.state == "warm" and self.nodes[w.node].state == "attached"]
-        warm.sort(key=lambda w: (w.switch_failures, _natural(w.node), w.local_rank))
-        joining = [w.id for w in warm][: max(0, self.spec.slots - len(staying))]
+        if self.attempt is not None:
+            if self.attempt.waits_for_nodes:
+                self._reinforce(self.attempt, now)
+            return
+        members = self.plan.members
+        leaving = [m for m in members if self.nodes[m.node].state == "draining"]
+        joining = self._warm(len(members) - len(leaving))
+        staying = [m for m in members if m not in leaving]
+        nodes = {m.node for m in staying} | {self.workers[w].node for w in joining}
+        holders = [w for w in self._known(staying) if w.holds_state]
+        if leaving and (not holders or len(nodes) < self.settings.nodes_min):
+            # They go once others hold the state, and enough others are there.
+            staying, leaving = list(members), []
+            joining = self._warm(len(members))
         if not joining and not leaving:
             return
-        if not staying:
-            return  # a drain of the last node is refused when asked; here its only successor is still warming
         words = [f"{', '.join(joining)} joins"] if joining else []
-        words += [f"{', '.join(leaving)} leaves"] if leaving else []
-        self._open(PlanKind.SWITCH, [*staying, *joining], "; ".join(words), now, leavers=leaving)
+        words += [f"{', '.join(m.worker for m in leaving)} leaves"] if leaving else []
+        self._open(
+            PlanKind.SWITCH, [*(m.worker for m in staying), *joining], "; ".join(words), now, leavers=leaving
+        )
+
+    def _warm(self, seats_taken: int) -> list[str]:
+        """Return the joiners that are ready, as many as there are slots for."""
+        assert self.spec is not None
+        warm = [w for w in self.workers.values() if w.state == "warm" and self.nodes[w.node].state == "attached"]
+        warm.sort(key=lambda w: (w.switch_failures, _natural(w.node), w.local_rank))
+        return [w.id for w in warm][: max(0, self.spec.slots - seats_taken)]
+
+    def _reinforce(self, attempt: Attempt, now: float) -> None:
+        """Too few nodes are left to go on: take new ones in at once, since no step is running that could decide it."""
+        joining = self._warm(attempt.plan.world_size)
+        nodes = {m.node for m in attempt.plan.members} | {self.workers[w].node for w in joining}
+        if len(nodes) >= self.settings.nodes_min:
+            self._fence(f"{', '.join(joining)} joins", now, loss=True, joining=joining)
 
     # -- people ----------------------------------------------------------------------------------------------------
 
@@ -879,17 +1007,27 @@ class ControllerMachine:
             return
         node = self.nodes[node_id]
         node.state = "draining"
-        self._emit(Persist("node-draining", f"node {node_id} is asked to leave", {"node": node_id}))
+        self.draining[node_id] = node.incarnation
+        self._emit(
+            Persist(
+                "node-draining",
+                f"node {node_id} is asked to leave",
+                {"node": node_id, "incarnation": node.incarnation},
+            )
+        )
         members = set(self._membership())
-        for worker in list(self.workers.values()):
+        for worker in self.workers.values():
             if worker.node == node_id and worker.alive and worker.id not in members:
-                self._emit(ToAgent(node.incarnation, KillWorker(worker.id, "its node is drained")))
-        self._check_drained(node, now)
+                self._kill(worker, "its node is drained")
         self._consider_switch(now)
 
-    def _check_drained(self, node: Node, now: float) -> None:
-        if node.state == "draining" and not any(w.alive and w.node == node.id for w in self.workers.values()):
-            self._emit(ToAgent(node.incarnation, Shutdown("drained", 0)))
+    def _let_drained_go(self) -> None:
+        for node in self.nodes.values():
+            if node.state != "draining" or node.shut_down:
+                continue
+            if not any(w.alive and w.node == node.id for w in self.workers.values()):
+                node.shut_down = True
+                self._emit(ToAgent(node.incarnation, Shutdown("drained", 0)))
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -897,10 +1035,13 @@ class ControllerMachine:
         """Whether the job is ending well; starts or completes that end."""
         if self.outcome:
             return True
+        if self.recovering_until is not None:
+            return self.finishing
         members = [self.workers[w] for w in self._membership()]
-        alive = [w for w in members if w.alive]
-        if not self.finishing and alive and all(w.leaving is not None for w in alive):
-            self._begin_finish(alive, now)
+        # A joiner that was never given the state has nothing to end; the others need not wait for it.
+        holders = [w for w in members if w.alive and w.holds_state]
+        if not self.finishing and holders and all(w.leaving is not None for w in holders):
+            self._begin_finish(holders, now)
         if not members and not self.finishing:
             ran = [w for w in self.workers.values() if w.state == "finished"]
             expected = sum(n.nproc for n in self.nodes.values() if n.state == "attached")
@@ -917,17 +1058,26 @@ class ControllerMachine:
         if len(digests) > 1:
             self._end("failed", "the replicas' final parameters differ: " + ", ".join(sorted(digests)), now)
             return
-        self.finishing, self.digest = True, digests.pop()
         self._close_incidents(now)
-        self._emit(Persist("loop-ended", f"all workers left the loop after step {self.step_committed}", {}))
-        inside = {w.id for w in members}
-        for worker in list(self.workers.values()):
+        self.finishing, self.digest, self.attempt = True, digests.pop(), None
+        self._emit(
+            Persist(
+                "loop-ended",
+                f"all workers left the loop after step {self.step_committed}",
+                {"digest": self.digest, "step": self.step_committed, "samples": self.samples},
+            )
+        )
+        self._let_finish()
+
+    def _let_finish(self) -> None:
+        """The loop is over everywhere: scripts run to their end, whatever else there is goes."""
+        for worker in self.workers.values():
             if not worker.alive:
                 continue
-            if worker.id in inside:
+            if worker.leaving is not None:
                 self._tell(worker, Finish("the job is done"))
             else:
-                self._emit(ToAgent(self.nodes[worker.node].incarnation, KillWorker(worker.id, "the job is done")))
+                self._kill(worker, "the job is done")
                 worker.state = "left"
 
     def _check_outcome(self, now: float) -> None:
@@ -1010,12 +1160,12 @@ class ControllerMachine:
         if self.last_tick is not None and now - self.last_tick > timeout / 2:
             # The controller itself stood still: silence in that time is nobody else's fault.
             for node in self.nodes.values():
-                node.heard_at += now - self.last_tick
+                node.heard_at = min(now, node.heard_at + now - self.last_tick)
         self.last_tick = now
         if self.outcome:
             return
         for node in list(self.nodes.values()):
-            if node.state in ("attached", "draining") and now - node.heard_at > timeout:
+            if node.attached and now - node.heard_at > timeout:
                 self._node_lost(node, f"silent for {now - node.heard_at:.1f} s", "lease", now)
         if self.recovering_until is not None:
             self._finish_recovering(now)
@@ -1027,9 +1177,11 @@ class ControllerMachine:
             self._open_incident("collective broken", "the world", "worker report", self.suspicion[1], now)
             self._fence(self.suspicion[1], now, loss=False)
         self._found_if_complete(now)
-        if self.plan is None and self.attempt is None and now - (self.started_at or now) > self.settings.start_timeout_s:
+        since = self.founding_since if self.founding_since is not None else now
+        if self.plan is None and self.attempt is None and now - since > self.settings.start_timeout_s:
             self._start_timed_out(now)
         self._consider_switch(now)
+        self._let_drained_go()
 
     def _attempt_expired(self, attempt: Attempt, now: float) -> None:
         missing = sorted(attempt.participants - set(attempt.prepared))
@@ -1037,8 +1189,7 @@ class ControllerMachine:
             self._abandon(f"not prepared in time: {', '.join(missing)}")
             for worker_id in missing:
                 if self.workers[worker_id].state == "warm":
-                    node = self.nodes[self.workers[worker_id].node]
-                    self._emit(ToAgent(node.incarnation, KillWorker(worker_id, "it was not prepared in time")))
+                    self._kill(self.workers[worker_id], "it was not prepared in time")
             return
         if not missing:
             self._end("failed", f"fewer nodes than --nnodes MIN ({self.settings.nodes_min}) for too long", now)
@@ -1048,8 +1199,7 @@ class ControllerMachine:
             return
         silent = [self.workers[w] for w in missing]
         for worker in silent:
-            node = self.nodes[worker.node]
-            self._emit(ToAgent(node.incarnation, KillWorker(worker.id, "it was not prepared in time")))
+            self._kill(worker, "it was not prepared in time")
         self._workers_lost(
             silent, "not prepared", ", ".join(f"worker {w}" for w in missing), "not prepared in time", "deadline", now
         )
@@ -1075,7 +1225,7 @@ class ControllerMachine:
 
         `records` are (kind, data) in order; data holds the values that Persist was given.
         """
-        opened: dict[int, Plan] = {}
+        opened: dict[int, tuple[Plan, tuple[Member, ...]]] = {}
         for kind, data in records:
             match kind:
                 case "job-fixed":
@@ -1085,27 +1235,40 @@ class ControllerMachine:
                     self.serials[key] = max(self.serials.get(key, 0), data["serial"])
                 case "generation-opened":
                     plan: Plan = data["plan"]
-                    opened[plan.generation] = plan
+                    before = self.plan.members if self.plan is not None else ()
+                    opened[plan.generation] = plan, tuple(m for m in before if m.worker in data["leavers"])
                     self.newest_generation = max(self.newest_generation, plan.generation)
                 case "generation-committed":
-                    self.plan = opened[data["generation"]]
-                    if self.plan.kind is not PlanKind.SWITCH:
-                        self.step_committed = max(self.step_committed, data["restore_step"])
+                    self.plan, self.leavers = opened[data["generation"]]
+                    self.step_committed = max(self.step_committed, data["restore_step"])
+                case "generation-adopted":
+                    self.leavers = ()
+                case "job-unfounded":
+                    self.plan, self.leavers = None, ()
+                case "node-draining":
+                    self.draining[data["node"]] = data["incarnation"]
+                case "node-left":
+                    self.draining.pop(data["node"], None)
                 case "incident":
                     self.incidents.append(data["incident"])
                     self.incidents_total += 1
                     self.seconds_lost += max(0.0, data["incident"].seconds_lost)
+                case "loop-ended":
+                    self.finishing, self.digest = True, data["digest"]
+                    self.step_committed, self.samples = data["step"], data["samples"]
                 case "job-ended":
                     self.outcome, self.reason = data["outcome"], data["reason"]
-        self.started_at = now
-        self.recovering_until = now + 2 * self.settings.failure_timeout_s
+        self.started_at = self.founding_since = now
+        self.restarted = True
+        patience_s = self.settings.failure_timeout_s if self.finishing else self.settings.start_timeout_s
+        self.recovering_until = now + patience_s
 
     def _replay(self, status: WorkerStatus, now: float) -> None:
         """Take up what a worker said while there was no controller; nothing is decided yet."""
         worker = self.workers.get(status.worker)
-        if worker is None or status.exited:
+        if worker is None:
             return
-        member = self.plan is not None and worker.id in self.plan.workers()
+        member = any(m.worker == worker.id for m in self._last_members())
         if member:
             worker.state = "member"
             worker.holds_state = status.committed > 0 or (self.plan is not None and self.plan.kind is PlanKind.FOUND)
@@ -1130,44 +1293,65 @@ class ControllerMachine:
         self._note_step(status.committed, now)
 
     def _finish_recovering(self, now: float) -> None:
-        """Act again once every member's node has spoken, or its lease has lapsed."""
-        plan = self.plan
-        members = [m for m in plan.members] if plan is not None else []
-        missing = [m for m in members if m.worker not in self.workers and m.node not in self.nodes]
+        """Act again once every member's node has spoken, or its time is up."""
         assert self.recovering_until is not None
-        if missing and now < self.recovering_until:
+        members = self._last_members()
+        here = {node.id for node in self.nodes.values() if node.attached}
+        until = self.recovering_until
+        if any(worker.alive for worker in self._known(members)):
+            # With one of them here, the others have as long as a lease.
+            self.returned_at = now if self.returned_at is None else self.returned_at
+            until = min(until, self.returned_at + self.settings.failure_timeout_s)
+        else:
+            self.returned_at = None
+        if now < until and (not here or any(m.node not in here for m in members)):
             return
-        if plan is None and now < self.recovering_until and not self.nodes:
-            return
-        self.recovering_until = None
         for member in members:
-            if member.worker not in self.workers:
-                self.workers[member.worker] = Worker(member.worker, member.node, member.local_rank, state="dead")
-        self._emit(
-            Persist("controller-restarted", f"controller restarted at generation {self.newest_generation}", {})
-        )
-        if plan is not None:
-            alive = [self.workers[m.worker] for m in members if self.workers[m.worker].alive]
-            intact = (
-                len(alive) == len(members)
-                and self.newest_generation == plan.generation
-                and all(w.status.generation == plan.generation for w in alive)
+            worker = self.workers.setdefault(
+                member.worker, Worker(member.worker, member.node, member.local_rank, state="dead")
             )
-            if not alive:
-                self._state_lost("no member of the last world is left", now)
-            elif not intact:
-                gone = [m.worker for m in members if not self.workers[m.worker].alive]
-                reason = "the controller restarted" + (f"; lost meanwhile: {', '.join(gone)}" if gone else "")
-                self._open_incident("controller restarted", "controller", "ledger", reason, now)
-                self._fence(reason, now, loss=True)
-            for worker in self.workers.values():
-                if worker.state == "registered":
-                    self._admit(worker)
+            if not worker.alive:
+                worker.state = "dead"
+        why = "the controller restarted" if self.restarted else "nodes that hold the state came back"
+        if self.restarted:
+            self._emit(
+                Persist("controller-restarted", f"controller restarted at generation {self.newest_generation}", {})
+            )
+        self.restarted = False
+        if self.finishing:
+            self.recovering_until = None
+            self._let_finish()
+            self._check_finished(now)
+            return
+        self._regroup_recovered(why, now)
+        self.recovering_until = None
+        for worker in self.workers.values():
+            if worker.state == "registered" and self.plan is not None:
+                self._admit(worker)
         for node in list(self.nodes.values()):
             self._fill(node)
         self._check_finished(now)
+        self._check_outcome(now)
         self._found_if_complete(now)
         self._consider_switch(now)
+
+    def _regroup_recovered(self, why: str, now: float) -> None:
+        plan, members = self.plan, self._known(self._last_members())
+        if plan is None:
+            return
+        gone = [w.id for w in members if not w.alive]
+        if len(gone) == len(members):
+            self._state_lost("no member of the last world is left", now)
+        elif (
+            gone
+            or self.newest_generation != plan.generation
+            or self.leavers
+            or any(w.status.generation != plan.generation for w in members)
+        ):
+            reason = why + (f"; lost meanwhile: {', '.join(gone)}" if gone else "")
+            if not self.open_incidents:
+                self._open_incident("controller restarted", "controller", "ledger", reason, now)
+            self._fence(reason, now, loss=True)
 
     # -- views -----------------------------------------------------------------------------------------------------
 

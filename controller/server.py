@@ -158,8 +158,8 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
 
     # -- agents ----------------------------------------------------------------------------------------------------
 
-    async def Attach(  # noqa: N802
-        self, request_iterator: AsyncIterator[runtime_pb2.AgentMessage], context: grpc.aio.ServicerContext
+    async def Attach(
+        self, request_iterator: AsyncIterator[runtime_pb2.AgentMessage], context: channels.Context
     ) -> AsyncIterator[runtime_pb2.ControllerMessage]:
         """One agent's stream."""
         first = await asyncio.wait_for(anext(request_iterator), self.config.settings.failure_timeout_s)
@@ -207,15 +207,15 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
 
     # -- people ----------------------------------------------------------------------------------------------------
 
-    async def Status(  # noqa: N802
-        self, request: runtime_pb2.StatusRequest, context: grpc.aio.ServicerContext
+    async def Status(
+        self, request: runtime_pb2.StatusRequest, context: channels.Context
     ) -> runtime_pb2.StatusReply:
         """What `elastic status` shows."""
         reply: runtime_pb2.StatusReply = to_proto(replace(self.machine.status(time.monotonic()), controller_pid=os.getpid()))
         return reply
 
-    async def Events(  # noqa: N802
-        self, request: runtime_pb2.EventsRequest, context: grpc.aio.ServicerContext
+    async def Events(
+        self, request: runtime_pb2.EventsRequest, context: channels.Context
     ) -> AsyncIterator[runtime_pb2.Event]:
         """The ledger, and what is added to it while the caller follows."""
         after = request.after
@@ -234,8 +234,8 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
                 except TimeoutError:
                     continue
 
-    async def Drain(  # noqa: N802
-        self, request: runtime_pb2.DrainRequest, context: grpc.aio.ServicerContext
+    async def Drain(
+        self, request: runtime_pb2.DrainRequest, context: channels.Context
     ) -> runtime_pb2.DrainReply:
         """Ask a node to leave."""
         refusal = self.machine.drain_refusal(request.node)
@@ -244,8 +244,8 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
         self.handle(DrainAsked(request.node))
         return runtime_pb2.DrainReply(text=f"node {request.node} leaves after the step in progress")
 
-    async def Stop(  # noqa: N802
-        self, request: runtime_pb2.StopRequest, context: grpc.aio.ServicerContext
+    async def Stop(
+        self, request: runtime_pb2.StopRequest, context: channels.Context
     ) -> runtime_pb2.StopReply:
         """End the job."""
         self.handle(StopAsked(request.reason))
@@ -276,7 +276,7 @@ async def serve(config: ControllerConfig) -> int:
     print(f"[controller] job {config.settings.job} at {channels.join_address(config.host, port)}", file=sys.stderr, flush=True)
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, lambda s=signum: controller.handle(StopAsked(f"{signal.Signals(s).name} received")))
+        loop.add_signal_handler(signum, controller.handle, StopAsked(f"{signum.name} received"))
     ticker = asyncio.create_task(controller.tick_forever())
     await controller.over.wait()
     ticker.cancel()

@@ -17,7 +17,7 @@ from typing import Protocol
 
 import torch
 
-from elastic.flat import fill_with_nothing, round_up
+from elastic.flat import round_up
 from elastic.folds import Fold
 from elastic.group import Group, Work
 
@@ -61,7 +61,10 @@ class Exchange(Protocol):
         """Let the chunk go out; returns at once."""
 
     def finish(self, lane: Lane) -> None:
-        """Wait until all of `output[:size]` is there, and nothing of the lane is on its way any more."""
+        """Wait until all of `output[:size]` is there."""
+
+    def settle(self) -> None:
+        """After the last lane: wait until nothing of the step is on its way any more."""
 
 
 class Alone:
@@ -75,7 +78,10 @@ class Alone:
         if not lane.partials:
             result.zero_()
         for partial in lane.partials.values():
-            _divide_into(result, partial, divisor if lane.scaled else 1.0)
+            if lane.scaled and divisor != 1.0:
+                torch.div(partial, divisor, out=result)
+            else:
+                result.copy_(partial)
         return result
 
     def publish(self, lane: Lane) -> None:
@@ -84,48 +90,15 @@ class Alone:
     def finish(self, lane: Lane) -> None:
         pass
 
-
-class BackendSum:
-    """The backend's own all-reduce: as fast as it gets, in an order that depends on the world.
-
-    Args:
-        divisor: what the sum will be divided by, if that is known already: dividing each partial sum on its
-            way into the output costs nothing.
-    """
-
-    def __init__(self, group: Group, divisor: float | None) -> None:
-        self._group = group
-        self._divisor = divisor
-        self._works: dict[int, Work] = {}
-
-    def start(self, lane: Lane) -> None:
-        result = lane.output[: lane.size]
-        if not lane.partials:
-            fill_with_nothing(result)
-        for partial in lane.partials.values():
-            _divide_into(result, partial, self._divisor if lane.scaled and self._divisor is not None else 1.0)
-        self._works[lane.index] = self._group.all_reduce_sum(result)
-
-    def fold(self, lane: Lane, divisor: float) -> torch.Tensor:
-        self._works.pop(lane.index).wait()
-        if lane.scaled and self._divisor is None and divisor != 1.0:
-            lane.output[: lane.size].div_(divisor)
-        return _chunk(lane.output, lane.size, self._group.rank, self._group.size)
-
-    def publish(self, lane: Lane) -> None:
-        pass
-
-    def finish(self, lane: Lane) -> None:
+    def settle(self) -> None:
         pass
 
 
 class OrderedExchange:
-    """All-to-all of chunks, an ordered fold by each chunk's owner, all-gather: over tagged sends and
-    receives.
+    """All-to-all of chunks, a fold by each chunk's owner, all-gather: over tagged messages.
 
     Tags leave the order of issue free, and a chunk that is received can wait in those chunks of the output
-    whose
-    results come later: no third buffer is needed while there are no more terms than ranks.
+    whose results come later: no third buffer is needed while there are no more terms than ranks.
     """
 
     def __init__(self, group: Group, fold: Fold) -> None:
@@ -133,7 +106,6 @@ class OrderedExchange:
         self._fold = fold
         self._landed: dict[int, dict[int, torch.Tensor]] = {}
         self._arriving: dict[int, list[Work]] = {}
-        self._leaving: dict[int, list[Work]] = {}
 
     def start(self, lane: Lane) -> None:
         group = self._group
@@ -141,21 +113,19 @@ class OrderedExchange:
         places = self._places(lane, mine.numel())
         landed: dict[int, torch.Tensor] = {}
         arriving: list[Work] = []
-        leaving: list[Work] = []
         for term in self._fold.terms:
             tag = self._tag(lane, 0, term.index)
             if term.owner != group.rank:
                 if mine.numel():
                     landed[term.index] = next(places)
-                    arriving.append(group.recv(landed[term.index], term.owner, tag))
+                    arriving.append(group.take(landed[term.index], term.owner, tag))
                 continue
-            for peer in self._peers():
+            for peer in group.peers:
                 chunk = _chunk(lane.partials[term.index], lane.size, peer, group.size)
                 if chunk.numel():
-                    leaving.append(group.send(chunk, peer, tag))
+                    group.post(chunk, peer, tag)
         self._landed[lane.index] = landed
         self._arriving[lane.index] = arriving
-        self._leaving[lane.index] = leaving
 
     def fold(self, lane: Lane, divisor: float) -> torch.Tensor:
         group = self._group
@@ -186,18 +156,18 @@ class OrderedExchange:
         group = self._group
         tag = self._tag(lane, 1, 0)
         mine = _chunk(lane.output, lane.size, group.rank, group.size)
-        works = self._leaving[lane.index]
-        for peer in self._peers():
-            theirs = _chunk(lane.output, lane.size, peer, group.size)
-            if theirs.numel():
-                works.append(group.recv(theirs, peer, tag))
-        for peer in self._peers():
+        theirs = [(peer, _chunk(lane.output, lane.size, peer, group.size)) for peer in group.peers]
+        self._arriving[lane.index] = [group.take(chunk, peer, tag) for peer, chunk in theirs if chunk.numel()]
+        for peer in group.peers:
             if mine.numel():
-                works.append(group.send(mine, peer, tag))
+                group.post(mine, peer, tag)
 
     def finish(self, lane: Lane) -> None:
-        for work in self._leaving.pop(lane.index):
+        for work in self._arriving.pop(lane.index):
             work.wait()
+
+    def settle(self) -> None:
+        self._group.settle()
 
     def _fold_group(
         self, members: tuple[int, ...], values: list[torch.Tensor], landed: Mapping[int, torch.Tensor]
@@ -216,27 +186,15 @@ class OrderedExchange:
     def _places(self, lane: Lane, length: int) -> Iterator[torch.Tensor]:
         """Memory for terms on arrival: first the chunks of the output that are peers', then new memory."""
         step = _chunk_length(lane.size, self._group.size)
-        for peer in self._peers():
+        for peer in self._group.peers:
             place = lane.output[peer * step : peer * step + length]
             if place.numel() == length:
                 yield place
         while True:
             yield torch.empty(length, dtype=lane.output.dtype, device=lane.output.device)
 
-    def _peers(self) -> Iterator[int]:
-        """The other ranks, beginning behind this one, so that not all of them write to the same one."""
-        rank, size = self._group.rank, self._group.size
-        return ((rank + distance) % size for distance in range(1, size))
-
     def _tag(self, lane: Lane, phase: int, term: int) -> int:
         return (2 * lane.index + phase) * max(len(self._fold.terms), 1) + term
-
-
-def _divide_into(result: torch.Tensor, partial: torch.Tensor, divisor: float) -> None:
-    if divisor == 1.0:
-        result.copy_(partial)
-    else:
-        torch.div(partial, divisor, out=result)
 
 
 def _chunk_length(size: int, ranks: int) -> int:

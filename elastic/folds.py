@@ -28,6 +28,8 @@ class TermKind(enum.Enum):
     """The slots that begin one virtual replica."""
     SINGLE = "single"
     """One slot inside a virtual replica whose beginning belongs to somebody else."""
+    SHARE = "share"
+    """All slots of one worker, in any order."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,18 @@ def plan_fold(owners: Sequence[int], replicas: int, empty: Iterable[int] = ()) -
             stretches.append((TermKind.SINGLE, owners[slot], [(slot,)]))
     terms = (Term(i, owner, tuple(parts), kind) for i, (kind, owner, parts) in enumerate(stretches))
     return Fold(tuple(terms), tuple(tuple(group) for group in groups))
+
+
+def plan_shares(owners: Sequence[int], empty: Iterable[int] = ()) -> Fold:
+    """One term for each rank, whatever its slots: the least to send, but the bits depend on the owners."""
+    absent = frozenset(empty)
+    shares: dict[int, list[int]] = {owner: [] for owner in sorted(owners)}
+    for slot, owner in enumerate(owners):
+        if slot not in absent:
+            shares[owner].append(slot)
+    filled = [(owner, tuple(slots)) for owner, slots in shares.items() if slots]
+    terms = tuple(Term(i, owner, (slots,), TermKind.SHARE) for i, (owner, slots) in enumerate(filled))
+    return Fold(terms, tuple((term.index,) for term in terms))
 
 
 def _extends_total(stretches: Sequence[tuple[TermKind, int, object]], owner: int) -> bool:

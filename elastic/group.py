@@ -11,6 +11,8 @@ never let an error of gloo pass untranslated.
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import ipaddress
 import os
 import socket
@@ -23,13 +25,7 @@ from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
-from torch._C._distributed_c10d import (
-    AllreduceOptions,
-    PrefixStore,
-    ProcessGroupGloo,
-    ReduceOp,
-    Store,
-)
+from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from torch._C._distributed_c10d import Work as ForeignWork
 
 from elastic.errors import BuildCancelled, CollectiveAborted
@@ -52,56 +48,91 @@ class _Backend(Protocol):
 
     def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> ForeignWork: ...
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> ForeignWork: ...
-    def allreduce(self, tensors: list[torch.Tensor], options: AllreduceOptions) -> ForeignWork: ...
-    def _set_default_timeout(self, timeout: timedelta) -> None: ...
 
 
-class _Done:
-    """The work of a world of one: complete before it began."""
+_EMPTY = torch.empty(0)
 
-    def wait(self) -> None:
-        return None
+TAG_MAX = 2**29 - 1
+"""The largest tag; gloo has 31 bits, and a message needs up to three tags of its own."""
 
 
-class _GlooWork:
-    """A gloo operation, with the group's deadline, and its error translated."""
+class _Kind(enum.IntEnum):
+    """What a message of gloo is; every tag of ours becomes four of gloo's."""
 
-    __slots__ = ("_foreign", "_group", "_tensor")
+    DATA = 0
+    MARK = 1
+    """Empty; it follows the data."""
+    RECEIPT = 2
+    """Empty; the data was received and waited for."""
+    SETTLED = 3
+    """Empty; everything that was posted has been received."""
 
-    def __init__(self, group: Group, foreign: ForeignWork, tensor: torch.Tensor) -> None:
+
+class _Awaited:
+    """An operation whose end is known from an empty message.
+
+    gloo forgets to wake whoever waits for a message of which a part was on its way when the connection broke:
+    that wait lasts until its timeout. A message that has not begun is remembered, and an empty one is never
+    half on its way. So no wait is ever for data, but for an empty message that follows it.
+    """
+
+    def __init__(self, group: Group, awaited: ForeignWork, kept: object) -> None:
         self._group = group
-        self._foreign: ForeignWork | None = foreign
-        self._tensor = tensor  # gloo keeps an address, not a reference: the memory must outlive the operation
+        self._awaited: ForeignWork | None = awaited
+        self._kept = kept  # gloo keeps addresses, not references: what it works on must outlive the work
+        self._failed = False
+        self._lock = threading.Lock()  # of two that wait gloo would wake only one
 
     def wait(self) -> None:
-        foreign, self._foreign = self._foreign, None
-        if foreign is None:
-            return
-        try:
-            foreign.wait(self._group._operation_timeout)
-        except RuntimeError as error:
-            # One lost peer means that this generation is over. Ending the whole group at once lets the other
-            # operations fail in milliseconds, here and (by the closed connections) at the peers.
-            self._group.abort(f"an operation failed: {_brief(error)}")
-            self._foreign = foreign  # `drain` still has to see its end
-            raise self._group._aborted() from error
+        with self._lock:
+            if self._failed:
+                raise self._group._aborted()
+            awaited, self._awaited = self._awaited, None
+            if awaited is None:
+                return
+            self._failed = True
+            self._group._await(awaited)
+            self._end()
+            self._failed = False
+        self._kept = None
         self._group._works.discard(self)
 
-    def drain(self) -> None:
-        """See the end of the operation, whatever it is."""
-        foreign, self._foreign = self._foreign, None
-        if foreign is None:
-            return
-        try:
-            foreign.wait(self._group._operation_timeout)
-        except RuntimeError as error:
-            self._group.abort(f"an operation failed: {_brief(error)}")
+    def _end(self) -> None:
+        pass
+
+
+class _Sent(_Awaited):
+    """A message that ends when the receiver says so."""
+
+
+class _Received(_Awaited):
+    """A message that has arrived when the mark behind it has."""
+
+    def __init__(
+        self,
+        group: Group,
+        awaited: ForeignWork,
+        data: ForeignWork,
+        kept: object,
+        receipt: Callable[[], None] | None,
+    ) -> None:
+        super().__init__(group, awaited, kept)
+        self._data = data
+        self._receipt = receipt
+
+    def _end(self) -> None:
+        self._group._await(self._data)  # complete, since the mark came after it
+        if self._receipt is not None:
+            self._receipt()
 
 
 class Group:
     """The process group of one generation. Made by `build_group`; operations come from one thread at a time.
 
     A process holds one rank of a world: with a third one its own connections could not be told from theirs.
+
+    There are no collectives, because gloo's own cannot be ended: shutting the sockets down wakes whoever
+    waits for a message that has not begun, but not always one that waits for the rest of a message.
 
     Attributes:
         generation: the world that the group belongs to.
@@ -126,7 +157,8 @@ class Group:
         self._has_backend = backend is not None
         self._sockets = tuple(sockets)
         self._operation_timeout = timedelta(seconds=operation_timeout_s)
-        self._works: set[_GlooWork] = set()
+        self._works: set[_Awaited] = set()
+        self._posted: list[object] = []
         self._lock = threading.Lock()
         self._reason: str | None = None
 
@@ -135,24 +167,47 @@ class Group:
         """Why the group was ended, or None while it works."""
         return self._reason
 
-    def send(self, tensor: torch.Tensor, dst: int, tag: int) -> Work:
-        """Start to send a contiguous `tensor` to rank `dst`; the receiver names the same tag and size.
+    @property
+    def peers(self) -> list[int]:
+        """The other ranks, beginning behind this one, so that not all of them write to the same one first."""
+        return [(self.rank + distance) % self.size for distance in range(1, self.size)]
 
-        Both sides must agree on the size in bytes by construction: gloo ends the process on a mismatch.
+    def send(self, tensor: torch.Tensor, dst: int, tag: int) -> Work:
+        """Start to send a contiguous `tensor` to rank `dst`, which receives it under the same tag.
+
+        The work is complete when the receiver has waited for it. Both sides must agree on the size in bytes
+        by
+        construction: gloo ends the process on a mismatch.
         """
-        return self._start(tensor, lambda backend: backend.send([tensor], dst, tag))
+        receipt = self._recv(_EMPTY, dst, tag, _Kind.RECEIPT)
+        sent = self._send(tensor, dst, tag, _Kind.DATA), self._send(_EMPTY, dst, tag, _Kind.MARK)
+        return self._keep(_Sent(self, receipt, (tensor, sent)))
 
     def recv(self, tensor: torch.Tensor, src: int, tag: int) -> Work:
-        """Start to receive into a contiguous `tensor` from rank `src`."""
-        return self._start(tensor, lambda backend: backend.recv([tensor], src, tag))
+        """Start to receive into a contiguous `tensor` what rank `src` sends."""
+        return self._receive(tensor, src, tag, lambda: self._post(_EMPTY, src, tag, _Kind.RECEIPT))
 
-    def all_reduce_max(self, tensor: torch.Tensor) -> Work:
-        """Start to replace `tensor` by the elementwise maximum over the ranks."""
-        return self._all_reduce(tensor, ReduceOp.MAX)
+    def post(self, tensor: torch.Tensor, dst: int, tag: int) -> None:
+        """Send without a receipt, which saves a message; `tensor` belongs to the group until `settle`."""
+        self._post(tensor, dst, tag, _Kind.DATA)
+        self._post(_EMPTY, dst, tag, _Kind.MARK)
 
-    def all_reduce_sum(self, tensor: torch.Tensor) -> Work:
-        """Start to replace `tensor` by the ranks' sum, in the backend's order (the same bits on each)."""
-        return self._all_reduce(tensor, ReduceOp.SUM)
+    def take(self, tensor: torch.Tensor, src: int, tag: int) -> Work:
+        """Start to receive what rank `src` posts."""
+        return self._receive(tensor, src, tag, None)
+
+    def settle(self) -> None:
+        """Wait until every rank has received all that was posted to it; every rank must call it.
+
+        A rank calls it when what was posted to it has been waited for.
+        """
+        count = len(self._posted)
+        arriving = [self._recv(_EMPTY, peer, 0, _Kind.SETTLED) for peer in self.peers]
+        for peer in self.peers:
+            self._post(_EMPTY, peer, 0, _Kind.SETTLED)
+        for work in arriving:
+            self._await(work)
+        del self._posted[:count]
 
     def abort(self, reason: str) -> None:
         """End the group from any thread: every pending operation raises soon, every later one at once.
@@ -172,7 +227,8 @@ class Group:
         alone would still write into it. Takes milliseconds after `abort`, else at most the operation timeout.
         """
         for work in tuple(self._works):
-            work.drain()
+            with contextlib.suppress(CollectiveAborted):
+                work.wait()
         self._works.clear()
 
     def close(self) -> None:
@@ -185,27 +241,45 @@ class Group:
 
     def _drop(self) -> None:
         self.drain()
+        self._posted.clear()
         self._backend = None  # the last reference: the destructor runs here, without the interpreter's lock
 
-    def _all_reduce(self, tensor: torch.Tensor, op: ReduceOp.RedOpType) -> Work:
-        if self.size == 1 and self._reason is None:
-            return _Done()
-        options = AllreduceOptions()
-        options.reduceOp = ReduceOp(op)
-        options.timeout = self._operation_timeout
-        return self._start(tensor, lambda backend: backend.allreduce([tensor], options))
+    def _receive(self, tensor: torch.Tensor, src: int, tag: int, receipt: Callable[[], None] | None) -> Work:
+        data = self._recv(tensor, src, tag, _Kind.DATA)
+        mark = self._recv(_EMPTY, src, tag, _Kind.MARK)
+        return self._keep(_Received(self, mark, data, tensor, receipt))
 
-    def _start(self, tensor: torch.Tensor, start: Callable[[_Backend], ForeignWork]) -> Work:
+    def _post(self, tensor: torch.Tensor, dst: int, tag: int, kind: _Kind) -> None:
+        self._posted.append((tensor, self._send(tensor, dst, tag, kind)))
+
+    def _keep(self, work: _Awaited) -> Work:
+        self._works.add(work)
+        return work
+
+    def _send(self, tensor: torch.Tensor, dst: int, tag: int, kind: _Kind) -> ForeignWork:
+        return self._start(lambda backend: backend.send([tensor], dst, 4 * tag + kind))
+
+    def _recv(self, tensor: torch.Tensor, src: int, tag: int, kind: _Kind) -> ForeignWork:
+        return self._start(lambda backend: backend.recv([tensor], src, 4 * tag + kind))
+
+    def _start(self, start: Callable[[_Backend], ForeignWork]) -> ForeignWork:
         backend = self._backend
         if self._reason is not None or backend is None:
             raise self._aborted()
         try:
-            work = _GlooWork(self, start(backend), tensor)
+            return start(backend)
         except RuntimeError as error:
             self.abort(f"an operation could not start: {_brief(error)}")
             raise self._aborted() from error
-        self._works.add(work)
-        return work
+
+    def _await(self, foreign: ForeignWork) -> None:
+        try:
+            foreign.wait(self._operation_timeout)
+        except RuntimeError as error:
+            # One lost peer means that this generation is over. Ending the whole group at once lets the other
+            # operations fail in milliseconds, here and (by the closed connections) at the peers.
+            self.abort(f"an operation failed: {_brief(error)}")
+            raise self._aborted() from error
 
     def _aborted(self) -> CollectiveAborted:
         reason = self._reason or "a world of one has no peers"
@@ -305,17 +379,27 @@ class GroupBuild:
         options = _GLOO._Options()
         options._timeout = timedelta(seconds=max(self._deadline_s - time.monotonic(), 0.001))
         options._devices = [device]
-        options._threads = 2
+        options._threads = 1  # they are for collectives
         prefixed = PrefixStore(f"g{self._generation}", self._store)
         backend: _Backend = _GLOO(prefixed, self._rank, self._size, options)
-        # A first tiny operation: it ends only when every rank is connected, so the count below is final.
-        backend.allreduce([torch.ones(1)], AllreduceOptions()).wait()
         sockets = _find_sockets(*self._store.endpoints())
         if len(sockets) != self._size - 1:
             # A socket that was missed would leave operations that nobody can end.
             raise self._failed(f"found {len(sockets)} connections of the group where {self._size - 1} belong")
-        backend._set_default_timeout(timedelta(seconds=self._operation_timeout_s))
-        return Group(self._generation, self._rank, self._size, backend, sockets, self._operation_timeout_s)
+        group = Group(self._generation, self._rank, self._size, backend, sockets, self._operation_timeout_s)
+        self._greet(group)
+        return group
+
+    def _greet(self, group: Group) -> None:
+        """A first message from everybody to everybody: when it is over every rank has come this far."""
+        within = timedelta(seconds=max(self._deadline_s - time.monotonic(), 0.001))
+        usual, group._operation_timeout = group._operation_timeout, within
+        try:
+            group.settle()
+        except CollectiveAborted as error:
+            group.close()
+            raise self._failed(group.aborted or "it was given up", error) from error
+        group._operation_timeout = usual
 
     def _failed(self, reason: str, cause: BaseException | None = None) -> CollectiveAborted:
         silent = sorted(set(range(self._size)) - self._store.published())

@@ -100,5 +100,5 @@ class ElasticLoader:
             samples = [dataset[index] for index in ids]
         batch = self._loader.collate_fn(samples)
         if self._loader.pin_memory and torch.cuda.is_available():
-            return torch.utils.data._utils.pin_memory.pin_memory(batch)
+            return torch.utils.data._utils.pin_memory.pin_memory(batch)  # type: ignore[no-untyped-call]
         return batch

@@ -322,6 +322,8 @@ class WorkerMachine:
     def _heard(self, command: WorkerCommand) -> list[Effect]:
         match command:
             case Admitted():
+                if self.world is not None or self.pending is not None:
+                    return []  # said again by a controller that came back; it has gone on since
                 self.admitted = command
                 self.has_state = not command.joins_running_world
                 return [WakeMain()]
@@ -449,6 +451,8 @@ class WorkerMachine:
         return [GoOn()]
 
     def _adopt_after_fence(self, plan: Plan, order: Commit) -> list[Effect]:
+        if plan.rank_of(self.worker) in order.joiner_ranks:
+            self.has_state = False  # what arrived after its report is given again: nobody counted on it
         if self.has_state and order.restore_step != self.committed:
             if order.restore_step == self.committed + 1 == self.voted:
                 self.word = Word.COMMITTING

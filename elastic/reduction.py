@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import torch
 
 from elastic.errors import CollectiveAborted
-from elastic.exchange import Alone, BackendSum, Exchange, Lane, OrderedExchange
+from elastic.exchange import Alone, Exchange, Lane, OrderedExchange
 from elastic.flat import Layout
-from elastic.folds import Fold, Term, TermKind, plan_fold
+from elastic.folds import Fold, plan_fold, plan_shares
 from elastic.group import Group
 from elastic.partials import Partial, PartialSums
 
@@ -34,7 +34,7 @@ class Reduction(enum.StrEnum):
     ORDERED = "ordered"
     """By slots: the same bits in every world."""
     FAST = "fast"
-    """By the backend: the fastest."""
+    """By workers: the least to add and to send, also after a loss."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,9 @@ class Reducer:
         self._group, owners, absent = planned
         if self._reduction is Reduction.ORDERED:
             self._fold = plan_fold(owners, self._replicas, absent)
-            self._sums.plan(self._fold.owned_by(group.rank))
         else:
-            slots = tuple(s for s, owner in enumerate(owners) if owner == group.rank and s not in absent)
-            self._sums.plan([Term(0, group.rank, (slots,), TermKind.TOTAL)] if slots else [])
+            self._fold = plan_shares(owners, absent)
+        self._sums.plan(self._fold.owned_by(group.rank))
 
     def remaining_slots(self) -> tuple[int, ...]:
         """The slots that this rank still has to compute, in the order in which to do it."""
@@ -373,8 +372,6 @@ class Reducer:
         assert group is not None
         if self._size() == 1:
             self._exchange = Alone()
-        elif self._reduction is Reduction.FAST:
-            self._exchange = BackendSum(group, divisor)
         else:
             self._exchange = OrderedExchange(group, self._fold)
         self._lanes = [
@@ -411,7 +408,9 @@ class Reducer:
         for lane in others:
             exchange.fold(lane, 1.0)
             exchange.publish(lane)
+        unfinished = self._lanes
         if callable(divisor):
+            unfinished = gradients
             for lane in others:
                 exchange.finish(lane)
             divisor = divisor(self._output.extras.clone())
@@ -420,8 +419,9 @@ class Reducer:
             chunk = exchange.fold(lane, divisor)
             exchange.publish(lane)
             finite = finite and _is_finite(chunk)
-        for lane in self._lanes:
+        for lane in unfinished:
             exchange.finish(lane)
+        exchange.settle()
         return Reduced(finite, not self._spoiled, self._output.extras.clone())
 
     def _close_exchange(self) -> None:

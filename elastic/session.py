@@ -373,7 +373,7 @@ def _bind_optimizer(optimizer: Optimizer, index: int, engine: Engine) -> None:
         return None
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # or schedulers made later would wrap it again
-    optimizer.step = step  # type: ignore[method-assign]
+    optimizer.step = step  # type: ignore[method-assign, assignment]
     optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
 
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import threading
 import time
 from datetime import timedelta
+from typing import Any
 
 import grpc
-from torch.distributed import Store
+from torch._C._distributed_c10d import Store
 
 from elastic.domain import Plan
 from elastic.errors import BuildCancelled, CollectiveAborted
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 
 
-class RendezvousStore(Store):  # type: ignore[misc, unused-ignore]
+class RendezvousStore(Store):
     """Addresses of one generation's workers.
 
     gloo asks for one key after another and needs all of them; they are fetched together, in one waiting call.
@@ -33,7 +34,7 @@ class RendezvousStore(Store):  # type: ignore[misc, unused-ignore]
         self._plan = plan
         self._deadline = time.monotonic() + timeout_s
         self._values: dict[str, bytes] = {}
-        self._calls: set[grpc.Future] = set()
+        self._calls: set[Any] = set()
         self._lock = threading.Lock()
         self._cancelled = ""
 
@@ -91,7 +92,7 @@ class RendezvousStore(Store):  # type: ignore[misc, unused-ignore]
         )
         self._values.update(zip(wanted, reply.values, strict=True))
 
-    def _call(self, method, request):  # type: ignore[no-untyped-def]
+    def _call(self, method: Any, request: object) -> Any:
         with self._lock:
             self._check_cancelled()
             call = method.future(request, timeout=max(0.001, self._deadline - time.monotonic()))

@@ -37,7 +37,7 @@ PIECE_SIZE_BYTES_MAX = 16 * 2**20
 PIECE_SIZE_BYTES = 4 * 2**20
 HEADER_SIZE_BYTES_MAX = 128 * 2**20
 # Apart from the tags of anything else on the same group, which count from 0.
-TAG_PREAMBLE, TAG_HEADER, TAG_ANSWER, TAG_PIECE = range(0x53540000, 0x53540004)
+TAG_PREAMBLE, TAG_HEADER, TAG_ANSWER, TAG_PIECE = range(0x05354000, 0x05354004)
 
 _STAGING_BUFFERS = 2
 _MAGIC = 0x656C617374696331  # "elastic1": the format of what follows.

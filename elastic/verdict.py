@@ -8,19 +8,20 @@ never carry anything whose size depends on the data, and must never decide from 
 
 from __future__ import annotations
 
+import contextlib
 import enum
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from elastic.errors import ElasticError
+from elastic.errors import CollectiveAborted, ElasticError
 from elastic.group import Group
 
 _DIRECT_SIZE_MAX = 8
-"""Up to here everybody sends to everybody: one message time, where an all-reduce takes several."""
+"""Up to here everybody sends to everybody, which takes the time of one message."""
 
-_TAG = 1 << 30
+_TAG = 1 << 28
 """Above every tag of a reduction."""
 
 _EQUAL = ("step", "generation", "groups_hash")
@@ -128,17 +129,36 @@ def _read(maxima: torch.Tensor, vote: Vote) -> Outcome:
 
 
 def _maximum(group: Group, vector: torch.Tensor) -> torch.Tensor:
-    if group.size > _DIRECT_SIZE_MAX or group.size == 1:
-        group.all_reduce_max(vector).wait()
-        return vector
+    if group.size > _DIRECT_SIZE_MAX:
+        return _maximum_in_rounds(group, vector)
     rows = torch.empty(group.size, vector.numel(), dtype=vector.dtype)
     rows[group.rank] = vector
-    peers = [(group.rank + distance) % group.size for distance in range(1, group.size)]
-    try:
-        works = [group.recv(rows[peer], peer, _TAG) for peer in peers]
-        works += [group.send(vector, peer, _TAG) for peer in peers]
+    with _drained(group):
+        works = [group.take(rows[peer], peer, _TAG) for peer in group.peers]
+        for peer in group.peers:
+            group.post(vector, peer, _TAG)
         for work in works:
             work.wait()
-    finally:
-        group.drain()  # after a failure the others still write into `rows`
     return rows.amax(0)
+
+
+def _maximum_in_rounds(group: Group, vector: torch.Tensor) -> torch.Tensor:
+    """Dissemination: the distance doubles, and a maximum does not mind what it has seen before."""
+    with _drained(group):
+        for number in range((group.size - 1).bit_length()):
+            received = torch.empty_like(vector)
+            work = group.take(received, (group.rank - 2**number) % group.size, _TAG + number)
+            group.post(vector, (group.rank + 2**number) % group.size, _TAG + number)
+            work.wait()
+            vector = torch.maximum(vector, received)  # a new one: the old one may still be on its way
+    return vector
+
+
+@contextlib.contextmanager
+def _drained(group: Group) -> Iterator[None]:
+    """After a failure nothing may write into our memory any more."""
+    try:
+        yield
+    except CollectiveAborted:
+        group.drain()
+        raise

@@ -16,7 +16,7 @@ DEFAULT_PORT = 29400
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-class NodeRange(click.ParamType):
+class NodeRange(click.ParamType[tuple[int, int]]):
     """`N` or `MIN:MAX`, as torchrun writes it."""
 
     name = "MIN:MAX"
@@ -34,7 +34,7 @@ class NodeRange(click.ParamType):
         return span
 
 
-class WorkerCount(click.ParamType):
+class WorkerCount(click.ParamType[int]):
     """A number of workers, or `cpu` / `gpu` / `auto`, as torchrun writes it."""
 
     name = "N|cpu|gpu|auto"

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import grpc
 import grpc.aio
 
 from elastic.errors import ConfigError, Unreachable
+
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+else:
+    Context = grpc.aio.ServicerContext
 
 MESSAGE_SIZE_BYTES_MAX = 4 * 1024 * 1024
 

@@ -140,8 +140,7 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-@functools.cache
-def _is_alternative(cls: type) -> bool:
+def _is_alternative(cls: object) -> bool:
     return any(cls in members for members in _WRAPPERS)
 
 

@@ -193,7 +193,6 @@ class Agent(Process):
 
     def on_message(self, stream: Stream, message: Any) -> None:
         if stream is self.stream:
-            self.cluster.note("agent %s hears %s", self.incarnation, message)
             self.handle(Heard(message))
             return
         for worker in self.workers.values():

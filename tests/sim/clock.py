@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections import deque
 from collections.abc import Callable
 from typing import Any
+
+from elastic.domain import AgentHello, Plan
 
 TRACE_KEPT = 60
 
@@ -54,4 +57,22 @@ class Trace:
 
 
 def _line(now: float, text: str, args: tuple[Any, ...]) -> str:
-    return f"{now:9.4f}  {text % args if args else text}"
+    return f"{now:9.4f}  {text % tuple(brief(arg) for arg in args) if args else text}"
+
+
+def brief(value: Any) -> Any:
+    """A message as a person would write it down: what is at its default is left out, plans are shortened."""
+    if isinstance(value, Plan):
+        members = " ".join(member.worker for member in value.members)
+        return f"g{value.generation} {value.kind.name} [{members}]"
+    if isinstance(value, AgentHello):
+        return f"Hello({', '.join(str(brief(worker)) for worker in value.workers)})"
+    if not dataclasses.is_dataclass(value) or isinstance(value, type):
+        return value
+    shown = []
+    for field in dataclasses.fields(value):
+        content = getattr(value, field.name)
+        if field.name in ("spec", "loss", "samples", "pid", "local_rank") or content == field.default:
+            continue
+        shown.append(f"{field.name}={brief(content)}")
+    return f"{type(value).__name__}({', '.join(shown)})"

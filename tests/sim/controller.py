@@ -39,7 +39,7 @@ class Controller(Process):
         self.ledger = ledger
         self.machine = ControllerMachine(cluster.scenario.settings)
         self.streams: dict[str, Stream] = {}
-        self.said_hello: dict[int, str] = {}  # id of a stream -> incarnation
+        self.said_hello: dict[Stream, str] = {}  # incarnation of the agent at the other end
         self.ending_since: float | None = None
         if ledger:
             self.machine.restore(list(ledger), self.clock.now)
@@ -97,22 +97,22 @@ class Controller(Process):
     # -- agents and people -----------------------------------------------------------------------------------------
 
     def on_message(self, stream: Stream, message: Any) -> None:
-        incarnation = self.said_hello.get(id(stream))
+        incarnation = self.said_hello.get(stream)
         if incarnation is None:
             if not isinstance(message, AgentHello):
                 return
-            self.said_hello[id(stream)] = message.incarnation
+            self.said_hello[stream] = message.incarnation
             old = self.streams.get(message.incarnation)
             if old is not None:
                 old.close(self)
             self.streams[message.incarnation] = stream
-            self.cluster.note("controller hears Hello of %s: %s", message.incarnation, message)
+            self.cluster.note("controller hears %s: %s", message.incarnation, message)
             self.handle(AgentAttached(message))
         elif self.streams.get(incarnation) is stream:
             self.handle(AgentSaid(incarnation, message))
 
     def on_reset(self, stream: Stream, reason: str) -> None:
-        incarnation = self.said_hello.get(id(stream), "")
+        incarnation = self.said_hello.get(stream, "")
         if self.streams.get(incarnation) is stream:
             del self.streams[incarnation]
             self.handle(AgentGone(incarnation, reason))

@@ -27,7 +27,7 @@ DEADLINE_S = 60.0
 """For things that should take milliseconds; a test that needs it has failed."""
 
 
-def connect(store: Store, rank: int, size: int, generation: int = 1, **timeouts: float) -> Group:
+def connect(store: Store | None, rank: int, size: int, generation: int = 1, **timeouts: float) -> Group:
     """Build a group with the deadlines of a test."""
     limits = {"connect_timeout_s": 20.0, "operation_timeout_s": 20.0, **timeouts}
     return build_group(store, rank, size, generation=generation, address=ADDRESS, **limits)

@@ -1,0 +1,113 @@
+"""What a seed means: how large and how fast the cluster is, how bad its network, and what goes wrong when."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from random import Random
+
+from controller.machine import JobSettings
+from elastic.domain import TrainingSpec
+from tests.sim.faults import Fault, draw_faults
+from tests.sim.links import LinkQuality
+
+INITIAL_DIGEST = 12345
+
+
+@dataclass(frozen=True)
+class WorkerSpeed:
+    """Seconds that a worker takes to start, for a slot, and to write an update."""
+
+    start_s: float
+    slot_s: float
+    apply_s: float
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """One simulated job.
+
+    Attributes:
+        nodes: Nodes at the start; more may join as a fault.
+        nproc: Workers on each node.
+        steps: Optimizer steps until the training loop ends.
+        quiet_at_s: From here on nothing goes wrong any more, so the job must come to its end.
+        raises_at: (step, slot) at which user code raises; None for never.
+        raises_times: How often it does.
+        quits_early: How many workers end with code 3 before they say anything.
+        failed_forks: How many forks fail.
+    """
+
+    seed: int
+    nodes: int
+    nproc: int
+    steps: int
+    settings: JobSettings
+    spec: TrainingSpec
+    network: LinkQuality
+    local: LinkQuality
+    slot_s: float
+    faults: tuple[Fault, ...] = ()
+    quiet_at_s: float = 0.0
+    raises_at: tuple[int, int] | None = None
+    raises_times: int = 0
+    quits_early: int = 0
+    failed_forks: int = 0
+    controller_timeout_s: float = 25.0
+    initial_digest: int = INITIAL_DIGEST
+    user_error: str = field(default="ValueError: bad sample")
+
+    @property
+    def hostile(self) -> bool:
+        return self.network.hostile
+
+    def worker_speed(self, random: Random) -> WorkerSpeed:
+        slow = 6.0 if random.random() < 0.1 else 1.0
+        return WorkerSpeed(random.uniform(0.05, 0.3) * slow, self.slot_s, random.uniform(0.001, 0.02) * slow)
+
+
+def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
+    """Return the scenario of a seed; `hostile` overrides what the seed says about the links."""
+    random = Random(f"scenario {seed}")
+    nodes = random.choice((1, 2, 2, 3, 3, 4))
+    nproc = random.choice((1, 1, 2, 3)) if nodes < 4 else random.choice((1, 2))
+    nodes_max = nodes + random.choice((0, 0, 1))
+    nodes_min = random.randint(1, nodes) if random.random() < 0.4 else 1
+    slots = random.choice((0, nodes * nproc, nodes_max * nproc, nodes_max * nproc + random.randint(1, 5)))
+    replicas = 0 if slots == 0 else random.choice((0, random.randint(1, slots)))
+    chosen_hostile = random.random() < 0.12
+    network = LinkQuality(
+        delay_s=random.choice((0.0005, 0.002, 0.01)),
+        spike=random.choice((0.0, 0.01, 0.05)),
+        hostile=chosen_hostile if hostile is None else hostile,
+    )
+    scenario = Scenario(
+        seed=seed,
+        nodes=nodes,
+        nproc=nproc,
+        steps=random.randint(2, 9),
+        settings=JobSettings(
+            job="sim",
+            nodes_min=nodes_min,
+            nodes_max=nodes_max,
+            max_restarts=random.choice((1, 3)),
+            start_timeout_s=40.0,
+            join_timeout_s=random.choice((0.5, 2.0)),
+        ),
+        spec=TrainingSpec(
+            slots=slots, virtual_replicas=replicas, dataset_size=1000, batch_size=1, layout_digest="l", state_digest="s"
+        ),
+        network=network,
+        local=LinkQuality(delay_s=0.0005, spike=0.01, hostile=network.hostile),
+        slot_s=random.choice((0.01, 0.03, 0.08)),
+    )
+    faults = draw_faults(random)
+    scenario = replace(scenario, faults=faults, quiet_at_s=random.uniform(8.0, 14.0) if faults else 0.0)
+    dice = random.random()
+    if dice < 0.08:
+        place = (random.randint(1, scenario.steps), random.randint(0, max(1, slots) - 1))
+        scenario = replace(scenario, raises_at=place, raises_times=random.choice((1, 1, 99)))
+    elif dice < 0.13:
+        scenario = replace(scenario, quits_early=random.randint(1, 4))
+    elif dice < 0.16:
+        scenario = replace(scenario, failed_forks=random.randint(1, 2))
+    return scenario
