@@ -128,7 +128,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         self.exit_code = 0
         self.reason = ""
         self.tasks: set[asyncio.Task[None]] = set()
-        self.base_environment = _worker_base_environment(settings.nproc)
+        self.base_environment = _worker_base_environment()
 
     # -- the machine -----------------------------------------------------------------------------------------------
 
@@ -336,10 +336,11 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         await self.store.close()
 
 
-def _worker_base_environment(nproc: int) -> dict[str, str]:
+def _worker_base_environment() -> dict[str, str]:
     environment = config.current_environment()
-    if nproc > 1:
-        environment.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does: workers share the cores
+    # Workers share the cores, and the number of threads is part of a kernel's bits: it must be the same on every node,
+    # however many workers each of them runs.
+    environment.setdefault("OMP_NUM_THREADS", "1")
     environment.setdefault("PYTHONUNBUFFERED", "1")
     environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # workers fork data loaders, which never use the channel
     return environment

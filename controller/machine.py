@@ -192,6 +192,7 @@ class ControllerMachine:
         self.requested: TrainingSpec | None = None  # as the founders said it
         self.plan: Plan | None = None  # of the newest committed generation
         self.leavers: tuple[Member, ...] = ()  # who leaves with it, until all others have adopted it
+        self.joiners: frozenset[str] = frozenset()  # who was without the state when it was committed
         self.attempt: Attempt | None = None
         self.newest_generation = 0
         self.step_committed = 0
@@ -871,13 +872,16 @@ class ControllerMachine:
         restore = max(report.committed for report in holders)
         if restore < self.step_committed <= min(report.voted for report in holders):
             restore = self.step_committed  # whoever committed it is lost, but all the others can
-        joiners = tuple(m.rank for m in plan.members if not reports[m.worker].has_state)
+        holding = {w for w, r in reports.items() if r.has_state and restore in (r.committed, r.voted)}
+        if plan.kind is PlanKind.SWITCH:
+            holding = {w for w, r in reports.items() if r.has_state}
+        joiners = tuple(m.rank for m in plan.members if m.worker not in holding)
         attempt.committed = True
         attempt.deadline = float("inf")
-        self.plan, self.leavers = plan, attempt.leavers
+        self.plan, self.leavers, self.joiners = plan, attempt.leavers, plan.workers() - holding
         for member in plan.members:
             self.workers[member.worker].state = "member"
-            self.workers[member.worker].holds_state = reports[member.worker].has_state
+            self.workers[member.worker].holds_state = member.worker in holding
         redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
         if plan.kind is not PlanKind.SWITCH:
             self._note_step(restore, now)
@@ -979,7 +983,11 @@ class ControllerMachine:
     def _warm(self, seats_taken: int) -> list[str]:
         """Return the joiners that are ready, as many as there are slots for."""
         assert self.spec is not None
-        warm = [w for w in self.workers.values() if w.state == "warm" and self.nodes[w.node].state == "attached"]
+        warm = [
+            w
+            for w in self.workers.values()
+            if w.state == "warm" and self.nodes[w.node].state == "attached" and not self._is_member(w)
+        ]
         warm.sort(key=lambda w: (w.switch_failures, _natural(w.node), w.local_rank))
         return [w.id for w in warm][: max(0, self.spec.slots - seats_taken)]
 
@@ -1015,16 +1023,17 @@ class ControllerMachine:
                 {"node": node_id, "incarnation": node.incarnation},
             )
         )
-        members = set(self._membership())
-        for worker in self.workers.values():
-            if worker.node == node_id and worker.alive and worker.id not in members:
-                self._kill(worker, "its node is drained")
         self._consider_switch(now)
 
-    def _let_drained_go(self) -> None:
+    def _let_drained_go(self, now: float) -> None:
+        """On nodes that were asked to leave, end who is in no world, and the agent once nobody is left."""
         for node in self.nodes.values():
             if node.state != "draining" or node.shut_down:
                 continue
+            idle = [w for w in self.workers.values() if w.node == node.id and w.alive and not self._is_member(w)]
+            for worker in idle:
+                self._kill(worker, "its node is drained")
+            self._workers_lost(idle, "drain", f"node {node.id}", "drained", "a person", now, state="left")
             if not any(w.alive and w.node == node.id for w in self.workers.values()):
                 node.shut_down = True
                 self._emit(ToAgent(node.incarnation, Shutdown("drained", 0)))
@@ -1181,7 +1190,7 @@ class ControllerMachine:
         if self.plan is None and self.attempt is None and now - since > self.settings.start_timeout_s:
             self._start_timed_out(now)
         self._consider_switch(now)
-        self._let_drained_go()
+        self._let_drained_go(now)
 
     def _attempt_expired(self, attempt: Attempt, now: float) -> None:
         missing = sorted(attempt.participants - set(attempt.prepared))
@@ -1240,6 +1249,7 @@ class ControllerMachine:
                     self.newest_generation = max(self.newest_generation, plan.generation)
                 case "generation-committed":
                     self.plan, self.leavers = opened[data["generation"]]
+                    self.joiners = frozenset(self.plan.members[rank].worker for rank in data["joiner_ranks"])
                     self.step_committed = max(self.step_committed, data["restore_step"])
                 case "generation-adopted":
                     self.leavers = ()
@@ -1271,7 +1281,7 @@ class ControllerMachine:
         member = any(m.worker == worker.id for m in self._last_members())
         if member:
             worker.state = "member"
-            worker.holds_state = status.committed > 0 or (self.plan is not None and self.plan.kind is PlanKind.FOUND)
+            worker.holds_state = status.committed > 0 or worker.id not in self.joiners
         for message in status.messages:
             match message:
                 case Registered(spec):
@@ -1298,7 +1308,7 @@ class ControllerMachine:
         members = self._last_members()
         here = {node.id for node in self.nodes.values() if node.attached}
         until = self.recovering_until
-        if any(worker.alive for worker in self._known(members)):
+        if any(worker.alive and worker.holds_state for worker in self._known(members)):
             # With one of them here, the others have as long as a lease.
             self.returned_at = now if self.returned_at is None else self.returned_at
             until = min(until, self.returned_at + self.settings.failure_timeout_s)

@@ -7,6 +7,7 @@ restored. User code sees more iterations after a failure, never an exception.
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from elastic import verdict
 from elastic.buffers import CommittedBuffers
 from elastic.control import Coordinator
 from elastic.domain import Plan
-from elastic.errors import CollectiveAborted, ConfigError, ProtocolError
+from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
 from elastic.group import Group
 from elastic.progress import ProgressPage
 from elastic.protocol import (
@@ -231,7 +232,13 @@ class Engine:
                 "optimizer.step() was called outside the prepared loader's loop: step only inside `for ... in loader`"
             )
         self._stepped.add(index)
-        if len(self._stepped) < len(self._inner_steps) or not slot.counts:
+        if len(self._stepped) < len(self._inner_steps):
+            return
+        if not slot.counts:
+            # A joiner's own weights do not matter, since it is given the state; its optimizer's memory does: pages that
+            # are touched now need not be touched while its peers wait.
+            for inner in self._inner_steps:
+                inner()
             return
         if slot.slot in self.reducer.remaining_slots():
             self._end_slot()
@@ -400,7 +407,11 @@ class Engine:
         assert self.plan is not None and self.group is not None
         donors = tuple(rank for rank in range(self.plan.world_size) if rank not in joiners)
         if self.rank not in joiners:
-            send_state(self.group, self.state, donors, joiners, self.committed)
+            try:
+                send_state(self.group, self.state, donors, joiners, self.committed)
+            except TransferError as error:
+                # The joiner knows too, and ends; the fence that follows costs the others one regroup.
+                print(f"elastic: {error}", file=sys.stderr, flush=True)
             return
         self.committed = receive_state(self.group, self.state, donors)
         self.buffers.restore()

@@ -28,7 +28,7 @@ def main() -> int:
         except SeedFailed as error:
             failed.append(seed)
             lines = str(error).splitlines()
-            print("\n".join(lines[-4:] if arguments.keep_going else lines), flush=True)
+            print("\n".join(lines[-4:] if arguments.keep_going or arguments.verbose else lines), flush=True)
             if not arguments.keep_going:
                 break
             continue

@@ -143,7 +143,7 @@ class Agent(Process):
                     if worker is not None and worker.alive:
                         worker.stream.send(self, command)
                 case OpenGeneration():
-                    pass
+                    pass  # no rendezvous store here: groups.py builds by itself
                 case DropConnection(reason):
                     self.cluster.note("agent %s drops its stream: %s", self.incarnation, reason)
                     self.post(0.0, self._drop_stream, reason)
@@ -218,7 +218,6 @@ class Agent(Process):
 
     def _lose_stream(self, reason: str) -> None:
         self.stream = None
-        self.cluster.note("agent %s lost its stream: %s", self.incarnation, reason)
         self.post(self.random.uniform(0.05, 0.4), self._connect)
         self.handle(Disconnected(reason))
 

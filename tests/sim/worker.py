@@ -106,6 +106,7 @@ class Worker(Process):
         self.slots_done: dict[int, Gradient] = {}
         self.reduced: tuple[Gradient, ...] | None = None
         self.donate: tuple[int, ...] = ()
+        self.finishes_by_order = False  # what it writes was decided by a newer generation
         self._wakes = 0
         self._asleep = False
         self._main = self._run_main()
@@ -274,7 +275,9 @@ class Worker(Process):
             answer = yield from self._ask_until(Wait)
             match answer:
                 case FinishStep(step):
+                    self.finishes_by_order = True
                     yield from self._apply(step)
+                    self.finishes_by_order = False
                     committed = True
                 case EnterWorld():
                     self._enter(answer)

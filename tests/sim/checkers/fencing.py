@@ -41,11 +41,8 @@ class Fencing:
                 )
 
     def on_applied(self, worker: Worker, step: int, slots: tuple[Gradient, ...]) -> None:
-        machine = worker.machine
-        order = machine.order
-        if machine.pending is not None and order is not None and machine.pending.kind is not PlanKind.SWITCH:
-            if order.restore_step == step:
-                return  # finishes the step by order of the newer generation
+        if worker.finishes_by_order:
+            return
         assert worker.plan is not None
         for fence in self._newer(worker.plan.generation):
             if self.plans[fence].rank_of(worker.id) is not None:
