@@ -172,6 +172,15 @@ class Attempt:
         return self.plan.workers() | {member.worker for member in self.leavers}
 
 
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """A generation broke at a worker, and no loss that explains it is known yet."""
+
+    generation: int
+    reason: str
+    since: float
+
+
 @dataclass(slots=True)
 class OpenIncident:
     """An incident whose cost is not known yet."""
@@ -207,7 +216,7 @@ class ControllerMachine:
         self.first_commit_at: float | None = None
         self.ended_at: float | None = None
         self.enough_since: float | None = None
-        self.suspicion: tuple[float, str] | None = None  # (since, why) of a broken collective without a loss
+        self.suspicion: Suspicion | None = None
         self.serials: dict[tuple[str, int], int] = {}
         self.draining: dict[str, str] = {}  # node -> incarnation of the agent that was asked to leave
         self.founding_since: float | None = None
@@ -597,7 +606,7 @@ class ControllerMachine:
                     self._close_incidents(now)
             case CollectiveFailed(generation, step, reason):
                 if generation in self._worlds_in_use():
-                    self.suspicion = self.suspicion or (now, f"worker {worker.id}: a collective of step {step} broke ({reason})")
+                    self._suspect(generation, f"worker {worker.id}: a collective of step {step} broke ({reason})", now)
             case Leaving():
                 worker.leaving, worker.holds_state = message, True
                 self._note_step(message.committed, now)
@@ -872,16 +881,17 @@ class ControllerMachine:
         restore = max(report.committed for report in holders)
         if restore < self.step_committed <= min(report.voted for report in holders):
             restore = self.step_committed  # whoever committed it is lost, but all the others can
-        holding = {w for w, r in reports.items() if r.has_state and restore in (r.committed, r.voted)}
-        if plan.kind is PlanKind.SWITCH:
-            holding = {w for w, r in reports.items() if r.has_state}
-        joiners = tuple(m.rank for m in plan.members if m.worker not in holding)
+        if plan.kind is PlanKind.SWITCH and self.plan is not None:
+            given = plan.workers() - self.plan.workers()  # all others have it by the step that decides the switch
+        else:
+            given = {w for w, r in reports.items() if not (r.has_state and restore in (r.committed, r.voted))}
+        joiners = tuple(m.rank for m in plan.members if m.worker in given)
         attempt.committed = True
         attempt.deadline = float("inf")
-        self.plan, self.leavers, self.joiners = plan, attempt.leavers, plan.workers() - holding
+        self.plan, self.leavers, self.joiners = plan, attempt.leavers, frozenset(given)
         for member in plan.members:
             self.workers[member.worker].state = "member"
-            self.workers[member.worker].holds_state = member.worker in holding
+            self.workers[member.worker].holds_state = reports[member.worker].has_state and member.worker not in given
         redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
         if plan.kind is not PlanKind.SWITCH:
             self._note_step(restore, now)
@@ -908,7 +918,9 @@ class ControllerMachine:
         if not attempt.plan.workers() <= attempt.switched:
             return
         # All who stay are past the step that decided the switch, so nothing is needed from those who leave.
-        self.attempt, self.suspicion, self.leavers = None, None, ()
+        self.attempt, self.leavers = None, ()
+        if self.suspicion is not None and self.suspicion.generation < generation:
+            self.suspicion = None  # nobody needs the world that broke any more
         if attempt.plan.kind is PlanKind.SWITCH:
             self._emit(
                 Persist(
@@ -929,8 +941,14 @@ class ControllerMachine:
         if attempt.plan.kind is PlanKind.SWITCH:
             self._abandon(f"worker {worker.id} could not build its group: {reason}")
             self._retry_switch_later()
-        elif self.suspicion is None:
-            self.suspicion = (now, f"worker {worker.id} could not build the group of generation {generation}: {reason}")
+        else:
+            self._suspect(
+                generation, f"worker {worker.id} could not build the group of generation {generation}: {reason}", now
+            )
+
+    def _suspect(self, generation: int, reason: str, now: float) -> None:
+        if self.suspicion is None or generation > self.suspicion.generation:
+            self.suspicion = Suspicion(generation, reason, now)
 
     def _abandon(self, reason: str) -> None:
         attempt = self.attempt
@@ -1182,9 +1200,9 @@ class ControllerMachine:
         attempt = self.attempt
         if attempt is not None and not attempt.committed and now > attempt.deadline:
             self._attempt_expired(attempt, now)
-        elif self.suspicion is not None and now - self.suspicion[0] > GRACE_S:
-            self._open_incident("collective broken", "the world", "worker report", self.suspicion[1], now)
-            self._fence(self.suspicion[1], now, loss=False)
+        elif self.suspicion is not None and now - self.suspicion.since > GRACE_S:
+            self._open_incident("collective broken", "the world", "worker report", self.suspicion.reason, now)
+            self._fence(self.suspicion.reason, now, loss=False)
         self._found_if_complete(now)
         since = self.founding_since if self.founding_since is not None else now
         if self.plan is None and self.attempt is None and now - since > self.settings.start_timeout_s:
@@ -1293,9 +1311,11 @@ class ControllerMachine:
                         worker.state = "warm"
                 case CollectiveFailed(generation):
                     if self.plan is not None and generation == self.plan.generation:
-                        self.suspicion = (now, f"worker {worker.id}: {message.reason}")
+                        self._suspect(generation, f"worker {worker.id}: {message.reason}", now)
                 case Leaving():
                     worker.leaving = message
+                    self._note_step(message.committed, now)
+                    self.samples = max(self.samples, message.samples)
                 case Failed():
                     worker.failure = message
                 case _:
@@ -1321,26 +1341,25 @@ class ControllerMachine:
                 member.worker, Worker(member.worker, member.node, member.local_rank, state="dead")
             )
             if not worker.alive:
-                worker.state = "dead"
+                # One whose node is away may yet be taken back, should all others be lost before the next commit.
+                worker.state = "lost" if member.node not in here and now < self.recovering_until else "dead"
         why = "the controller restarted" if self.restarted else "nodes that hold the state came back"
         if self.restarted:
             self._emit(
                 Persist("controller-restarted", f"controller restarted at generation {self.newest_generation}", {})
             )
         self.restarted = False
+        self.recovering_until = None
         if self.finishing:
-            self.recovering_until = None
             self._let_finish()
-            self._check_finished(now)
+        if self._check_finished(now):
             return
         self._regroup_recovered(why, now)
-        self.recovering_until = None
         for worker in self.workers.values():
             if worker.state == "registered" and self.plan is not None:
                 self._admit(worker)
         for node in list(self.nodes.values()):
             self._fill(node)
-        self._check_finished(now)
         self._check_outcome(now)
         self._found_if_complete(now)
         self._consider_switch(now)

@@ -43,15 +43,11 @@ class CommittedBuffers:
                     else:
                         self._constants.append((name, buffer, buffer._version))
         self._is_floating = [buffer.is_floating_point() for buffer in self._live]
-        self._versions = [buffer._version for buffer in self._live]
         self.extras = sum(buffer.numel() for buffer in self._live)
 
     def begin_slot(self) -> None:
         """Give the modules the committed copy."""
-        for buffer, copy, version in zip(self._live, self.copies.values(), self._versions, strict=True):
-            if buffer._version != version:
-                buffer.copy_(copy)
-        self._versions = [buffer._version for buffer in self._live]
+        self.restore()
 
     def of_slot(self, slot: int) -> Tensor:
         """Return the float64 vector of what a slot's forward left in the modules, for the fold.
@@ -86,9 +82,9 @@ class CommittedBuffers:
 
     def restore(self) -> None:
         """Make the modules' buffers the committed copy (after a commit, a skipped step or a throwaway slot)."""
+        # Always: a buffer's version does not tell whether it changed, since batch norm's kernels do not count it up.
         for buffer, copy in zip(self._live, self.copies.values(), strict=True):
             buffer.copy_(copy)
-        self._versions = [buffer._version for buffer in self._live]
 
 
 def _is_statistic(module: nn.Module) -> bool:

@@ -252,7 +252,8 @@ class AgentLink:
         assert self.channel is not None
         reason = "it closed the stream"
         try:
-            for command in runtime_pb2_grpc.WorkerStub(self.channel).Attach(self._outgoing()):
+            # An agent that is slow to accept is not gone: if it is, this process is ended with it.
+            for command in runtime_pb2_grpc.WorkerStub(self.channel).Attach(self._outgoing(), wait_for_ready=True):
                 self._heard(unwrap(command))
         except grpc.RpcError as error:
             reason = error.details() if isinstance(error, grpc.Call) else str(error)

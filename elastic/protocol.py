@@ -451,9 +451,7 @@ class WorkerMachine:
         return [GoOn()]
 
     def _adopt_after_fence(self, plan: Plan, order: Commit) -> list[Effect]:
-        if plan.rank_of(self.worker) in order.joiner_ranks:
-            self.has_state = False  # what arrived after its report is given again: nobody counted on it
-        if self.has_state and order.restore_step != self.committed:
+        if not self._joins(plan, order) and self.has_state and order.restore_step != self.committed:
             if order.restore_step == self.committed + 1 == self.voted:
                 self.word = Word.COMMITTING
                 return [FinishStep(order.restore_step)]
@@ -465,8 +463,13 @@ class WorkerMachine:
             ]
         return self._adopt(plan, order)
 
+    def _joins(self, plan: Plan, order: Commit) -> bool:
+        return plan.rank_of(self.worker) in order.joiner_ranks
+
     def _adopt(self, plan: Plan, order: Commit) -> list[Effect]:
         rank = plan.rank_of(self.worker)
+        if self._joins(plan, order):
+            self.has_state = False  # it is about to be overwritten; what came after the report is given again
         if plan.kind is PlanKind.SWITCH and self.world is not None:
             # A slower peer may still be reading the verdict from the old group; the next commit proves that none is.
             self.retired = self.world.generation

@@ -182,7 +182,8 @@ class Reducer:
         """Let the exchange of the step begin inside the next backward pass, if that is the last one here.
 
         Args:
-            divisor: what `finish` will be given, if it is known already (saves a pass in fast mode).
+            divisor: what `finish` will be given, if it is known already. For an exchange that can divide on the
+                way; today's divide one chunk at its owner, and do not need it.
         """
         if self._slot is None or self._size() == 1:
             return
@@ -190,7 +191,7 @@ class Reducer:
         if self._has_seen_a_slot and self._sums.is_whole_after(self._slot):
             self._is_armed = True
             self._missing = [len(bucket.parameters) for bucket in self._buckets]
-            self._open_exchange(divisor)
+            self._open_exchange()
 
     def end_slot(self, extras: torch.Tensor | None = None) -> bool:
         """Finish the present slot.
@@ -269,7 +270,7 @@ class Reducer:
         """Complete the sum of the step, divided, in the output.
 
         Args:
-            divisor: a number, or what makes one out of the folded extras (which then travel first).
+            divisor: a number, or what makes one out of the folded extras (which then are awaited first).
 
         Raises:
             CollectiveAborted: a peer is gone; every operation has ended, and the partial sums are as before.
@@ -347,7 +348,7 @@ class Reducer:
 
     def _count_down(self, bucket: int) -> None:
         self._missing[bucket] -= 1
-        # In the order of the buckets: a backend's all-reduce must be called in the same order everywhere.
+        # In the order of the buckets on every rank, as an exchange made of collectives needs it.
         while self._started < len(self._lanes) and not self._missing[self._started]:
             if not self._buckets[self._started].parameters:
                 return  # the extras are known only after the slot
@@ -365,7 +366,7 @@ class Reducer:
 
     # The exchange -------------------------------------------------------------------------------------------
 
-    def _open_exchange(self, divisor: float | None) -> None:
+    def _open_exchange(self) -> None:
         if self._started:
             return
         group = self._group
@@ -380,8 +381,7 @@ class Reducer:
                 size=bucket.size,
                 output=self._output.buckets[index],
                 partials={
-                    term: partial.memory.buckets[index][: bucket.size]
-                    for term, partial in self._sums.totals().items()
+                    term: partial.memory.buckets[index][: bucket.size] for term, partial in self._sums.totals().items()
                 },
                 scaled=bool(bucket.parameters),
             )
@@ -398,28 +398,29 @@ class Reducer:
     def _complete_exchange(self, divisor: float | Callable[[torch.Tensor], float]) -> Reduced:
         if self._aborted is not None:
             raise self._aborted
-        self._open_exchange(None if callable(divisor) else divisor)
+        self._open_exchange()
         exchange = self._exchange
         assert exchange is not None
         while self._started < len(self._lanes):
             self._start_next()
-        gradients = [lane for lane in self._lanes if lane.scaled]
-        others = [lane for lane in self._lanes if not lane.scaled]
-        for lane in others:
-            exchange.fold(lane, 1.0)
-            exchange.publish(lane)
-        unfinished = self._lanes
+        *gradients, tail = self._lanes
         if callable(divisor):
-            unfinished = gradients
-            for lane in others:
-                exchange.finish(lane)
-            divisor = divisor(self._output.extras.clone())
+            exchange.fold(tail, 1.0)
+            exchange.publish(tail)
+            exchange.finish(tail)
+            number = divisor(self._output.extras.clone())
+        else:
+            number = divisor
         finite = True
         for lane in gradients:
-            chunk = exchange.fold(lane, divisor)
+            chunk = exchange.fold(lane, number)
             exchange.publish(lane)
             finite = finite and _is_finite(chunk)
-        for lane in unfinished:
+        if not callable(divisor):
+            exchange.fold(tail, 1.0)
+            exchange.publish(tail)
+            exchange.finish(tail)
+        for lane in gradients:
             exchange.finish(lane)
         exchange.settle()
         return Reduced(finite, not self._spoiled, self._output.extras.clone())

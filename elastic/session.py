@@ -379,11 +379,17 @@ def _bind_optimizer(optimizer: Optimizer, index: int, engine: Engine) -> None:
 
 def _bind_scheduler(scheduler: Any, engine: Engine) -> None:
     """Make step() inside the loop act once per committed step; outside the loop it acts at once."""
-    inner = scheduler.step
+    inner, inner_state_dict = scheduler.step, scheduler.state_dict
 
     @functools.wraps(inner)
     def step(*args: Any, **kwargs: Any) -> None:
         if engine.slot is None or engine.committed_in_slot:
             inner(*args, **kwargs)
 
-    scheduler.step = step
+    @functools.wraps(inner_state_dict)
+    def state_dict(*args: Any, **kwargs: Any) -> Any:
+        # torch's schedulers return every attribute of the object, and these two are ours.
+        state = inner_state_dict(*args, **kwargs)
+        return {key: value for key, value in state.items() if value is not step and value is not state_dict}
+
+    scheduler.step, scheduler.state_dict = step, state_dict

@@ -63,7 +63,7 @@ class Vote:
     groups_hash: int
     next_generation: int
     stop: bool
-    presence: Sequence[bool]
+    presence: Sequence[bool] = ()
 
 
 @dataclass(frozen=True)

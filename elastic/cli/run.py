@@ -30,6 +30,7 @@ from elastic.errors import JobFailed, Unreachable
 from elastic.wire.channels import join_address
 
 POLL_S = 0.2
+PLAIN_LINE_S = 10.0  # between lines about the progress where nobody looks at a terminal
 START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 4.0
 INTERRUPTED = 130
@@ -197,7 +198,7 @@ class JobRun:
 
     def _watch(self, live: Live | None) -> None:
         interrupted_at: float | None = None
-        seen_incidents = 0
+        line_at = time.monotonic() + PLAIN_LINE_S
         while True:
             assert self._controller is not None and self._agent is not None
             code = self._controller.poll()
@@ -215,18 +216,18 @@ class JobRun:
                 self.console.print("elastic: the agent was killed; starting it again", highlight=False)
                 self._start_agent()
             elif live is not None:
-                seen_incidents = self._show(live, seen_incidents)
+                live.update(self._view())
+            elif time.monotonic() > line_at:
+                line_at = time.monotonic() + PLAIN_LINE_S
+                self.console.print(self._view(), soft_wrap=True)
             time.sleep(POLL_S)
 
-    def _show(self, live: Live, seen_incidents: int) -> int:
+    def _view(self) -> Table | Text:
         assert self._people is not None
         try:
-            reply = self._people.status(timeout_s=1.0)
+            return _view(self._people.status(timeout_s=1.0))
         except Unreachable:
-            live.update(Text("the controller does not answer"))
-            return seen_incidents
-        live.update(_view(reply))
-        return reply.incidents_total
+            return Text("the controller does not answer")
 
     def _end(self) -> None:
         """Leave nothing behind: first in order, then by force."""

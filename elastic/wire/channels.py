@@ -22,7 +22,7 @@ _OPTIONS = [
     ("grpc.so_reuseport", 0),  # a port in use is an error, not a second listener
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 2000),  # despite its name, how long one attempt to connect may take
     ("grpc.max_reconnect_backoff_ms", 500),
 ]
 

@@ -297,7 +297,7 @@ class Job:
         if self._people is not None:
             self._people.close()
         for path in sorted(self.folder.glob("*.err")):
-            print(f"----- {path.name}\n{path.read_text(errors='replace')[-8000:]}")
+            print(f"----- {path.name}\n{path.read_text(errors='replace')[-40000:]}")
         shutil.rmtree(self.folder, ignore_errors=True)
         assert not alive, f"could not end {alive}"
 

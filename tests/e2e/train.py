@@ -96,7 +96,7 @@ def fingerprint(*things: Any) -> str:
 def flat(value: Any) -> Iterator[bytes]:
     """Yield every leaf of nested containers as bytes, in order."""
     if isinstance(value, dict):
-        for key in value:
+        for key in sorted(value, key=repr):  # a worker that joined holds its keys in another order
             yield repr(key).encode()
             yield from flat(value[key])
     elif isinstance(value, list | tuple):

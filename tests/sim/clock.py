@@ -27,8 +27,11 @@ class Clock:
         self._count = 0
 
     def after(self, delay_s: float, call: Callable[..., None], *args: Any) -> None:
+        self.at(self.now + delay_s, call, *args)
+
+    def at(self, time_s: float, call: Callable[..., None], *args: Any) -> None:
         self._count += 1
-        heapq.heappush(self._heap, (self.now + delay_s, self._count, call, args))
+        heapq.heappush(self._heap, (time_s, self._count, call, args))
 
     def run(self, until_s: float, over: Callable[[], bool]) -> None:
         """Run until that time, or until `over` says so."""

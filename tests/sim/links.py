@@ -59,16 +59,17 @@ class Stream:
             dice = self.random.random()
             copies = 0 if dice < 0.02 else 2 if dice < 0.05 else 1
         for _ in range(copies):
-            self.clock.after(self._delay_s(1 - mine), self._arrive, 1 - mine, message)
+            self.clock.at(self._arrival(1 - mine), self._arrive, 1 - mine, message)
 
-    def _delay_s(self, to: int) -> float:
+    def _arrival(self, to: int) -> float:
+        """When what is sent now arrives; not before what was sent earlier, unless the stream is hostile."""
         delay_s = self.quality.delay_s * (0.5 + self.random.random())
         if self.random.random() < self.quality.spike:
             delay_s *= 20
         if self.quality.hostile:
-            return delay_s * 10 if self.random.random() < 0.05 else delay_s
-        self._arrives_at[to] = at = max(self._arrives_at[to], self.clock.now + delay_s)
-        return at - self.clock.now
+            return self.clock.now + (delay_s * 10 if self.random.random() < 0.05 else delay_s)
+        self._arrives_at[to] = max(self._arrives_at[to], self.clock.now + delay_s)
+        return self._arrives_at[to]
 
     def _arrive(self, to: int, message: Any) -> None:
         if self.open[to] and not self.silent:
@@ -84,8 +85,8 @@ class Stream:
         if not self.open[mine]:
             return
         self.open[mine] = False
-        delay_s = self.random.uniform(3.0, 12.0) if self.silent else self._delay_s(1 - mine)
-        self.clock.after(delay_s, self._reset, 1 - mine, "closed by the other side")
+        at = self.clock.now + self.random.uniform(3.0, 12.0) if self.silent else self._arrival(1 - mine)
+        self.clock.at(at, self._reset, 1 - mine, "closed by the other side")
 
     def die(self, dead: End) -> None:
         """The process at one end died: the other gets some of what was sent, then the end."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elastic.folds import Fold, Term, TermKind, blocks, plan_fold
+from elastic.folds import Fold, Term, TermKind, blocks, plan_fold, plan_shares
 
 Vector = np.ndarray[tuple[int, ...], np.dtype[np.float32]]
 
@@ -179,3 +179,13 @@ def test_terms(
     fold = plan_fold(owners, replicas, empty)
     assert [(term.owner, term.kind, list(term.parts)) for term in fold.terms] == terms
     assert list(fold.groups) == groups
+
+
+def test_shares_are_one_term_for_each_rank_that_has_a_slot() -> None:
+    fold = plan_shares([2, 0, 2, 1, 0], empty=[3])
+    assert [(term.owner, term.kind, term.parts) for term in fold.terms] == [
+        (0, TermKind.SHARE, ((1, 4),)),
+        (2, TermKind.SHARE, ((0, 2),)),
+    ]
+    assert fold.groups == ((0,), (1,))
+    assert plan_shares([0, 1], empty=[0, 1]) == Fold((), ())

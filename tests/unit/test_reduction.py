@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import random
 import signal
 import threading
 import time
@@ -138,9 +139,7 @@ BY_WORLD = {
 }
 
 
-def reduce_twelve_slots(
-    rank: int, size: int, store: Store, report: Report, *, dtypes: tuple[torch.dtype, ...]
-) -> None:
+def reduce_twelve_slots(rank: int, size: int, store: Store, report: Report, *, dtypes: tuple[torch.dtype, ...]) -> None:
     parameters = parameters_of(dtypes)
     reducer = Reducer(parameters, replicas=4, extras=EXTRAS, bucket_bytes=200)
     reducer.plan(connect(store, rank, size), BY_WORLD[size])
@@ -319,6 +318,46 @@ def test_a_reduction_broken_by_a_lost_rank_is_done_again_from_what_is_finished(
         for peer in peers[:3]:
             assert peer.report() == (9 + peer.rank,)
             assert peer.report() == right
+
+
+def reduce_among_random_aborts(rank: int, size: int, store: Store, report: Report) -> None:
+    shared, own = random.Random(0), random.Random(rank + 1)
+    parameters = [nn.Parameter(torch.zeros(count)) for count in (200_000, 1000, 77)]
+    reducer = Reducer(parameters, replicas=4, extras=EXTRAS, bucket_bytes=500_000)
+    generation = aborts = 0
+    for _ in range(6):
+        owners = [shared.randrange(size) for _ in range(12)]
+        is_reduced = False
+        for attempt in range(5):
+            generation += 1
+            group = connect(store, rank, size, generation)
+            reducer.plan(group, owners)
+            if attempt < 4 and own.random() < 0.5:
+                after(own.random() * 0.02, functools.partial(group.abort, "chaos"))
+            try:
+                compute_all(reducer, parameters)
+                reducer.finish(12.0)
+                here = "done"
+            except CollectiveAborted:
+                here, aborts = "aborted", aborts + 1
+            group.abort("the attempt is over")
+            group.drain()
+            group.close()
+            store.set(f"{generation}/{rank}", here)
+            everywhere = {store.get(f"{generation}/{peer}") for peer in range(size)}
+            if everywhere == {b"done"}:
+                is_reduced = True
+                break
+        assert is_reduced
+        reducer.install(reducer.presence_after_reduction())
+        assert bits_of_gradients(parameters) == bits(expected(parameters, 12, 4, 12.0))
+        reducer.clear()
+    report(aborts)
+
+
+def test_aborts_at_random_moments_change_no_bit(tmp_path: Path) -> None:
+    with in_processes(3, reduce_among_random_aborts, tmp_path) as peers:
+        assert sum(peer.report() for peer in peers) > 0
 
 
 def test_an_abort_inside_the_backward_pass_does_not_surface_there() -> None:
@@ -541,9 +580,7 @@ def test_nothing_of_a_throwaway_slot_is_kept(alone: Group) -> None:
     assert bits_of_gradients(parameters) == bits(expected(parameters, 2, 1, 2.0))
 
 
-def test_an_error_in_a_hook_is_raised_at_the_end_of_the_slot(
-    alone: Group, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_in_a_hook_is_raised_at_the_end_of_the_slot(alone: Group, monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = parameters_of()
     reducer = Reducer(parameters, replicas=1)
     reducer.plan(alone, (0,))
@@ -594,12 +631,8 @@ def test_repeated_and_frozen_parameters_are_refused() -> None:
 # Finite or not, extras, memory, overlap ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("value", "finite"), [(1.0, True), (float("inf"), False), (float("nan"), False), (3e38, True)]
-)
-def test_a_gradient_is_finite_or_not_although_its_sum_may_overflow(
-    value: float, finite: bool, alone: Group
-) -> None:
+@pytest.mark.parametrize(("value", "finite"), [(1.0, True), (float("inf"), False), (float("nan"), False), (3e38, True)])
+def test_a_gradient_is_finite_or_not_although_its_sum_may_overflow(value: float, finite: bool, alone: Group) -> None:
     parameter = nn.Parameter(torch.ones(40))
     reducer = Reducer([parameter], replicas=1)
     reducer.plan(alone, (0,))
@@ -612,9 +645,7 @@ def test_a_gradient_is_finite_or_not_although_its_sum_may_overflow(
     assert reducer.output_is_finite() is finite
 
 
-def in_a_world_of_two(
-    body: Callable[[int, Group, Reducer, list[nn.Parameter]], Any], **options: Any
-) -> list[Any]:
+def in_a_world_of_two(body: Callable[[int, Group, Reducer, list[nn.Parameter]], Any], **options: Any) -> list[Any]:
     """Run `body` on both ranks; each computes one slot of each step."""
     with two_groups() as groups:
 
