@@ -40,7 +40,8 @@ def digest_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
     """Return a hash of all bits that training has changed."""
     whole = hashlib.sha256()
     for parameter in model.parameters():
-        for tensor in (parameter, *optimizer.state[parameter].values()):
+        state = optimizer.state[parameter]
+        for tensor in (parameter, *(state[name] for name in sorted(state))):
             whole.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return whole.hexdigest()[:32]
 

@@ -566,6 +566,8 @@ class ControllerMachine:
 
     def _note_step(self, committed: int, now: float) -> None:
         if committed > self.step_committed:
+            if self.step_committed == 0:
+                self._emit(Persist("training-began", f"step {committed} is committed", {"step": committed}))
             self.step_committed = committed
             self._step_marks.append((now, committed))
             if self.first_commit_at is None:
@@ -705,8 +707,11 @@ class ControllerMachine:
             self._admit(worker)  # more have come since the numbers were fixed
         order = order[: fixed.slots]
         for worker in order:
-            worker.state, worker.holds_state = "member", True
-            self._tell(worker, Admitted(fixed.slots, fixed.virtual_replicas, fixed.reduction, fixed.seed, 0))
+            # Whoever was told to join has not kept its initial weights, and is given the state by the others.
+            worker.holds_state = worker.state == "registered"
+            worker.state = "member"
+            if worker.holds_state:
+                self._tell(worker, Admitted(fixed.slots, fixed.virtual_replicas, fixed.reduction, fixed.seed, 0))
         self._open(PlanKind.FOUND, [w.id for w in order], f"first world of {len(order)} worker(s)", now)
 
     def _fix_job(self, spec: TrainingSpec, workers: int, now: float) -> bool:
@@ -1271,6 +1276,8 @@ class ControllerMachine:
                     self.step_committed = max(self.step_committed, data["restore_step"])
                 case "generation-adopted":
                     self.leavers = ()
+                case "training-began":
+                    self.step_committed = max(self.step_committed, data["step"])
                 case "job-unfounded":
                     self.plan, self.leavers = None, ()
                 case "node-draining":

@@ -124,7 +124,8 @@ class Engine:
         self._slot_loss: list[float] = []
         self._page = page
         self._record = record
-        self._committed_in = 0  # generation that committed the newest step
+        self._committed_plan: Plan | None = None  # the world that committed the newest step, if this worker was in it
+        self._recorded_dead: set[str] = set()  # whose share of that step this worker has recorded for them
 
     # -- what the loader asks --------------------------------------------------------------------------------------
 
@@ -255,7 +256,7 @@ class Engine:
     def _commit_step(self) -> None:
         """Reduce, vote and commit the step in progress; on a broken world regroup and try again.
 
-        Returns without a commit when the regrouped world gives this worker more slots to compute.
+        Returns without a commit when the regrouped world gives this worker something to do before it.
         """
         step = self.step
         while True:
@@ -266,10 +267,8 @@ class Engine:
             except CollectiveAborted as error:
                 reason = str(error)
                 self.coordinator.feed(CollectiveBroke(reason))
-            if self._regroup(step):
-                return
-            if self.reducer.remaining_slots():
-                return
+            if self._regroup(step) or self._donate or self.reducer.remaining_slots():
+                return  # a joiner is given the state at the next fetch, where all who give it are at the same point
 
     def _try_commit(self, step: int) -> bool:
         group = self.group
@@ -333,7 +332,7 @@ class Engine:
         if self._record is not None:
             mine = [s for s, owner in enumerate(self.plan.owners) if owner == self.rank]
             self._record.write(step, self.plan.generation, {s: self.sampler.ids(step, s) for s in mine})
-        self.committed, self._committed_in = step, self.plan.generation
+        self.committed, self._committed_plan, self._recorded_dead = step, self.plan, set()
         self.samples += self.sampler.samples(step)
         self.reduced = None
         self.committed_in_slot, self.skipped_in_slot = True, not commit
@@ -380,8 +379,8 @@ class Engine:
                 self.coordinator.feed(CollectiveBroke(str(error)))
 
     def _enter(self, world: EnterWorld) -> None:
-        if self.plan is not None and world.rank == 0:
-            self._record_for_the_dead(self.plan, world.plan)
+        if world.rank == min(set(range(world.plan.world_size)) - set(world.joiner_ranks), default=0):
+            self._record_for_the_dead(world.plan)
         self.plan, self.rank = world.plan, world.rank
         self.group = self.coordinator.group(world.plan.generation)
         self._donate = world.joiner_ranks
@@ -389,13 +388,18 @@ class Engine:
         self._show()
         self.coordinator.bury()
 
-    def _record_for_the_dead(self, old: Plan, new: Plan) -> None:
-        """Write what lost workers used of the newest step: they may have died between their vote and their record."""
-        if self._record is None or self.committed == 0 or self._committed_in != old.generation:
+    def _record_for_the_dead(self, new: Plan) -> None:
+        """Write what lost workers used of the newest step: they may have died between their vote and their record.
+
+        That step may lie before a switch, so it is dealt as the world that committed it was.
+        """
+        plan = self._committed_plan
+        if self._record is None or plan is None:
             return
-        lost = {member.rank for member in old.members if member.worker not in new.workers()}
-        slots = [slot for slot, owner in enumerate(old.owners) if owner in lost]
-        self._record.write(self.committed, old.generation, {s: self.sampler.ids(self.committed, s) for s in slots})
+        lost = plan.workers() - new.workers() - self._recorded_dead
+        slots = [slot for slot, owner in enumerate(plan.owners) if plan.members[owner].worker in lost]
+        self._record.write(self.committed, plan.generation, {s: self.sampler.ids(self.committed, s) for s in slots})
+        self._recorded_dead |= lost
 
     def _plan_step(self) -> None:
         """Tell the reducer who owns which slots of the step in progress."""
@@ -414,6 +418,7 @@ class Engine:
                 print(f"elastic: {error}", file=sys.stderr, flush=True)
             return
         self.committed = receive_state(self.group, self.state, donors)
+        self._committed_plan = None
         self.buffers.restore()
         self.samples = self.sampler.samples_until(self.committed)
         self.coordinator.feed(StateReceived(self.committed))

@@ -20,7 +20,7 @@ from tests.sim.scenario import Scenario, make_scenario
 if TYPE_CHECKING:
     from tests.sim.worker import Worker
 
-PROGRESS_S = 100.0  # after the last fault the job must have come to its end by then
+PROGRESS_S = 160.0  # after the last fault the job must have come to its end by then
 ENDING_S = 45.0  # and all processes this long after the job
 HOSTILE_S = 30.0  # how long a cluster with garbled streams is watched
 
@@ -138,7 +138,8 @@ class Cluster:
                 self.clock.after(moment.delay_s, strike, self, fault, worker)
 
     def controller_died(self) -> None:
-        self.clock.after(self.random.choice((0.1, 0.5, 2.0, 5.0)), self._start_controller)
+        seconds = self.random.choice((0.1, 0.5, 2.0, 5.0)) if self.random.random() < 0.97 else 30.0
+        self.clock.after(seconds, self._start_controller)
 
     def _start_controller(self) -> None:
         if not self.is_over():  # the daemon refuses the ledger of a job that has ended
@@ -154,7 +155,7 @@ class Cluster:
         self.note("user code raises in worker %s at step %d, slot %d", worker.id, step, slot)
         return True
 
-    def quits_early(self, worker: Worker) -> bool:
+    def quits_early(self) -> bool:
         self._quit += 1
         return self._quit <= self.scenario.quits_early
 

@@ -26,12 +26,12 @@ class LinkQuality:
     Attributes:
         delay_s: Typical one-way time; single messages take up to twenty times as long.
         spike: Share of messages that are late.
-        hostile: Whether messages of one stream are also lost, doubled and reordered.
+        garbled: Share of messages of one stream that are lost; as many are doubled, and twice as many reordered.
     """
 
     delay_s: float = 0.002
     spike: float = 0.01
-    hostile: bool = False
+    garbled: float = 0.0
 
 
 class Stream:
@@ -55,9 +55,9 @@ class Stream:
         if self.silent or not self.open[mine]:
             return
         copies = 1
-        if self.quality.hostile:
+        if self.quality.garbled:
             dice = self.random.random()
-            copies = 0 if dice < 0.02 else 2 if dice < 0.05 else 1
+            copies = 0 if dice < self.quality.garbled else 2 if dice < 2 * self.quality.garbled else 1
         for _ in range(copies):
             self.clock.at(self._arrival(1 - mine), self._arrive, 1 - mine, message)
 
@@ -66,8 +66,8 @@ class Stream:
         delay_s = self.quality.delay_s * (0.5 + self.random.random())
         if self.random.random() < self.quality.spike:
             delay_s *= 20
-        if self.quality.hostile:
-            return self.clock.now + (delay_s * 10 if self.random.random() < 0.05 else delay_s)
+        if self.quality.garbled:
+            return self.clock.now + (delay_s * 10 if self.random.random() < 2 * self.quality.garbled else delay_s)
         self._arrives_at[to] = max(self._arrives_at[to], self.clock.now + delay_s)
         return self._arrives_at[to]
 

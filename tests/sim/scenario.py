@@ -35,6 +35,8 @@ class Scenario:
         raises_times: How often it does.
         quits_early: How many workers end with code 3 before they say anything.
         failed_forks: How many forks fail.
+        never_prepares: Whether the script is one that never asks for a session.
+        late_spec: What workers train that are started again; None for the same as the first.
     """
 
     seed: int
@@ -52,13 +54,15 @@ class Scenario:
     raises_times: int = 0
     quits_early: int = 0
     failed_forks: int = 0
+    never_prepares: bool = False
+    late_spec: TrainingSpec | None = None
     controller_timeout_s: float = 25.0
     initial_digest: int = INITIAL_DIGEST
     user_error: str = field(default="ValueError: bad sample")
 
     @property
     def hostile(self) -> bool:
-        return self.network.hostile
+        return self.network.garbled > 0
 
     def worker_speed(self, random: Random) -> WorkerSpeed:
         slow = 6.0 if random.random() < 0.1 else 1.0
@@ -74,17 +78,17 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
     nodes_min = random.randint(1, nodes) if random.random() < 0.4 else 1
     slots = random.choice((0, nodes * nproc, nodes_max * nproc, nodes_max * nproc + random.randint(1, 5)))
     replicas = 0 if slots == 0 else random.choice((0, random.randint(1, slots)))
-    chosen_hostile = random.random() < 0.12
+    garbled = random.choice((0.002, 0.01, 0.03))
+    if not (random.random() < 0.12 if hostile is None else hostile):
+        garbled = 0.0
     network = LinkQuality(
-        delay_s=random.choice((0.0005, 0.002, 0.01)),
-        spike=random.choice((0.0, 0.01, 0.05)),
-        hostile=chosen_hostile if hostile is None else hostile,
+        delay_s=random.choice((0.0005, 0.002, 0.01)), spike=random.choice((0.0, 0.01, 0.05)), garbled=garbled
     )
     scenario = Scenario(
         seed=seed,
         nodes=nodes,
         nproc=nproc,
-        steps=random.randint(2, 9),
+        steps=random.randint(1, 9),
         settings=JobSettings(
             job="sim",
             nodes_min=nodes_min,
@@ -97,7 +101,7 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
             slots=slots, virtual_replicas=replicas, dataset_size=1000, batch_size=1, layout_digest="l", state_digest="s"
         ),
         network=network,
-        local=LinkQuality(delay_s=0.0005, spike=0.01, hostile=network.hostile),
+        local=LinkQuality(delay_s=0.0005, spike=0.01, garbled=garbled),
         slot_s=random.choice((0.01, 0.03, 0.08)),
     )
     faults = draw_faults(random)
@@ -110,4 +114,8 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
         scenario = replace(scenario, quits_early=random.randint(1, 4))
     elif dice < 0.16:
         scenario = replace(scenario, failed_forks=random.randint(1, 2))
+    elif dice < 0.18:
+        scenario = replace(scenario, late_spec=replace(scenario.spec, layout_digest="other"))
+    elif dice < 0.19:
+        scenario = replace(scenario, never_prepares=True)
     return scenario

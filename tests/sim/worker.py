@@ -91,6 +91,7 @@ class Worker(Process):
         self.agent = agent
         self.id = order.worker
         self.local_rank = order.local_rank
+        self.restarted = not self.id.endswith(".1")
         self.pid = pid
         self.random = cluster.random
         self.speed = cluster.scenario.worker_speed(self.random)
@@ -211,12 +212,15 @@ class Worker(Process):
 
     def _run_main(self) -> Main:
         scenario = self.cluster.scenario
-        if self.cluster.quits_early(self):
+        if scenario.never_prepares:
+            return 0
+        if self.cluster.quits_early():
             return 3
-        self.feed(Register(scenario.spec))
+        self.feed(Register(scenario.late_spec or scenario.spec if self.restarted else scenario.spec))
         while self.machine.admitted is None:
             yield WaitForWake(self._wakes)
         if self.machine.admitted.joins_running_world:
+            self.digest = TORN  # the throwaway slot writes to the parameters too
             yield Sleep(self.speed.slot_s)
             self.feed(Warmed())
         while True:

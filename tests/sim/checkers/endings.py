@@ -47,7 +47,7 @@ class Endings:
     def _judge(self, outcome: str, reason: str) -> None:
         scenario = self.cluster.scenario
         if outcome == "succeeded":
-            if "finished after step" in reason and f"step {scenario.steps}" not in reason:
+            if reason != ("every worker's script ended" if scenario.never_prepares else f"finished after step {scenario.steps}"):
                 raise Violation(f"succeeded before the last step {scenario.steps}: {reason}")
             return
         if outcome == "stopped":
@@ -59,6 +59,8 @@ class Endings:
                 raise Violation(f"{reason}; but worker {held[0].id} lives and holds step {held[0].committed}")
             return
         if "cannot feed" in reason and 0 < scenario.spec.slots < scenario.settings.nodes_max * scenario.nproc:
+            return
+        if "cannot train with the others" in reason and scenario.late_spec:
             return
         if "same exception" in reason and scenario.raises_times > 1:
             return
@@ -74,7 +76,8 @@ class Endings:
     def _something_failed(self) -> bool:
         """Whether workers ended by a fault of their own, so that their places may be given up."""
         scenario = self.cluster.scenario
-        return bool(scenario.raises_times or scenario.quits_early or scenario.failed_forks) or any(
+        own = (scenario.raises_times, scenario.quits_early, scenario.failed_forks, scenario.late_spec)
+        return any(own) or any(
             kind in self.cluster.faults_struck for kind in ("worker killed", "script ends early")
         )
 
