@@ -7,8 +7,8 @@ import json
 import sys
 from pathlib import Path
 
-from controller.machine import JobSettings
 from controller.server import ControllerConfig, serve
+from controller.state import JobSettings
 from elastic import config
 from elastic.errors import ElasticError
 from elastic.lifeline import die_with_parent

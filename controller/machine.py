@@ -13,10 +13,8 @@ How a generation goes:
 
 from __future__ import annotations
 
-import statistics
-from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from controller.events import (
@@ -33,6 +31,8 @@ from controller.events import (
     Tick,
     ToAgent,
 )
+from controller.incidents import IncidentBook, describe
+from controller.state import Attempt, JobSettings, Node, Suspicion, Worker, natural
 from elastic.domain import (
     PROTOCOL_VERSION,
     Abandon,
@@ -51,7 +51,6 @@ from elastic.domain import (
     KillWorker,
     Leaving,
     Member,
-    NodeView,
     Plan,
     PlanKind,
     Prepare,
@@ -62,7 +61,6 @@ from elastic.domain import (
     Resumed,
     Shutdown,
     StartWorker,
-    StatusReply,
     Switched,
     ToWorker,
     TrainingSpec,
@@ -73,120 +71,13 @@ from elastic.domain import (
     WorkerMessage,
     WorkerStarted,
     WorkerStatus,
-    WorkerView,
 )
+from monitoring.goodput import StepClock
 from recovery.plan import Candidate, make_plan
 
-INCIDENTS_KEPT = 200
 FRUITLESS_LIMIT = 5  # generations in a row that failed although nobody was lost
 SWITCH_RETRIES = 3  # attempts to take a joiner in before it is replaced
 GRACE_S = 0.25  # how long a broken collective waits for the loss that explains it
-
-
-@dataclass(frozen=True, slots=True)
-class JobSettings:
-    """What the job was started with; fixed for its life and kept in the ledger.
-
-    Attributes:
-        job: Name of the job; agents of other jobs are refused.
-        nodes_min, nodes_max: Nodes without which the job waits, and beyond which it refuses.
-        max_restarts: Restarts of one worker place (node, local rank) that ended by its own fault.
-        failure_timeout_s: Longest silence that is believed; every other protocol deadline derives from it.
-        start_timeout_s: Longest wait for the first world.
-        join_timeout_s: With nodes_min present, how long the first world waits for nodes_max.
-        token: What agents must show; empty where none is required.
-    """
-
-    job: str
-    nodes_min: int = 1
-    nodes_max: int = 1
-    max_restarts: int = 3
-    failure_timeout_s: float = 2.0
-    start_timeout_s: float = 600.0
-    join_timeout_s: float = 30.0
-    token: str = field(default="", repr=False)
-
-    @property
-    def prepare_timeout_s(self) -> float:
-        """Building a group may take this long before the missing ones are taken for lost."""
-        return 2.5 * self.failure_timeout_s
-
-
-@dataclass(slots=True)
-class Node:
-    """A node as the controller knows it."""
-
-    id: str
-    incarnation: str
-    nproc: int
-    pid: int
-    peer_address: str
-    worker_address: str
-    heard_at: float
-    state: str = "attached"  # attached, draining, lost, left
-    restarts: dict[int, int] = field(default_factory=dict)
-    shut_down: bool = False  # its agent was told that it has left
-
-    @property
-    def attached(self) -> bool:
-        return self.state in ("attached", "draining")
-
-
-@dataclass(slots=True)
-class Worker:
-    """A worker process as the controller knows it."""
-
-    id: str
-    node: str
-    local_rank: int
-    pid: int = 0
-    state: str = "starting"  # starting, registered, warming, warm, member, finished, left, dead, or lost: see alive
-    spec: TrainingSpec | None = None
-    holds_state: bool = False
-    status: WorkerStatus = field(default_factory=WorkerStatus)
-    failure: Failed | None = None
-    leaving: Leaving | None = None
-    switch_failures: int = 0
-
-    @property
-    def alive(self) -> bool:
-        """Whether the job counts on it; one that is `lost` with its node may live, and is taken back only at need."""
-        return self.state not in ("finished", "left", "dead", "lost")
-
-
-@dataclass(slots=True)
-class Attempt:
-    """A generation on its way."""
-
-    plan: Plan
-    deadline: float
-    prepared: dict[str, Prepared] = field(default_factory=dict)
-    committed: bool = False
-    switched: set[str] = field(default_factory=set)
-    leavers: tuple[Member, ...] = ()  # members of the world before, who leave with this switch
-    replaces: int = 0  # generation in which the participants train until they have adopted this one
-    waits_for_nodes: bool = False  # prepared by all, but fewer nodes than the job asks for
-
-    @property
-    def participants(self) -> frozenset[str]:
-        return self.plan.workers() | {member.worker for member in self.leavers}
-
-
-@dataclass(frozen=True, slots=True)
-class Suspicion:
-    """A generation broke at a worker, and no loss that explains it is known yet."""
-
-    generation: int
-    reason: str
-    since: float
-
-
-@dataclass(slots=True)
-class OpenIncident:
-    """An incident whose cost is not known yet."""
-
-    incident: Incident
-    detected_at: float
 
 
 class ControllerMachine:
@@ -208,10 +99,8 @@ class ControllerMachine:
         self.samples = 0
         self.loss = float("nan")
         self.fruitless = 0
-        self.incidents: deque[Incident] = deque(maxlen=INCIDENTS_KEPT)
-        self.incidents_total = 0
-        self.open_incidents: list[OpenIncident] = []
-        self.seconds_lost = 0.0
+        self.incidents = IncidentBook()
+        self.steps = StepClock()
         self.started_at: float | None = None
         self.first_commit_at: float | None = None
         self.ended_at: float | None = None
@@ -228,7 +117,6 @@ class ControllerMachine:
         self.last_tick: float | None = None
         self.restarted = False
         self.returned_at: float | None = None  # when the first member came back in that time
-        self._step_marks: deque[tuple[float, int]] = deque(maxlen=64)
         self._out: list[ControllerEffect] = []
 
     # -- events ----------------------------------------------------------------------------------------------------
@@ -530,9 +418,8 @@ class ControllerMachine:
             )
         if not involved:
             attempt = self.attempt
-            if attempt is not None and attempt.plan.kind is PlanKind.SWITCH and not attempt.committed:
-                if any(w.id in attempt.participants for w in lost):
-                    self._abandon(f"{subject}: {reason}")
+            if attempt is not None and any(w.id in attempt.participants for w in lost):
+                self._abandon(f"{subject}: {reason}")  # which it does with an uncommitted switch only
             return
         if self.finishing or self._check_finished(now):
             return
@@ -569,15 +456,9 @@ class ControllerMachine:
             if self.step_committed == 0:
                 self._emit(Persist("training-began", f"step {committed} is committed", {"step": committed}))
             self.step_committed = committed
-            self._step_marks.append((now, committed))
+            self.steps.note(now, committed)
             if self.first_commit_at is None:
                 self.first_commit_at = now
-
-    def step_s(self) -> float:
-        """Median seconds per step over the recent marks; 0 while unknown."""
-        marks = list(self._step_marks)
-        spans = [(t2 - t1) / (s2 - s1) for (t1, s1), (t2, s2) in zip(marks, marks[1:], strict=False) if s2 > s1]
-        return statistics.median(spans) if spans else 0.0
 
     # -- what workers say ------------------------------------------------------------------------------------------
 
@@ -702,7 +583,7 @@ class ControllerMachine:
             return
         assert self.spec is not None
         fixed = self.spec
-        order = sorted(ready, key=lambda w: (_natural(w.node), w.local_rank))
+        order = sorted(ready, key=lambda w: (natural(w.node), w.local_rank))
         for worker in order[fixed.slots :]:
             self._admit(worker)  # more have come since the numbers were fixed
         order = order[: fixed.slots]
@@ -889,19 +770,18 @@ class ControllerMachine:
         if plan.kind is PlanKind.SWITCH and self.plan is not None:
             given = plan.workers() - self.plan.workers()  # all others have it by the step that decides the switch
         else:
-            given = {w for w, r in reports.items() if not (r.has_state and restore in (r.committed, r.voted))}
+            given = frozenset(w for w, r in reports.items() if not (r.has_state and restore in (r.committed, r.voted)))
         joiners = tuple(m.rank for m in plan.members if m.worker in given)
         attempt.committed = True
         attempt.deadline = float("inf")
-        self.plan, self.leavers, self.joiners = plan, attempt.leavers, frozenset(given)
+        self.plan, self.leavers, self.joiners = plan, attempt.leavers, given
         for member in plan.members:
             self.workers[member.worker].state = "member"
             self.workers[member.worker].holds_state = reports[member.worker].has_state and member.worker not in given
         redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
         if plan.kind is not PlanKind.SWITCH:
             self._note_step(restore, now)
-            for entry in self.open_incidents:
-                entry.incident = replace(entry.incident, step=restore, steps_redone=redone, generation=plan.generation)
+            self.incidents.regrouped(plan.generation, restore, redone)
         self._emit(
             Persist(
                 "generation-committed",
@@ -1011,7 +891,7 @@ class ControllerMachine:
             for w in self.workers.values()
             if w.state == "warm" and self.nodes[w.node].state == "attached" and not self._is_member(w)
         ]
-        warm.sort(key=lambda w: (w.switch_failures, _natural(w.node), w.local_rank))
+        warm.sort(key=lambda w: (w.switch_failures, natural(w.node), w.local_rank))
         return [w.id for w in warm][: max(0, self.spec.slots - seats_taken)]
 
     def _reinforce(self, attempt: Attempt, now: float) -> None:
@@ -1157,33 +1037,22 @@ class ControllerMachine:
     # -- incidents -------------------------------------------------------------------------------------------------
 
     def _open_incident(self, kind: str, subject: str, detected_by: str, reason: str, now: float) -> None:
-        incident = Incident(
-            kind=kind,
-            subject=subject,
-            detected_by=detected_by,
-            reason=reason,
-            generation=self.newest_generation + 1,
-            step=self.step_committed,
-            at_unix_s=now + self.unix_offset_s,
+        self.incidents.open(
+            Incident(
+                kind=kind,
+                subject=subject,
+                detected_by=detected_by,
+                reason=reason,
+                generation=self.newest_generation + 1,
+                step=self.step_committed,
+                at_unix_s=now + self.unix_offset_s,
+            ),
+            now,
         )
-        self.incidents_total += 1
-        self.open_incidents.append(OpenIncident(incident, now))
 
     def _close_incidents(self, now: float) -> None:
-        for entry in self.open_incidents:
-            lost = max(0.0, now - entry.detected_at - self.step_s())
-            self.seconds_lost += lost
-            closed = replace(entry.incident, seconds_lost=lost)
-            self.incidents.append(closed)
-            self._emit(
-                Persist(
-                    "incident",
-                    f"{closed.kind}: {closed.subject} ({closed.reason}), found by {closed.detected_by}, "
-                    f"{lost:.2f} s lost, {closed.steps_redone} step(s) redone",
-                    {"incident": closed},
-                )
-            )
-        self.open_incidents = []
+        for incident in self.incidents.close(now, self.steps.median_s()):
+            self._emit(Persist("incident", describe(incident), {"incident": incident}))
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -1285,12 +1154,7 @@ class ControllerMachine:
                 case "node-left":
                     self.draining.pop(data["node"], None)
                 case "incident":
-                    self.incidents.append(data["incident"])
-                    self.incidents_total += 1
-                    self.seconds_lost += max(0.0, data["incident"].seconds_lost)
-                case "loop-ended":
-                    self.finishing, self.digest = True, data["digest"]
-                    self.step_committed, self.samples = data["step"], data["samples"]
+                    self.incidents.restore(data["incident"])
                 case "job-ended":
                     self.outcome, self.reason = data["outcome"], data["reason"]
         self.started_at = self.founding_since = now
@@ -1385,7 +1249,7 @@ class ControllerMachine:
             or any(w.status.generation != plan.generation for w in members)
         ):
             reason = why + (f"; lost meanwhile: {', '.join(gone)}" if gone else "")
-            if not self.open_incidents:
+            if not self.incidents.has_open:
                 self._open_incident("controller restarted", "controller", "ledger", reason, now)
             self._fence(reason, now, loss=True)
 
@@ -1405,65 +1269,3 @@ class ControllerMachine:
         if self._membership_from_attempt() or self.suspicion is not None:
             return "regrouping"
         return "running"
-
-    def status(self, now: float) -> StatusReply:
-        """Return what people see."""
-        plan = self.plan
-        ranks = {m.worker: m.rank for m in plan.members} if plan is not None else {}
-        views = []
-        for node in sorted(self.nodes.values(), key=lambda n: _natural(n.id)):
-            workers = tuple(
-                WorkerView(
-                    worker=w.id,
-                    rank=ranks.get(w.id, 0),
-                    local_rank=w.local_rank,
-                    pid=w.pid,
-                    state="leaving" if w.leaving is not None and w.alive else w.state,
-                    generation=w.status.generation,
-                    committed=w.status.committed,
-                )
-                for w in sorted(self.workers.values(), key=lambda w: (w.local_rank, w.id))
-                if w.node == node.id and w.alive
-            )
-            views.append(
-                NodeView(node.id, node.state, node.pid, node.peer_address, max(0.0, now - node.heard_at), workers)
-            )
-        until = self.ended_at if self.ended_at is not None else now
-        elapsed = until - self.started_at if self.started_at is not None else 0.0
-        trained = until - self.first_commit_at if self.first_commit_at is not None else 0.0
-        still_open = tuple(entry.incident for entry in self.open_incidents)
-        return StatusReply(
-            job=self.settings.job,
-            state=self.state,
-            reason=self.reason,
-            generation=plan.generation if plan is not None else 0,
-            step=self.step_committed,
-            world_size=sum(1 for m in plan.members if self.workers[m.worker].alive) if plan is not None else 0,
-            nodes=tuple(views),
-            slots=self.spec.slots if self.spec is not None else 0,
-            virtual_replicas=self.spec.virtual_replicas if self.spec is not None else 0,
-            samples=self.samples,
-            loss=self.loss,
-            elapsed_s=elapsed,
-            productive_s=max(0.0, trained - self.seconds_lost),
-            incidents_total=self.incidents_total,
-            incidents=(*self.incidents, *still_open),
-            digest=self.digest,
-            step_s=self.step_s(),
-            reduction=self.spec.reduction if self.spec is not None else "",
-        )
-
-
-def _natural(text: str) -> tuple[tuple[int, int | str], ...]:
-    """Sort key that puts node10 after node9."""
-    parts: list[tuple[int, int | str]] = []
-    digits = ""
-    for char in text + "\0":
-        if char.isdigit():
-            digits += char
-            continue
-        if digits:
-            parts.append((0, int(digits)))
-            digits = ""
-        parts.append((1, char))
-    return tuple(parts)

@@ -34,7 +34,9 @@ from controller.events import (
     ToAgent,
 )
 from controller.ledger import Ledger
-from controller.machine import ControllerMachine, JobSettings
+from controller.machine import ControllerMachine
+from controller.state import JobSettings
+from controller.views import status
 from elastic.domain import AgentHello, ControllerMessage, Event
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -119,7 +121,7 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
     def _write_summary(self, effects: list[ControllerEffect]) -> None:
         if self.config.summary is None:
             return
-        summary = to_plain(self.machine.status(time.monotonic()))
+        summary = to_plain(status(self.machine, time.monotonic()))
         summary["goodput"] = summary["productive_s"] / summary["elapsed_s"] if summary["elapsed_s"] else 0.0
         for effect in effects:
             if isinstance(effect, Persist) and effect.kind == "job-ended":
@@ -211,7 +213,7 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
         self, request: runtime_pb2.StatusRequest, context: channels.Context
     ) -> runtime_pb2.StatusReply:
         """What `elastic status` shows."""
-        reply: runtime_pb2.StatusReply = to_proto(replace(self.machine.status(time.monotonic()), controller_pid=os.getpid()))
+        reply: runtime_pb2.StatusReply = to_proto(replace(status(self.machine, time.monotonic()), controller_pid=os.getpid()))
         return reply
 
     async def Events(

@@ -79,7 +79,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="Directory for what each process ended with.")
     parser.add_argument("--fail", default="", help="STEP:RANK at which to raise once (--failed remembers that).")
     parser.add_argument("--failed", type=Path)
-    parser.add_argument("--fail-always", action="store_true", help="Rank 0 raises in its first step, each time anew.")
+    parser.add_argument("--fail-worker", type=int, default=-1, help="Local rank that raises before it trains, always.")
     parser.add_argument("--rotten", type=int, default=-1, help="Id of a sample that cannot be read.")
     return parser.parse_args()
 
@@ -137,8 +137,8 @@ def main() -> None:
 
     for _ in session.epochs(args.epochs):
         for x, y in loader:
-            if args.fail_always and session.rank == 0:
-                raise RuntimeError("rank 0 cannot train")
+            if session.local_rank == args.fail_worker and session.step >= 5:
+                raise RuntimeError(f"this worker cannot train ({time.monotonic_ns()})")
             if fail_step and (session.step + 1, session.rank) == (int(fail_step), int(fail_rank)):
                 try:
                     args.failed.touch(exist_ok=False)

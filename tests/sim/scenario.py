@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from random import Random
 
-from controller.machine import JobSettings
+from controller.state import JobSettings
 from elastic.domain import TrainingSpec
 from tests.sim.faults import Fault, draw_faults
 from tests.sim.links import LinkQuality

@@ -1,0 +1,120 @@
+"""What the controller knows of a job, its nodes and its workers: plain values that only the machine changes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from elastic.domain import Failed, Leaving, Member, Plan, Prepared, TrainingSpec, WorkerStatus
+
+
+@dataclass(frozen=True, slots=True)
+class JobSettings:
+    """What the job was started with; fixed for its life and kept in the ledger.
+
+    Attributes:
+        job: Name of the job; agents of other jobs are refused.
+        nodes_min, nodes_max: Nodes without which the job waits, and beyond which it refuses.
+        max_restarts: Restarts of one worker place (node, local rank) that ended by its own fault.
+        failure_timeout_s: Longest silence that is believed; every other protocol deadline derives from it.
+        start_timeout_s: Longest wait for the first world.
+        join_timeout_s: With nodes_min present, how long the first world waits for nodes_max.
+        token: What agents must show; empty where none is required.
+    """
+
+    job: str
+    nodes_min: int = 1
+    nodes_max: int = 1
+    max_restarts: int = 3
+    failure_timeout_s: float = 2.0
+    start_timeout_s: float = 600.0
+    join_timeout_s: float = 30.0
+    token: str = field(default="", repr=False)
+
+    @property
+    def prepare_timeout_s(self) -> float:
+        """Building a group may take this long before the missing ones are taken for lost."""
+        return 2.5 * self.failure_timeout_s
+
+
+@dataclass(slots=True)
+class Node:
+    """A node as the controller knows it."""
+
+    id: str
+    incarnation: str
+    nproc: int
+    pid: int
+    peer_address: str
+    worker_address: str
+    heard_at: float
+    state: str = "attached"  # attached, draining, lost, left
+    restarts: dict[int, int] = field(default_factory=dict)
+    shut_down: bool = False  # its agent was told that it has left
+
+    @property
+    def attached(self) -> bool:
+        return self.state in ("attached", "draining")
+
+
+@dataclass(slots=True)
+class Worker:
+    """A worker process as the controller knows it."""
+
+    id: str
+    node: str
+    local_rank: int
+    pid: int = 0
+    state: str = "starting"  # starting, registered, warming, warm, member, finished, left, dead, or lost: see alive
+    spec: TrainingSpec | None = None
+    holds_state: bool = False
+    status: WorkerStatus = field(default_factory=WorkerStatus)
+    failure: Failed | None = None
+    leaving: Leaving | None = None
+    switch_failures: int = 0
+
+    @property
+    def alive(self) -> bool:
+        """Whether the job counts on it; one that is `lost` with its node may live, and is taken back only at need."""
+        return self.state not in ("finished", "left", "dead", "lost")
+
+
+@dataclass(slots=True)
+class Attempt:
+    """A generation on its way."""
+
+    plan: Plan
+    deadline: float
+    prepared: dict[str, Prepared] = field(default_factory=dict)
+    committed: bool = False
+    switched: set[str] = field(default_factory=set)
+    leavers: tuple[Member, ...] = ()  # members of the world before, who leave with this switch
+    replaces: int = 0  # generation in which the participants train until they have adopted this one
+    waits_for_nodes: bool = False  # prepared by all, but fewer nodes than the job asks for
+
+    @property
+    def participants(self) -> frozenset[str]:
+        return self.plan.workers() | {member.worker for member in self.leavers}
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """A generation broke at a worker, and no loss that explains it is known yet."""
+
+    generation: int
+    reason: str
+    since: float
+
+
+def natural(text: str) -> tuple[tuple[int, int | str], ...]:
+    """Sort key that puts node10 after node9."""
+    parts: list[tuple[int, int | str]] = []
+    digits = ""
+    for char in text + "\0":
+        if char.isdigit():
+            digits += char
+            continue
+        if digits:
+            parts.append((0, int(digits)))
+            digits = ""
+        parts.append((1, char))
+    return tuple(parts)
