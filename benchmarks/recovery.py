@@ -104,7 +104,7 @@ def measure(fault: Fault, commits: list[Commit], prepares: list[dict[str, Any]])
     around = [b.clock_s - a.clock_s for a, b in pairwise(after) if a.clock_s >= first.clock_s]
     return {
         "total_s": first.clock_s - fault.clock_s,
-        "stall_s": max(0.0, first.clock_s - fault.clock_s - step_s),
+        "stall_s": first.clock_s - fault.clock_s - step_s,
         "rejoin_s": full.clock_s - fault.clock_s - startup_s,
         "rejoin_survivor_stall_s": max(0.0, max(around, default=0.0) - statistics.median(around or [0.0])),
     }

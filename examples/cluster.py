@@ -150,14 +150,18 @@ class Cluster:
             ClusterError: it does not hold in time, or the job ended.
         """
         deadline = time.monotonic() + timeout_s
+        silence = ""
         while True:
-            with contextlib.suppress(Unreachable):
+            try:
                 if holds():
                     return
+                silence = ""
+            except Unreachable as error:
+                silence = f" ({error})"
             if self._controller is not None and (code := self._controller.poll()) is not None and code >= 0:
                 raise ClusterError(f"the job ended while waiting until {what}{self.last_words()}")
             if time.monotonic() > deadline:
-                raise ClusterError(f"waited {timeout_s:.0f} s in vain until {what}{self.last_words()}")
+                raise ClusterError(f"waited {timeout_s:.0f} s in vain until {what}{silence}{self.last_words()}")
             time.sleep(POLL_S)
 
     def wait_for_world(self, size: int, timeout_s: float, *, steps: int = 3) -> StatusReply:

@@ -133,12 +133,18 @@ class Job:
         return process
 
     def agent(
-        self, node: str, workers: int, *options: object, train: Sequence[object] = (), script: Path = TRAIN
+        self,
+        node: str,
+        workers: int,
+        *options: object,
+        train: Sequence[object] = (),
+        script: Path = TRAIN,
+        verb: str = "agent",
     ) -> subprocess.Popen[bytes]:
-        """Start a node's agent."""
+        """Start a node's agent, as `elastic agent` or as `elastic run --controller`."""
         return self.start(
             f"agent-{node}",
-            *(ELASTIC, "agent", "--controller", self.address, "--node-id", node, "--nproc-per-node", workers),
+            *(ELASTIC, verb, "--controller", self.address, "--node-id", node, "--nproc-per-node", workers),
             *("--log-dir", self.folder / "logs" / node),
             *options,
             script,

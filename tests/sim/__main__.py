@@ -39,7 +39,9 @@ def main() -> int:
             print(f"faults: {', '.join(result.faults) or 'none'}")
     seconds = time.perf_counter() - began
     summary = ", ".join(f"{number} {name}" for name, number in outcomes.most_common())
-    print(f"{sum(outcomes.values())} seeds: {summary}; {events:,} events in {seconds:.1f} s ({events / seconds:,.0f}/s)")
+    print(
+        f"{sum(outcomes.values())} seeds: {summary}; {events:,} events in {seconds:.1f} s ({events / seconds:,.0f}/s)"
+    )
     if failed:
         print(f"failed: {failed}")
     return 1 if failed else 0

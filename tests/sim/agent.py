@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from agent.machine import (
     AgentEvent,
@@ -31,9 +31,7 @@ from elastic.domain import AgentHello, StartWorker
 from tests.sim.links import Stream
 from tests.sim.process import Process
 from tests.sim.worker import Worker
-
-if TYPE_CHECKING:
-    from tests.sim.cluster import Cluster
+from tests.sim.world import World
 
 TICK_S = 0.05
 
@@ -41,48 +39,51 @@ TICK_S = 0.05
 class Node:
     """A machine: what stays when its agent dies."""
 
-    def __init__(self, cluster: Cluster, name: str) -> None:
-        self.cluster = cluster
+    def __init__(self, world: World, name: str) -> None:
+        self.world = world
         self.name = name
-        self.agents_started = 0
-        self.agent: Agent | None = None
-        self.partitioned_until = 0.0
+        self.agents: list[Agent] = []
+        self.partitioned_until_s = 0.0
         self.abandoned = False  # nobody will start an agent here again
         self.exit_code: int | None = None
 
+    @property
+    def agent(self) -> Agent | None:
+        """The newest agent, dead or alive."""
+        return self.agents[-1] if self.agents else None
+
     def start_agent(self) -> None:
         """Start an agent, unless one is running or nothing is left to do."""
-        if self.abandoned or self.cluster.is_over() or (self.agent is not None and self.agent.alive):
+        if self.abandoned or self.world.is_over() or (self.agent is not None and self.agent.alive):
             return
-        self.agents_started += 1
-        self.agent = Agent(self.cluster, self)
+        self.agents.append(Agent(self.world, self, len(self.agents) + 1))
 
     def agent_ended(self, code: int) -> None:
         """The supervisor's rule: what fails is started again, what ends well is not."""
         self.exit_code = code
-        if code == 0 or self.agents_started > 6:
+        if code == 0 or len(self.agents) > 6:
             self.abandoned = True
         elif not self.abandoned:
-            self.cluster.clock.after(self.cluster.random.uniform(0.2, 3.0), self.start_agent)
+            self.world.clock.after(self.world.random.uniform(0.2, 3.0), self.start_agent)
 
 
 class Agent(Process):
     """One agent process."""
 
-    def __init__(self, cluster: Cluster, node: Node) -> None:
-        super().__init__(cluster.clock)
-        self.cluster = cluster
+    def __init__(self, world: World, node: Node, number: int) -> None:
+        super().__init__(world.clock)
+        self.world = world
         self.node = node
-        self.random = cluster.random
-        self.incarnation = f"{node.name}#{node.agents_started}"
-        scenario = cluster.scenario
+        self.random = world.random
+        self.incarnation = f"{node.name}#{number}"
+        scenario = world.scenario
         self.machine = AgentMachine(
             AgentSettings(
                 AgentHello(
                     job=scenario.settings.job,
                     node=node.name,
                     incarnation=self.incarnation,
-                    pid=1000 + node.agents_started,
+                    pid=1000 + number,
                     nproc=scenario.nproc,
                     peer_address=f"{node.name}:1",
                     worker_address=node.name,
@@ -91,10 +92,10 @@ class Agent(Process):
                 leave_grace_s=3.0,
             )
         )
-        self.workers: dict[str, Worker] = {}
+        self.workers: dict[str, Worker] = {}  # until their end is known
+        self.forked: list[Worker] = []
         self.stream: Stream | None = None
-        cluster.agents.append(self)
-        cluster.note("agent %s starts", self.incarnation)
+        world.note("agent %s starts", self.incarnation)
         self.post(self.random.uniform(0.0, 0.1), self._connect)
         self.post(TICK_S * self.random.random(), self._tick)
 
@@ -104,7 +105,7 @@ class Agent(Process):
         """End; the kernel takes all workers along. `silent`: the machine lost power, nobody hears of it."""
         if not self.alive:
             return
-        self.cluster.note("agent %s ends with code %d", self.incarnation, code)
+        self.world.note("agent %s ends with code %d", self.incarnation, code)
         self.alive = False
         for worker in self.workers.values():
             if silent:
@@ -121,7 +122,7 @@ class Agent(Process):
         self.node.agent_ended(code)
 
     def die_between_effects(self) -> None:
-        self.cluster.note("agent %s is killed between two effects", self.incarnation)
+        self.world.note("agent %s is killed between two effects", self.incarnation)
         self.die(-9)
 
     def handle(self, event: AgentEvent) -> None:
@@ -130,10 +131,10 @@ class Agent(Process):
             self.spend_effect()
             match effect:
                 case Fork(order):
-                    self.cluster.note("agent %s forks %s", self.incarnation, order.worker)
+                    self.world.note("agent %s forks %s", self.incarnation, order.worker)
                     self.post(self.random.uniform(0.005, 0.05), self._fork, order)
                 case Signal(worker_id, signum, reason):
-                    self.cluster.note("agent %s sends signal %d to %s: %s", self.incarnation, signum, worker_id, reason)
+                    self.world.note("agent %s sends signal %d to %s: %s", self.incarnation, signum, worker_id, reason)
                     self._signal(worker_id, signum)
                 case Report(message):
                     if self.stream is not None:
@@ -145,26 +146,26 @@ class Agent(Process):
                 case OpenGeneration():
                     pass  # no rendezvous store here: groups.py builds by itself
                 case DropConnection(reason):
-                    self.cluster.note("agent %s drops its stream: %s", self.incarnation, reason)
+                    self.world.note("agent %s drops its stream: %s", self.incarnation, reason)
                     self.post(0.0, self._drop_stream, reason)
                 case EndAgent(code, reason):
-                    self.cluster.note("agent %s ends: %s", self.incarnation, reason)
-                    self.cluster.observe("agent_ended", self, code, reason)
+                    self.world.note("agent %s ends: %s", self.incarnation, reason)
+                    self.world.observe("agent_ended", self, code, reason)
                     self.die(code)
                     self.spend_effect()
 
     # -- workers ---------------------------------------------------------------------------------------------------
 
     def _fork(self, order: StartWorker) -> None:
-        if self.cluster.fork_fails():
+        if self.world.fork_fails():
             self.handle(ForkFailed(order.worker, "no memory"))
             return
-        pid = self.cluster.next_pid()
-        worker = Worker(self.cluster, self, order, pid)
-        self.cluster.observe("forked", worker)
-        self.cluster.workers.append(worker)
+        pid = self.world.next_pid()
+        worker = Worker(self.world, self, order, pid)
+        self.forked.append(worker)
+        self.world.observe("forked", worker)
         self.workers[order.worker] = worker
-        self.cluster.moment("forked", worker)
+        self.world.moment("forked", worker)
         self.handle(Forked(order.worker, pid))
 
     def _signal(self, worker_id: str, signum: int) -> None:
@@ -189,7 +190,9 @@ class Agent(Process):
 
     def _look(self, worker: Worker) -> None:
         state = "T" if worker.stopped else "S" if worker.alive else "Z"
-        self.handle(Looked(worker.id, state, worker.page_generation, worker.page_committed, 0, 0.0, worker.page_committed))
+        self.handle(
+            Looked(worker.id, state, worker.page_generation, worker.page_committed, 0, 0.0, worker.page_committed)
+        )
 
     def on_message(self, stream: Stream, message: Any) -> None:
         if stream is self.stream:
@@ -204,7 +207,7 @@ class Agent(Process):
 
     def _connect(self) -> None:
         # As gRPC does: the call is made at once, and fails later if nobody is there.
-        self.stream = self.cluster.connect_controller(self)
+        self.stream = self.world.connect_controller(self, self.node.partitioned_until_s)
         self.handle(Connected())
 
     def on_reset(self, stream: Stream, reason: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from controller.events import (
     AgentAttached,
@@ -21,9 +21,7 @@ from controller.machine import ControllerMachine
 from elastic.domain import AgentHello, Commit, Prepare, ToWorker
 from tests.sim.links import Stream
 from tests.sim.process import Process
-
-if TYPE_CHECKING:
-    from tests.sim.cluster import Cluster
+from tests.sim.world import World
 
 TICK_S = 0.05
 END_LINGER_S = 5.0
@@ -32,12 +30,12 @@ END_LINGER_S = 5.0
 class Controller(Process):
     """One controller process; the next one starts from the same ledger."""
 
-    def __init__(self, cluster: Cluster, ledger: list[tuple[str, Any]]) -> None:
-        super().__init__(cluster.clock)
-        self.cluster = cluster
-        self.random = cluster.random
+    def __init__(self, world: World, ledger: list[tuple[str, Any]]) -> None:
+        super().__init__(world.clock)
+        self.world = world
+        self.random = world.random
         self.ledger = ledger
-        self.machine = ControllerMachine(cluster.scenario.settings)
+        self.machine = ControllerMachine(world.scenario.settings)
         self.streams: dict[str, Stream] = {}
         self.said_hello: dict[Stream, str] = {}  # incarnation of the agent at the other end
         self.ending_since: float | None = None
@@ -50,14 +48,14 @@ class Controller(Process):
     def die(self) -> None:
         if not self.alive:
             return
-        self.cluster.note("controller dies")
+        self.world.note("controller dies")
         self.alive = False
         for stream in self.streams.values():
             stream.die(self)
-        self.cluster.controller_died()
+        self.world.controller_died()
 
     def die_between_effects(self) -> None:
-        self.cluster.note("controller is killed between two effects")
+        self.world.note("controller is killed between two effects")
         self.die()
 
     def handle(self, event: ControllerEvent) -> None:
@@ -66,32 +64,30 @@ class Controller(Process):
             self.spend_effect()
             match effect:
                 case Persist(kind, text, data):
-                    self.cluster.note("LEDGER %s: %s", kind, text)
+                    self.world.note("LEDGER %s: %s", kind, text)
                     self.ledger.append((kind, data))
-                    self.cluster.observe("persisted", kind, data)
+                    self.world.observe("persisted", kind, data)
                     name = data["plan"].kind.name if kind == "generation-opened" else ""
-                    self.cluster.moment(f"ledger:{kind}{name}", None)
+                    self.world.moment(f"ledger:{kind}{name}", None)
                 case ToAgent(incarnation, message):
-                    self.cluster.observe("sent", incarnation, message)
+                    self.world.observe("sent", incarnation, message)
                     stream = self.streams.get(incarnation)
                     if stream is not None:
                         stream.send(self, message)
                         if isinstance(message, ToWorker) and isinstance(message.command, Commit | Prepare):
-                            self.cluster.moment(f"sent:{type(message.command).__name__}", None)
+                            self.world.moment(f"sent:{type(message.command).__name__}", None)
                 case CloseAgent(incarnation):
                     stream = self.streams.pop(incarnation, None)
                     if stream is not None:
                         stream.close(self)
                 case EndJob(outcome, reason):
-                    self.cluster.note("JOB %s: %s", outcome, reason)
+                    self.world.note("JOB %s: %s", outcome, reason)
                     self.ending_since = self.clock.now
 
     def _tick(self) -> None:
         self.post(TICK_S, self._tick)
         self.handle(Tick())
-        if self.ending_since is not None and (
-            not self.streams or self.clock.now - self.ending_since > END_LINGER_S
-        ):
+        if self.ending_since is not None and (not self.streams or self.clock.now - self.ending_since > END_LINGER_S):
             self.die()
 
     # -- agents and people -----------------------------------------------------------------------------------------
@@ -106,7 +102,7 @@ class Controller(Process):
             if old is not None:
                 old.close(self)
             self.streams[message.incarnation] = stream
-            self.cluster.note("controller hears %s: %s", message.incarnation, message)
+            self.world.note("controller hears %s: %s", message.incarnation, message)
             self.handle(AgentAttached(message))
         elif self.streams.get(incarnation) is stream:
             self.handle(AgentSaid(incarnation, message))

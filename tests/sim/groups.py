@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from elastic.domain import Plan
 from tests.sim.clock import Violation
 
-if TYPE_CHECKING:
-    from tests.sim.worker import Worker
+
+class Builder(Protocol):
+    """A worker as its groups see it."""
+
+    id: str
+    alive: bool
+
+    def post(self, delay_s: float, call: Callable[..., None], *args: Any) -> None: ...
+
+    def group_stands(self, generation: int) -> None: ...
+
+    def group_fell(self, generation: int, reason: str) -> None: ...
+
+    def operation_done(self, result: Any) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -40,14 +52,14 @@ class Group:
         self.random = random
         self.plan = plan
         self.members = plan.workers()
-        self.building: dict[str, Worker] = {}
+        self.building: dict[str, Builder] = {}
         self.standing: set[str] = set()
         self.gone: dict[str, str] = {}  # members that dropped it, died, or noticed that somebody did
         self.operations: list[Operation] = []
         self.done: dict[str, int] = {}
         self.pending: dict[str, Operation] = {}
 
-    def begin(self, worker: Worker) -> None:
+    def begin(self, worker: Builder) -> None:
         """A member begins to build."""
         if worker.id in self.building:
             raise Violation(f"worker {worker.id} builds the group of generation {self.plan.generation} twice")
@@ -59,20 +71,20 @@ class Group:
             for member in self.building.values():
                 member.post(self.random.uniform(0.002, 0.08), self._stand, member)
 
-    def _stand(self, worker: Worker) -> None:
+    def _stand(self, worker: Builder) -> None:
         if worker.id not in self.gone:
             self.standing.add(worker.id)
             worker.group_stands(self.plan.generation)
 
-    def _give_up(self, worker: Worker) -> None:
+    def _give_up(self, worker: Builder) -> None:
         if worker.id not in self.gone and worker.id not in self.standing:
             self._fall(worker, "not all members came in time")
 
-    def _fall(self, worker: Worker, reason: str) -> None:
+    def _fall(self, worker: Builder, reason: str) -> None:
         self.leave(worker, reason)
         worker.group_fell(self.plan.generation, reason)
 
-    def leave(self, worker: Worker, reason: str, *, silent: bool = False) -> None:
+    def leave(self, worker: Builder, reason: str, *, silent: bool = False) -> None:
         """A member drops the group or dies; `silent` when its machine vanished and nobody can notice."""
         if worker.id in self.gone or worker.id not in self.building:
             return
@@ -85,7 +97,7 @@ class Group:
             if other is not worker and other.id not in self.gone:
                 other.post(self.random.uniform(0.0, 0.15), self._notice, other)
 
-    def _notice(self, worker: Worker) -> None:
+    def _notice(self, worker: Builder) -> None:
         if worker.id in self.gone:
             return
         if worker.id not in self.standing:
@@ -100,7 +112,7 @@ class Group:
         for member in self.building.values():
             member.post(self.random.uniform(0.0, 0.15), self._notice, member)
 
-    def contribute(self, worker: Worker, what: tuple[str, int], value: Any) -> None:
+    def contribute(self, worker: Builder, what: tuple[str, int], value: Any) -> None:
         """A member enters its next operation; `operation_done` is called on it with all values, or Broken."""
         if worker.id in self.gone or worker.id not in self.standing:
             reason = self.gone.get(worker.id, "it never stood here")
@@ -121,12 +133,12 @@ class Group:
             for member in self.building.values():
                 member.post(self.random.uniform(0.001, 0.03), self._complete, member, operation)
 
-    def _complete(self, worker: Worker, operation: Operation) -> None:
+    def _complete(self, worker: Builder, operation: Operation) -> None:
         if self.pending.get(worker.id) is operation:
             del self.pending[worker.id]
             worker.operation_done(operation.values)
 
-    def _fail(self, worker: Worker, reason: str) -> None:
+    def _fail(self, worker: Builder, reason: str) -> None:
         if self.pending.pop(worker.id, None) is not None:
             worker.operation_done(Broken(reason))
 
@@ -138,7 +150,7 @@ class Groups:
         self._random = random
         self._by_generation: dict[int, Group] = {}
 
-    def begin(self, worker: Worker, plan: Plan) -> None:
+    def begin(self, worker: Builder, plan: Plan) -> None:
         group = self._by_generation.get(plan.generation)
         if group is None:
             group = self._by_generation[plan.generation] = Group(self._random, plan)
@@ -152,6 +164,6 @@ class Groups:
     def all(self) -> Mapping[int, Group]:
         return self._by_generation
 
-    def worker_died(self, worker: Worker, *, silent: bool) -> None:
+    def worker_died(self, worker: Builder, *, silent: bool) -> None:
         for group in self._by_generation.values():
             group.leave(worker, "it died", silent=silent)

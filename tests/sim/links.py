@@ -112,7 +112,9 @@ class Stream:
         """Nothing passes from now on; at last each end sees a reset."""
         self.silent = True
         for side in (0, 1):
-            wait_s = self.random.uniform(5.0, 20.0) if reset_after_s is None else reset_after_s * self.random.uniform(1, 2)
+            wait_s = (
+                self.random.uniform(5.0, 20.0) if reset_after_s is None else reset_after_s * self.random.uniform(1, 2)
+            )
             self.clock.after(wait_s, self._reset, side, "timed out")
 
     def hold(self, until_s: float) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from elastic.domain import Failed, Plan, StartWorker
 from elastic.protocol import (
@@ -44,12 +44,9 @@ from elastic.protocol import (
 )
 from tests.sim.clock import Violation
 from tests.sim.groups import Broken
-from tests.sim.links import Stream
+from tests.sim.links import End, Stream
 from tests.sim.process import Process
-
-if TYPE_CHECKING:
-    from tests.sim.agent import Agent
-    from tests.sim.cluster import Cluster
+from tests.sim.world import World
 
 TORN = -1  # digest of parameters that are partly overwritten
 FENCED_EXIT_CODE = 70
@@ -82,28 +79,34 @@ Main = Generator[Request, Any, Any]
 Gradient = tuple[int, int, int]  # step, slot, digest of the parameters it was computed with
 
 
+class Keeper(End, Protocol):
+    """The agent that forked a worker."""
+
+    def worker_ended(self, worker: Worker, code: int) -> None: ...
+
+
 class Worker(Process):
     """One worker process."""
 
-    def __init__(self, cluster: Cluster, agent: Agent, order: StartWorker, pid: int) -> None:
-        super().__init__(cluster.clock)
-        self.cluster = cluster
-        self.agent = agent
+    def __init__(self, world: World, keeper: Keeper, order: StartWorker, pid: int) -> None:
+        super().__init__(world.clock)
+        self.world = world
+        self.keeper = keeper
         self.id = order.worker
         self.local_rank = order.local_rank
         self.restarted = not self.id.endswith(".1")
         self.pid = pid
-        self.random = cluster.random
-        self.speed = cluster.scenario.worker_speed(self.random)
+        self.random = world.random
+        self.speed = world.scenario.worker_speed(self.random)
         self.machine = WorkerMachine(self.id)
-        self.stream: Stream = cluster.connect(self, agent)
+        self.stream: Stream = world.connect(self, keeper)
         self.page_generation = 0
         self.page_committed = 0
         # What the engine holds.
         self.plan: Plan | None = None
         self.rank = 0
         self.committed = 0
-        self.digest = cluster.scenario.initial_digest
+        self.digest = world.scenario.initial_digest
         self.slots_done: dict[int, Gradient] = {}
         self.reduced: tuple[Gradient, ...] | None = None
         self.donate: tuple[int, ...] = ()
@@ -119,23 +122,23 @@ class Worker(Process):
         """End, for whatever reason; `silent` when its whole machine lost power."""
         if not self.alive:
             return
-        self.cluster.note("worker %s ends with code %d", self.id, code)
+        self.world.note("worker %s ends with code %d", self.id, code)
         self.alive = False
         if silent:
             self.stream.vanish(self)
         else:
             self.stream.die(self)
-        self.cluster.groups.worker_died(self, silent=silent)
-        self.agent.worker_ended(self, code)
+        self.world.groups.worker_died(self, silent=silent)
+        self.keeper.worker_ended(self, code)
 
     def die_between_effects(self) -> None:
-        self.cluster.note("worker %s is killed between two effects", self.id)
+        self.world.note("worker %s is killed between two effects", self.id)
         self.die(-9)
 
     # -- the control thread and the builders -----------------------------------------------------------------------
 
     def on_message(self, stream: Stream, message: Any) -> None:
-        self.cluster.note("worker %s hears %s", self.id, message)
+        self.world.note("worker %s hears %s", self.id, message)
         self.feed(Heard(message))
 
     def on_reset(self, stream: Stream, reason: str) -> None:
@@ -155,14 +158,14 @@ class Worker(Process):
             self.spend_effect()
             match effect:
                 case Send(message):
-                    self.cluster.note("worker %s says %s", self.id, message)
+                    self.world.note("worker %s says %s", self.id, message)
                     self.stream.send(self, message)
-                    self.cluster.observe("said", self, message)
-                    self.cluster.moment(f"said:{type(message).__name__}", self)
+                    self.world.observe("said", self, message)
+                    self.world.moment(f"said:{type(message).__name__}", self)
                 case BuildGroup(plan):
-                    self.cluster.groups.begin(self, plan)
+                    self.world.groups.begin(self, plan)
                 case DropGroup(generation):
-                    group = self.cluster.groups.of(generation)
+                    group = self.world.groups.of(generation)
                     if group is not None:
                         group.leave(self, f"generation {generation} was dropped")
                 case WakeMain():
@@ -171,8 +174,8 @@ class Worker(Process):
                         self._asleep = False
                         self.post(self.random.uniform(0.0, 0.002), self._resume, None)
                 case Exit(reason):
-                    self.cluster.note("worker %s: Exit: %s", self.id, reason)
-                    self.cluster.observe("exited", self, reason)
+                    self.world.note("worker %s: Exit: %s", self.id, reason)
+                    self.world.observe("exited", self, reason)
                     self.die(FENCED_EXIT_CODE)
                     self.spend_effect()
                 case _:
@@ -203,7 +206,7 @@ class Worker(Process):
                     self._asleep = True
             case Collective(what, value):
                 assert self.plan is not None
-                group = self.cluster.groups.of(self.plan.generation)
+                group = self.world.groups.of(self.plan.generation)
                 assert group is not None
                 group.contribute(self, what, value)
 
@@ -211,10 +214,10 @@ class Worker(Process):
         self._resume(result)
 
     def _run_main(self) -> Main:
-        scenario = self.cluster.scenario
+        scenario = self.world.scenario
         if scenario.never_prepares:
             return 0
-        if self.cluster.quits_early():
+        if self.world.quits_early():
             return 3
         self.feed(Register(scenario.late_spec or scenario.spec if self.restarted else scenario.spec))
         while self.machine.admitted is None:
@@ -231,7 +234,7 @@ class Worker(Process):
             remaining = self._remaining()
             if remaining:
                 yield Sleep(self.speed.slot_s * self.random.uniform(0.8, 1.2))
-                if self.cluster.raises(self, self.committed + 1, remaining[0]):
+                if self.world.raises(self.committed + 1, remaining[0]):
                     error = scenario.user_error
                     self.feed(UserCodeRaised(Failed(self.committed + 1, remaining[0], error, "traceback")))
                     yield Sleep(0.001)
@@ -239,7 +242,7 @@ class Worker(Process):
                 self.slots_done[remaining[0]] = (self.committed + 1, remaining[0], self.digest)
             if not self._remaining() and (yield from self._commit_step()):
                 return 0
-        self.cluster.moment("left the loop", self)
+        self.world.moment("left the loop", self)
         self.feed(LoopEnded(f"{self.digest:x}", self.committed))
         while True:
             answer = yield from self._ask_until(Wait, GoOn)
@@ -298,8 +301,8 @@ class Worker(Process):
         self.page_generation = world.plan.generation
         if self.rank not in self.donate and world.committed != self.committed:
             raise Violation(f"worker {self.id} has committed {self.committed}, its machine says {world.committed}")
-        self.cluster.observe("entered", self, world)
-        self.cluster.moment("entered", self)
+        self.world.observe("entered", self, world)
+        self.world.moment("entered", self)
 
     def _pass_state(self) -> Generator[Request, Any, bool]:
         """Whether every joiner has the state now; False when the world broke first."""
@@ -308,7 +311,7 @@ class Worker(Process):
         joins = self.rank in self.donate
         if joins:
             self.digest = TORN
-        self.cluster.moment("transfer", self)
+        self.world.moment("transfer", self)
         values = yield Collective(("transfer", 0), None if joins else (self.committed, self.digest))
         if isinstance(values, Broken):
             self.feed(CollectiveBroke(values.reason))
@@ -321,7 +324,7 @@ class Worker(Process):
             self.committed, self.digest = given.pop()
             self.slots_done, self.reduced = {}, None
             self.page_committed = self.committed
-            self.cluster.observe("received", self)
+            self.world.observe("received", self)
             self.feed(StateReceived(self.committed))
         return True
 
@@ -347,12 +350,12 @@ class Worker(Process):
         if isinstance(values, Broken):
             return values
         self.reduced = tuple(sorted(gradient for part in values.values() for gradient in part))
-        self.cluster.observe("reduced", self, step, self.reduced)
+        self.world.observe("reduced", self, step, self.reduced)
         answer = self.ask(AskVote(step))
         if not isinstance(answer, MayVote):
             return "sealed"
-        self.cluster.observe("voted", self, step, answer)
-        self.cluster.moment("voted", self)
+        self.world.observe("voted", self, step, answer)
+        self.world.moment("voted", self)
         votes = yield Collective(("verdict", step), (step, answer.generation, answer.next_generation))
         if isinstance(votes, Broken):
             return votes
@@ -366,13 +369,13 @@ class Worker(Process):
 
     def _apply(self, step: int) -> Generator[Request, Any, None]:
         assert self.plan is not None and self.reduced is not None
-        self.cluster.moment("applying", self)
+        self.world.moment("applying", self)
         before, self.digest = self.digest, TORN
         yield Sleep(self.speed.apply_s)
         slots = self.reduced
         self.digest = abs(hash((before, step, slots)))
         self.committed = self.page_committed = step
         self.slots_done, self.reduced = {}, None
-        self.cluster.observe("applied", self, step, slots)
+        self.world.observe("applied", self, step, slots)
         self.feed(Applied(step))
-        self.cluster.moment("applied", self)
+        self.world.moment("applied", self)

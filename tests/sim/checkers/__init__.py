@@ -1,30 +1,26 @@
-"""Promises, one small file each. A checker sees everything and raises Violation; it never touches the cluster.
+"""Promises, one small file each. A checker sees everything and raises Violation; it never touches anything.
 
-Its methods `on_<hook>` are called by `Cluster.observe`: said, entered, voted, reduced, applied, received, exited (of
+Its methods `on_<hook>` are called by `World.observe`: said, entered, voted, reduced, applied, received, exited (of
 workers), forked, agent_ended, persisted, sent (of the controller), over.
 """
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 from tests.sim.checkers.agreement import Agreement
 from tests.sim.checkers.endings import Endings
 from tests.sim.checkers.exactly_once import ExactlyOnce
 from tests.sim.checkers.fencing import Fencing
 from tests.sim.checkers.ledger_law import LedgerLaw
-
-if TYPE_CHECKING:
-    from tests.sim.cluster import Cluster
+from tests.sim.site import Site
 
 Checker = Agreement | Endings | ExactlyOnce | Fencing | LedgerLaw
 
 
-def make_checkers(cluster: Cluster) -> list[Checker]:
-    return [
-        Fencing(cluster.clock),
-        ExactlyOnce(cluster.scenario),
-        Agreement(hostile=cluster.scenario.hostile),
-        LedgerLaw(),
-        Endings(cluster),
-    ]
+def make_checkers(site: Site) -> tuple[Checker, ...]:
+    return (
+        Fencing(site.clock),
+        ExactlyOnce(site.scenario),
+        Agreement(hostile=site.scenario.hostile),
+        LedgerLaw(site),
+        Endings(site),
+    )

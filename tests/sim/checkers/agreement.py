@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elastic.domain import PlanKind
 from elastic.protocol import EnterWorld
 from tests.sim.clock import Violation
-
-if TYPE_CHECKING:
-    from tests.sim.worker import Worker
+from tests.sim.worker import Worker
 
 
 class Agreement:

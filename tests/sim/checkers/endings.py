@@ -3,58 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elastic.domain import PlanKind
+from tests.sim.agent import Agent
 from tests.sim.clock import Violation
-
-if TYPE_CHECKING:
-    from tests.sim.agent import Agent
-    from tests.sim.cluster import Cluster
-    from tests.sim.worker import Worker
+from tests.sim.site import Site
+from tests.sim.worker import Worker
 
 
 class Endings:
     """The outcome against what is really there."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self.cluster = cluster
+    def __init__(self, site: Site) -> None:
+        self.site = site
 
     def _holders(self) -> list[Worker]:
         """Workers that live and hold a trained state, wherever they are."""
         return [
             w
-            for w in self.cluster.workers
+            for w in self.site.workers
             if w.alive and w.committed > 0 and w.machine.has_state and not w.machine.finished
         ]
 
     def on_persisted(self, kind: str, data: Mapping[str, Any]) -> None:
-        if self.cluster.scenario.hostile:
+        if self.site.scenario.hostile:
             return
         if kind == "generation-opened" and data["plan"].kind is PlanKind.FOUND and (held := self._known_holders()):
-            raise Violation(f"the job is founded anew although {held[0].id} holds the state of step {held[0].committed}")
+            raise Violation(
+                f"the job is founded anew although {held[0].id} holds the state of step {held[0].committed}"
+            )
         if kind == "job-ended":
             self._judge(data["outcome"], data["reason"])
 
     def _known_holders(self) -> list[Worker]:
         """Holders that are members of the newest committed world: whoever was left out does not count."""
-        opened = {d["plan"].generation: d["plan"] for k, d in self.cluster.ledger if k == "generation-opened"}
-        committed = [d["generation"] for k, d in self.cluster.ledger if k == "generation-committed"]
+        opened = {d["plan"].generation: d["plan"] for k, d in self.site.ledger if k == "generation-opened"}
+        committed = [d["generation"] for k, d in self.site.ledger if k == "generation-committed"]
         if not committed:
             return []
         return [w for w in self._holders() if opened[committed[-1]].rank_of(w.id) is not None]
 
     def _judge(self, outcome: str, reason: str) -> None:
-        scenario = self.cluster.scenario
+        scenario = self.site.scenario
         if outcome == "succeeded":
-            without_session = scenario.never_prepares or "script ends early" in self.cluster.faults_struck
+            without_session = scenario.never_prepares or "script ends early" in self.site.faults_struck
             if reason == "every worker's script ended" and without_session:
                 return
             if reason != f"finished after step {scenario.steps}":
                 raise Violation(f"succeeded before the last step {scenario.steps}: {reason}")
             return
         if outcome == "stopped":
-            if "job stopped" not in self.cluster.faults_struck:
+            if "job stopped" not in self.site.faults_struck:
                 raise Violation(f"stopped, but nobody asked for it: {reason}")
             return
         if reason.startswith("every copy of the training state was lost"):
@@ -69,7 +69,7 @@ class Endings:
             return
         if "--max-restarts" in reason and self._something_failed():
             return
-        nodes = [n for n in self.cluster.nodes.values() if not n.abandoned]
+        nodes = [n for n in self.site.nodes.values() if not n.abandoned]
         if ("--nnodes MIN" in reason or "no first world" in reason) and (
             len(nodes) < scenario.settings.nodes_min or self._something_failed()
         ):
@@ -78,11 +78,9 @@ class Endings:
 
     def _something_failed(self) -> bool:
         """Whether workers ended by a fault of their own, so that their places may be given up."""
-        scenario = self.cluster.scenario
+        scenario = self.site.scenario
         own = (scenario.raises_times, scenario.quits_early, scenario.failed_forks, scenario.late_spec)
-        return any(own) or any(
-            kind in self.cluster.faults_struck for kind in ("worker killed", "script ends early")
-        )
+        return any(own) or any(kind in self.site.faults_struck for kind in ("worker killed", "script ends early"))
 
     def on_agent_ended(self, agent: Agent, code: int, reason: str) -> None:
         left = [w.id for w in agent.workers.values() if w.alive]
@@ -90,9 +88,9 @@ class Endings:
             raise Violation(f"agent {agent.incarnation} ends, but its worker {left[0]} still runs")
 
     def on_over(self) -> None:
-        if self.cluster.scenario.hostile:
+        if self.site.scenario.hostile:
             return
-        agents = [a.incarnation for a in self.cluster.agents if a.alive]
-        workers = [w.id for w in self.cluster.workers if w.alive]
+        agents = [a.incarnation for a in self.site.agents if a.alive]
+        workers = [w.id for w in self.site.workers if w.alive]
         if agents or workers:
             raise Violation(f"the job has ended, but these still run: {', '.join(agents + workers)}")

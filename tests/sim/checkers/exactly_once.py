@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from tests.sim.clock import Violation
 from tests.sim.scenario import Scenario
-
-if TYPE_CHECKING:
-    from tests.sim.worker import Gradient, Worker
+from tests.sim.worker import Gradient, Worker
 
 
 class ExactlyOnce:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elastic.domain import Plan, PlanKind
 from elastic.protocol import MayVote
 from tests.sim.clock import Clock, Violation
-
-if TYPE_CHECKING:
-    from tests.sim.worker import Gradient, Worker
+from tests.sim.worker import Gradient, Worker
 
 
 class Fencing:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from elastic.domain import Admitted, Commit, ControllerMessage, Finish, Prepare, Shutdown, StartWorker, ToWorker
 from tests.sim.clock import Violation
-
-if TYPE_CHECKING:
-    from tests.sim.worker import Worker
+from tests.sim.site import Site
+from tests.sim.worker import Worker
 
 
 class LedgerLaw:
     """What the controller sends against what it has written."""
 
-    def __init__(self) -> None:
+    def __init__(self, site: Site) -> None:
+        self.site = site
         self.opened: list[int] = []
         self.committed: list[int] = []
-        self.switched_away = False  # a SWITCH that lets somebody leave may follow with Finish
         self.started: set[str] = set()
         self.processes: set[str] = set()
         self.kinds: set[str] = set()
@@ -46,10 +45,10 @@ class LedgerLaw:
         if worker.id in self.processes:
             raise Violation(f"two processes are worker {worker.id}")
         self.processes.add(worker.id)
-        others = [w.id for w in worker.cluster.workers if w.alive and w.agent is worker.agent and w is not worker]
-        others = [other for other in others if other.split(".")[0] == worker.id.split(".")[0]]
-        if others:
-            raise Violation(f"worker {worker.id} is started in the place of {others[0]}, which still runs")
+        for other in self.site.workers:
+            same_place = other.keeper is worker.keeper and other.local_rank == worker.local_rank
+            if same_place and other.alive and other is not worker:
+                raise Violation(f"worker {worker.id} is started in the place of {other.id}, which still runs")
 
     def on_sent(self, incarnation: str, message: ControllerMessage) -> None:
         match message:
@@ -70,6 +69,8 @@ class LedgerLaw:
                     raise Violation("a worker is told to finish, but the ledger does not say that the loop has ended")
             case Shutdown(reason, exit_code):
                 if (reason, exit_code) != ("drained", 0) and "job-ended" not in self.kinds:
-                    raise Violation(f"an agent is shut down ({reason}), but the ledger does not say that the job has ended")
+                    raise Violation(
+                        f"an agent is shut down ({reason}), but the ledger does not say that the job has ended"
+                    )
             case _:
                 pass
