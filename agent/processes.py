@@ -12,11 +12,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from elastic import config
 from elastic.progress import Progress, ProgressPage
 
 STANDBY_READY_TIMEOUT_S = 120.0
 ANSWER_TIMEOUT_S = 10.0
+_LETTERS = {psutil.STATUS_STOPPED: "T", psutil.STATUS_TRACING_STOP: "t", psutil.STATUS_ZOMBIE: "X"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ class WorkerProcess:
         self.worker = worker
         self.pid = pid
         self._page = page
+        self._process = psutil.Process(pid)
         self._pidfd = os.pidfd_open(pid)
         self._loop = asyncio.get_running_loop()
         self._on_end = on_end
@@ -135,8 +139,11 @@ class WorkerProcess:
             os.killpg(self.pid, signal.SIGCONT)  # a stopped process would never see it
 
     def state(self) -> str:
-        """Return the letter of the process's state: R, S, D, T (stopped), t (traced), Z, or X when it is gone."""
-        return process_state(self.pid)
+        """Return the process's state in one letter, as /proc has it: T stopped, t traced, R otherwise, X gone."""
+        try:
+            return _LETTERS.get(self._process.status(), "R")
+        except psutil.NoSuchProcess:
+            return "X"
 
     def progress(self) -> Progress:
         """Return what the worker's progress page shows."""
@@ -147,15 +154,6 @@ class WorkerProcess:
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
         self._page.close()
-
-
-def process_state(pid: int) -> str:
-    """Return the letter of /proc/PID/stat, or X when there is no such process."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return "X"
-    return text[text.rindex(")") + 2]
 
 
 def worker_environment(

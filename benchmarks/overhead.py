@@ -2,15 +2,16 @@
 
     python -m benchmarks.overhead [--quick] [--json] [--workers N]
 
-Two jobs, one with the fast and one with the ordered reduction. In each, the same processes train two copies of the
-5-million-parameter GPT in turns, one through elastic (the prepared loader and optimizer, an agent and a controller
-beside it, as always) and one under DDP over gloo, with AdamW, zero_grad and gradient averaging on both sides: blocks
-of steps in random order, a DDP block again as the control. `benchmarks.train_pairs` is that script.
+Two jobs, one with the fast and one with the ordered reduction. In each, the same processes train two copies
+of the 5-million-parameter GPT in turns, one through elastic (the prepared loader and optimizer, an agent and
+a controller beside it, as always) and one under DDP over gloo, with AdamW, zero_grad and gradient averaging
+on both sides: blocks of steps in random order, a DDP block again as the control. `benchmarks.train_pairs` is
+that script.
 
-A block's value is the median of its steps, averaged over the workers; a round's ratio is that of its elastic block (or
-its control block) to its DDP block. Reported are the median ratio over all rounds and its 95 % interval from order
-statistics (distribution-free), so that the drift of a busy machine cancels and what is left of it is visible in
-`ddp_over_ddp`, whose true value is 1.
+A block's value is the median of its steps, averaged over the workers; a round's ratio is that of its elastic
+block (or its control block) to its DDP block. Reported are the median ratio over all rounds and its 95 %
+interval from order statistics (distribution-free), so that the drift of a busy machine cancels and what is
+left of it is visible in `ddp_over_ddp`, whose true value is 1.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarks.report import Reporter, main_of
+from benchmarks.report import Reporter, command, main_of
 from examples.cluster import Cluster, ClusterError
 
 REDUCTIONS = ("fast", "ordered")
@@ -37,8 +38,9 @@ CONFIDENCE = 0.95
 def median_interval(values: Sequence[float]) -> tuple[float, float]:
     """Return the order-statistic interval of the median: the narrowest symmetric one that covers 95 %.
 
-    The number of values below the median is binomial(n, 1/2), so that [x_(k), x_(n+1-k)] covers it with probability
-    1 - 2 P(X < k) (David and Nagaraja, "Order Statistics", section 7.1). With fewer than six values it is all of them.
+    The number of values below the median is binomial(n, 1/2), so that [x_(k), x_(n+1-k)] covers it with
+    probability 1 - 2 P(X < k) (David and Nagaraja, "Order Statistics", section 7.1). With fewer than six
+    values it is all of them.
     """
     ordered = sorted(values)
     n = len(ordered)
@@ -76,7 +78,9 @@ def run_job(
     out.mkdir()
     script = ["-m", "benchmarks.train_pairs", "--reduction", reduction, "--out", str(out)]
     script += ["--rounds", str(rounds), "--block", str(arguments.block), "--batch", str(arguments.batch)]
-    reporter.say(f"{reduction}: {rounds} rounds of 3 blocks of {arguments.block} steps, {arguments.workers} workers")
+    reporter.say(
+        f"{reduction}: {rounds} rounds of 3 blocks of {arguments.block} steps, {arguments.workers} workers"
+    )
     with Cluster(folder, script) as cluster:
         cluster.start_controller()
         cluster.start_agent("node", arguments.workers)
@@ -119,14 +123,16 @@ def tabulate(report: dict[str, Any]) -> Table:
     for name in REDUCTIONS:
         low, high = report[f"{name}_over_ddp_ci"]
         values = (report[f"{name}_over_ddp"], report[f"{name}_ms"], report[f"{name}_ddp_ms"])
-        table.add_row(name, f"{values[0]:.3f}", f"{low:.3f} .. {high:.3f}", f"{values[1]:.1f}", f"{values[2]:.1f}")
+        table.add_row(
+            name, f"{values[0]:.3f}", f"{low:.3f} .. {high:.3f}", f"{values[1]:.1f}", f"{values[2]:.1f}"
+        )
     low, high = report["ddp_over_ddp_ci"]
     table.add_row("DDP (control)", f"{report['ddp_over_ddp']:.3f}", f"{low:.3f} .. {high:.3f}", "", "")
     return table
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=0, help="[30; with --quick 7]")
     parser.add_argument("--block", type=int, default=10, help="steps in a block")

@@ -2,18 +2,19 @@
 
     python -m benchmarks.recovery [--quick] [--json] [--repetitions N]
 
-One job for each fault: one node with four workers, the 5-million-parameter GPT, 12 slots, 4 virtual replicas, ordered
-reduction, default settings (silence is believed for 2 s). A random worker is hurt at a random moment, again and again,
-each time when the world is full and steady. All times come from the workers' own logs of committed steps:
+One job for each fault: one node with four workers, the 5-million-parameter GPT, 12 slots, 4 virtual replicas,
+ordered reduction, default settings (silence is believed for 2 s). A random worker is hurt at a random moment,
+again and again, each time when the world is full and steady. All times come from the workers' own logs of
+committed steps:
 
     total_s                 from the fault to the first commit of a step that was never committed before
     stall_s                 total_s less the median step of the smaller world: what the fault cost
-    rejoin_s                from the fault to the first commit of the full world, less the script's own start-up
-                            (from the new process's start until it calls prepare())
+    rejoin_s                from the fault to the first commit of the full world, less the script's own
+                            start-up (from the new process's start until it calls prepare())
     rejoin_survivor_stall_s the longest pause between two commits around the rejoin, less the median step
     survivors_lost          workers that were not hurt and are gone all the same
     steps_redone            as the job's own incidents count them
-    digest_equal            the bits of weights and optimizer against those of an undisturbed run of the same steps
+    digest_equal            the bits of weights and optimizer against those of an undisturbed run
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.logs import Commit, read_commits, read_digests, read_events, spread
-from benchmarks.report import Reporter, main_of
+from benchmarks.report import Reporter, command, main_of
 from elastic.domain import WorkerView
 from examples.cluster import Cluster, ClusterError, run_undisturbed
 
@@ -69,9 +70,13 @@ def hurt_repeatedly(
         began_s = time.monotonic()
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim.pid, SIGNALS[fault])
+
+        def left_out(gone: str = victim.worker) -> bool:
+            return gone not in {member.worker for member in cluster.members()}
+
         cluster.wait(
             f"worker {victim.worker} has been left out",
-            lambda gone=victim.worker: gone not in {member.worker for member in cluster.members()},
+            left_out,
             RECOVER_S,
         )
         cluster.wait_for_world(WORKERS, RECOVER_S, steps=STEADY_STEPS)
@@ -86,7 +91,9 @@ def hurt_repeatedly(
 def measure(fault: Fault, commits: list[Commit], prepares: list[dict[str, Any]]) -> dict[str, float]:
     """Return one fault's numbers from the workers' logs."""
     known = max(commit.step for commit in commits if commit.clock_s < fault.clock_s)
-    after = [c for c in commits if c.clock_s >= fault.clock_s and c.step > known and c.clock_s <= fault.recovered_s]
+    after = [
+        c for c in commits if c.clock_s >= fault.clock_s and c.step > known and c.clock_s <= fault.recovered_s
+    ]
     small = [c for c in after if c.world_size < WORKERS]
     full = next(c for c in after if c.world_size == WORKERS and (not small or c.clock_s > small[0].clock_s))
     first = after[0]
@@ -113,7 +120,7 @@ def measure(fault: Fault, commits: list[Commit], prepares: list[dict[str, Any]])
 def run_job(
     fault: str, folder: Path, repetitions: int, seed: int, reporter: Reporter
 ) -> tuple[dict[str, Any], list[dict[str, float]], int, set[str]]:
-    """Run one job through its faults; returns counts, numbers of each fault, the last step and its digests."""
+    """Run one job through its faults; returns counts, each fault's numbers, the last step, its digests."""
     folder.mkdir()
     logs, until = folder / "steps", folder / "until"
     with Cluster(folder, [*SCRIPT, "--log", str(logs), "--until", str(until)]) as cluster:
@@ -164,7 +171,9 @@ def measure_all(repetitions: int, seed: int, folder: Path, reporter: Reporter) -
 
 def tabulate(report: dict[str, Any]) -> Table:
     """Return the report for people."""
-    table = Table("", "min", "median", "max", title=f"seconds, {report['repetitions']} repetitions of each fault")
+    table = Table(
+        "", "min", "median", "max", title=f"seconds, {report['repetitions']} repetitions of each fault"
+    )
     rows = {f"{fault}: {name}": values[name] for fault, values in report["faults"].items()
             for name in ("stall_s", "total_s")}  # fmt: skip
     rows |= {name: report[name] for name in ("rejoin_s", "rejoin_survivor_stall_s")}
@@ -179,7 +188,7 @@ def tabulate(report: dict[str, Any]) -> Table:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__)
     parser.add_argument("--repetitions", type=int, default=0, help="of each fault [20; with --quick 4]")
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
 

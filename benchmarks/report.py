@@ -1,4 +1,4 @@
-"""What every benchmark's command has in common: flags, progress for people, one JSON object or a table at the end."""
+"""What every benchmark's command has in common: flags, progress for people, a JSON object or a table at the end."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ class Reporter:
     def say(self, text: str) -> None:
         """Print one line, with the time since the start."""
         self.console.print(f"[dim]{time.monotonic() - self._began_s:7.1f} s[/dim]  {escape(text)}")
+
+
+def command(documentation: str | None) -> argparse.ArgumentParser:
+    """Return a parser whose help is a module's docstring."""
+    return argparse.ArgumentParser(
+        description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 Work = Callable[[argparse.Namespace, Path, Reporter], tuple[dict[str, Any], bool]]

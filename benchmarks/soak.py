@@ -2,10 +2,11 @@
 
     python -m benchmarks.soak --hours 8 [--json]
 
-A controller and two nodes of two workers each train a small GPT. Again and again, at random moments, a worker is
-killed or stopped, the second node's agent is killed, or the controller is; sometimes two of these at once. After each
-the world must be full again within a minute. At the end two things are compared: the bits of weights and optimizer with
-those of an undisturbed run of the same steps, and the record of consumed samples with what the sampler says.
+A controller and two nodes of two workers each train a small GPT. Again and again, at random moments, a worker
+is killed or stopped, the second node's agent is killed, or the controller is; sometimes two of these at once.
+After each the world must be full again within a minute. At the end two things are compared: the bits of
+weights and optimizer with those of an undisturbed run of the same steps, and the record of consumed samples
+with what the sampler says.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.logs import read_digests, spread
-from benchmarks.report import Reporter, main_of
+from benchmarks.report import Reporter, command, main_of
 from elastic.domain import WorkerView
 from elastic.records import read_record
 from elastic.sampler import SlotSampler
@@ -89,8 +90,10 @@ class Saboteur:
         return self._cluster.start_controller
 
 
-def disturb(cluster: Cluster, seconds: float, seed: int, reporter: Reporter) -> tuple[Counter[str], list[float]]:
-    """Let faults come for some time; returns how many of each, and how long each took until the world was full."""
+def disturb(
+    cluster: Cluster, seconds: float, seed: int, reporter: Reporter
+) -> tuple[Counter[str], list[float]]:
+    """Let faults come for some time; returns how many of each, and the seconds until the world was full."""
     dice = random.Random(seed)
     saboteur = Saboteur(cluster, dice)
     counts: Counter[str] = Counter()
@@ -103,10 +106,14 @@ def disturb(cluster: Cluster, seconds: float, seed: int, reporter: Reporter) -> 
         began_s = time.monotonic()
         names = saboteur.strike()
         counts.update(names)
+
+        def regrouped(old: int = generation) -> bool:
+            return cluster.status().generation > old
+
         if names != ["controller killed"]:
             cluster.wait(
                 f"the world without its victim of {' and '.join(names)} is over",
-                lambda old=generation: cluster.status().generation > old,
+                regrouped,
                 RECOVER_S,
             )
         reply = cluster.wait_for_world(WORLD, RECOVER_S)
@@ -178,7 +185,7 @@ def tabulate(report: dict[str, Any]) -> Table:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command(__doc__)
     parser.add_argument("--hours", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0, help="of faults, victims and moments")
     return main_of(parser, soak, tabulate)

@@ -1,13 +1,15 @@
-"""The training script of the benchmarks: the GPT of the examples, and a log of every committed step by every worker.
+"""The training script of the benchmarks: the GPT of the examples, and a log of every step by every worker.
 
 Each worker appends to a file of its own, one JSON object per line:
 
-    {"event": "prepare", "clock_s", "pid", "worker", "startup_s"}     startup_s: from the process's start until prepare()
+    {"event": "prepare", "clock_s", "pid", "startup_s"}
     {"event": "commit", "clock_s", "step", "generation", "world_size", "rank"}
-    {"event": "digest", "step", "digest"}                             of the parameters and the optimizer's state
+    {"event": "digest", "step", "digest"}
 
-Clocks are CLOCK_MONOTONIC, so that lines of different processes can be compared. A job that must go on for as long as
-something is measured gets `--until FILE`: it ends after the step whose number is written there, which must lie ahead.
+`startup_s` goes from the process's start until it calls prepare(); a digest is of the parameters and the optimizer's
+state. Clocks are CLOCK_MONOTONIC, so that lines of different processes can be compared. A job that must go on for as
+long as something is measured gets `--until FILE`: it ends after the step whose number is written there, which
+must lie ahead.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ def digest_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> str:
 
 def parse_arguments() -> argparse.Namespace:
     """Return the flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="Train and log every step.")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--context", type=int, default=64)
@@ -58,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reduction", default="ordered")
     parser.add_argument("--log", type=Path, required=True, help="folder for the workers' logs")
     parser.add_argument("--until", type=Path, help="file that will hold the last step's number")
-    parser.add_argument("--digest-at", type=int, nargs="*", default=[], help="steps after which to log a digest; "
+    parser.add_argument("--digest-at", type=int, nargs="*", default=[], help="steps to log a digest after; "
                         "without --until the greatest is the last step")  # fmt: skip
     parser.add_argument("--pause", type=float, default=0.0, help="seconds to sleep in each step")
     return parser.parse_args()
@@ -80,7 +82,7 @@ def main() -> None:
     arguments = parse_arguments()
     session = elastic.join()
     log = Log(arguments.log, os.getpid())
-    model = GPT(arguments.dim, arguments.layers, 4, arguments.context)
+    model = GPT(arguments.dim, arguments.layers, arguments.context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, weight_decay=0.1)
     loader = DataLoader(Windows(arguments.context), batch_size=arguments.batch, shuffle=True)
     log.write("prepare", clock_s=time.monotonic(), pid=os.getpid(), startup_s=process_age_s())

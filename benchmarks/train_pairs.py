@@ -1,13 +1,15 @@
-"""The training script of `benchmarks.overhead`: blocks of elastic's steps among blocks of plain DDP's, in one process.
+"""The training script of `benchmarks.overhead`: blocks of elastic's steps among blocks of plain DDP's, in one
+process.
 
-Each worker holds two copies of the GPT of the examples with an AdamW each: one prepared by elastic, one wrapped in
-DistributedDataParallel over a gloo process group of its own, which this job's workers form through a file. A round
-has three blocks, in an order that is drawn anew each time (alike on all workers): elastic, DDP, and DDP once more as
-the control. Both sides run a user's ordinary loop over a DataLoader, and a step's time goes from the end of one
-optimizer.step() to the end of the next, so that fetching is in it. Blocks begin with a barrier.
+Each worker holds two copies of the GPT of the examples with an AdamW each: one prepared by elastic, one
+wrapped in DistributedDataParallel over a gloo process group of its own, which this job's workers form through
+a file. A round has three blocks, in an order that is drawn anew each time (alike on all workers): elastic,
+DDP, and DDP once more as the control. Both sides run a user's ordinary loop over a DataLoader, and a step's
+time goes from the end of one optimizer.step() to the end of the next, so that fetching is in it. Blocks begin
+with a barrier.
 
-Each worker writes one JSON line per round: {"round", "rank", "elastic_s", "ddp_s", "control_s"}, with the times of
-all steps of each block.
+Each worker writes one JSON line per round: {"round", "rank", "elastic_s", "ddp_s", "control_s"}, with the
+times of all steps of each block.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import FileStore
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -71,12 +74,16 @@ def begin() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--reduction", required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--block", type=int, required=True)
     parser.add_argument("--batch", type=int, required=True)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the workers' lines and the file to meet at")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the workers' lines and the file to meet at"
+    )
     arguments = parser.parse_args()
 
     session = elastic.join()
@@ -89,7 +96,8 @@ def main() -> None:
     plain: PlainTraining | None = None
     dice = random.Random(0)
     left = WARM_UP_STEPS  # elastic steps left in the present block
-    rounds, times, last_s = -1, {}, 0.0
+    rounds, last_s = -1, 0.0
+    times: dict[str, list[float]] = {}
     todo: list[str] = []  # blocks of the present round that are still to come
     for _ in session.epochs(10**9):
         for inputs, targets in loader:
@@ -105,7 +113,7 @@ def main() -> None:
                 continue
             # The elastic block is over: run DDP's blocks until elastic's turn comes again.
             if plain is None:
-                store = dist.FileStore(str(arguments.out / "meet"), session.world_size)
+                store = FileStore(str(arguments.out / "meet"), session.world_size)
                 dist.init_process_group(
                     "gloo", store=store, rank=session.rank, world_size=session.world_size, timeout=TIMEOUT
                 )

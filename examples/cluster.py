@@ -1,7 +1,8 @@
-"""Several nodes on one machine: a controller and agents as processes, made to be killed, stopped and started again.
+"""Several nodes on one machine: a controller and agents as processes, made to be killed, stopped and started
+again.
 
-For the demo and the benchmarks. Nothing of it outlives the process that made it, however that ends: daemons die with
-their parent, and their workers with them.
+For the demo and the benchmarks. Nothing of it outlives the process that made it, however that ends: daemons
+die with their parent, and their workers with them.
 """
 
 from __future__ import annotations
@@ -36,7 +37,12 @@ LOG_TAIL_LINES = 12
 
 
 class ClusterError(Exception):
-    """The cluster did not do what was waited for; the message says what that was, and what the daemons said last."""
+    """The cluster did not do what was waited for; the message says what that was, and what the daemons said
+    last."""
+
+
+def ignore(reply: StatusReply) -> None:
+    """Take no notice of a status."""
 
 
 class Cluster:
@@ -60,7 +66,7 @@ class Cluster:
     ) -> None:
         self.folder = folder
         self.summary_file = folder / "summary.json"
-        self.on_status: Callable[[StatusReply], None] = lambda reply: None  # sees every answer of the controller
+        self.on_status: Callable[[StatusReply], None] = ignore  # sees every answer of the controller
         self._script = tuple(script)
         self._nodes = (nodes_min, nodes_max)
         self._agent_options = tuple(agent_options)
@@ -114,7 +120,7 @@ class Cluster:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C reaches this process only, which then ends everything in order
+                start_new_session=True,  # Ctrl-C reaches this process only, which then ends all in order
                 preexec_fn=lambda: die_with_parent(parent),
             )
 
@@ -161,7 +167,9 @@ class Cluster:
             if self._controller is not None and (code := self._controller.poll()) is not None and code >= 0:
                 raise ClusterError(f"the job ended while waiting until {what}{self.last_words()}")
             if time.monotonic() > deadline:
-                raise ClusterError(f"waited {timeout_s:.0f} s in vain until {what}{silence}{self.last_words()}")
+                raise ClusterError(
+                    f"waited {timeout_s:.0f} s in vain until {what}{silence}{self.last_words()}"
+                )
             time.sleep(POLL_S)
 
     def wait_for_world(self, size: int, timeout_s: float, *, steps: int = 3) -> StatusReply:
@@ -197,7 +205,7 @@ class Cluster:
         lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if log.exists() else []
         return ". What the controller said last:" + "".join(f"\n  {line}" for line in lines) if lines else ""
 
-    # -- harm --------------------------------------------------------------------------------------------------
+    # -- harm ------------------------------------------------------------------------------------------------
 
     def kill_controller(self) -> None:
         """SIGKILL the controller."""
@@ -221,7 +229,7 @@ class Cluster:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
 
-    # -- the end -----------------------------------------------------------------------------------------------
+    # -- the end ---------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """End what still runs: first in order, then by force."""
@@ -277,7 +285,7 @@ def run_undisturbed(
     script: Sequence[str],
     workers: int,
     timeout_s: float,
-    on_status: Callable[[StatusReply], None] = lambda reply: None,
+    on_status: Callable[[StatusReply], None] = ignore,
 ) -> dict[str, Any]:
     """Train a script with nothing done to it; returns the job's summary.
 

@@ -68,11 +68,13 @@ class Demo:
         flags = {**MODEL, "steps": self.steps, "slots": SLOTS, "virtual-replicas": NODES}
         return ["examples/gpt.py", *(f"--{name}={value}" for name, value in flags.items()), *more]
 
-    # -- what a person sees ------------------------------------------------------------------------------------
+    # -- what a person sees ----------------------------------------------------------------------------------
 
     def say(self, text: str) -> None:
         """Print one line, with the time since the start."""
-        self.console.print(f"[dim]{time.monotonic() - self._began_s:6.1f} s[/dim]  {escape(text)}", highlight=False)
+        self.console.print(
+            f"[dim]{time.monotonic() - self._began_s:6.1f} s[/dim]  {escape(text)}", highlight=False
+        )
 
     @contextmanager
     def doing(self, text: str) -> Iterator[None]:
@@ -90,11 +92,13 @@ class Demo:
                 f"generation {reply.generation}[/dim]"
             )
 
-    # -- the acts ----------------------------------------------------------------------------------------------
+    # -- the acts --------------------------------------------------------------------------------------------
 
     def run(self) -> dict[str, Any]:
         """Train with incidents; returns the job's summary."""
-        with Cluster(self.folder, self.script(f"--timeline={self.timeline_file}"), nodes_max=NODES) as cluster:
+        with Cluster(
+            self.folder, self.script(f"--timeline={self.timeline_file}"), nodes_max=NODES
+        ) as cluster:
             cluster.on_status = self.show
             with self.doing(f"starting a controller and {NODES} nodes of one worker each"):
                 cluster.start_controller()
@@ -109,7 +113,9 @@ class Demo:
                 code = cluster.wait_for_end(END_S)
             summary = cluster.summary()
             if code != 0 or summary["step"] != self.steps:
-                raise ClusterError(f"the job {summary['state']} at step {summary['step']}: {summary['reason']}")
+                raise ClusterError(
+                    f"the job {summary['state']} at step {summary['step']}: {summary['reason']}"
+                )
             self.say(f"the job ended after step {summary['step']}, digest {summary['digest']}")
             return summary
 
@@ -151,7 +157,9 @@ class Demo:
 
     def kill_the_controller(self, cluster: Cluster) -> None:
         with self.act(
-            "controller killed (-9)", "killing the controller with -9", "the agents' streams ended; all trained on"
+            "controller killed (-9)",
+            "killing the controller with -9",
+            "the agents' streams ended; all trained on",
         ):
             cluster.kill_controller()
             before = len(self.commits())
@@ -160,18 +168,22 @@ class Demo:
                 lambda: len(self.commits()) >= before + STEPS_WITHOUT_CONTROLLER,
                 WAIT_S,
             )
-            self.say(f"{len(self.commits()) - before} steps were committed without it; starting it on its ledger")
+            self.say(
+                f"{len(self.commits()) - before} steps were committed without it; starting it on its ledger"
+            )
             cluster.start_controller()
             reply = cluster.wait_for_world(NODES, WAIT_S, steps=STEPS_BETWEEN)
         self.say(f"the controller is back, generation {reply.generation}, step {reply.step}")
 
-    # -- what it cost ------------------------------------------------------------------------------------------
+    # -- what it cost ----------------------------------------------------------------------------------------
 
     def commits(self) -> list[tuple[float, int]]:
         """Return (clock, step) of each committed step, in order."""
         if not self.timeline_file.exists():
             return []
-        lines = [json.loads(line) for line in self.timeline_file.read_text().splitlines() if line.endswith("}")]
+        lines = [
+            json.loads(line) for line in self.timeline_file.read_text().splitlines() if line.endswith("}")
+        ]
         first: dict[int, float] = {}
         for line in lines:
             first.setdefault(line["step"], line["clock_s"])
@@ -185,11 +197,15 @@ class Demo:
         for act in self.acts:
             pauses = [b - a for a, b in pairwise(clocks) if act.began_s < b <= act.ended_s]
             lost_s = max(0.0, max(pauses, default=0.0) - median_s)
-            own = [i for i in summary["incidents"] if act.began_unix_s - 0.1 <= i["at_unix_s"] < act.ended_unix_s]
+            own = [
+                i for i in summary["incidents"] if act.began_unix_s - 0.1 <= i["at_unix_s"] < act.ended_unix_s
+            ]
             found = "; ".join(dict.fromkeys(f"{i['detected_by']}: {i['reason']}" for i in own)) or act.found
             redone = sum(incident["steps_redone"] for incident in own)
             table.add_row(act.title, escape(found) or "not at all", f"{lost_s:.2f}", str(redone))
-        table.caption = f"lost: the longest pause between two commits, less the median step ({median_s:.2f} s)"
+        table.caption = (
+            f"lost: the longest pause between two commits, less the median step ({median_s:.2f} s)"
+        )
         return table
 
 
@@ -200,7 +216,7 @@ def choose_steps() -> int:
     from examples.gpt import GPT
 
     torch.set_num_threads(1)
-    model = GPT(MODEL["dim"], MODEL["layers"], 4, MODEL["context"])
+    model = GPT(MODEL["dim"], MODEL["layers"], MODEL["context"])
     window = torch.zeros(MODEL["batch"], MODEL["context"], dtype=torch.long)
     times_s = []
     for _ in range(30):
@@ -219,7 +235,9 @@ def compare(demo: Demo, summary: dict[str, Any], undisturbed: dict[str, Any]) ->
     demo.console.print(f"digest of this job's weights      {summary['digest']}", highlight=False)
     demo.console.print(f"digest of the run left alone      {undisturbed['digest']}", highlight=False)
     verdict = "[green]equal, bit for bit[/green]" if equal else "[red]the weights differ[/red]"
-    demo.console.print(f"after {summary['step']} steps and {len(demo.acts)} incidents: {verdict}", highlight=False)
+    demo.console.print(
+        f"after {summary['step']} steps and {len(demo.acts)} incidents: {verdict}", highlight=False
+    )
     return equal
 
 
@@ -236,7 +254,9 @@ def attempt(action: Callable[[], int], console: Console) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=0, help="steps to train [about a minute of training]")
     steps: int = parser.parse_args().steps
     end_on_signals()

@@ -3,8 +3,8 @@
     elastic run --nproc-per-node 2 examples/digits.py
     python examples/digits.py
 
-What is elastic here: the first line of main(), prepare(), session.epochs() and session.clip_grad_norm_(). The dataset
-is scikit-learn's (1797 images of 8 x 8 pixels), so nothing is downloaded.
+What is elastic here: join(), prepare(), session.epochs() and session.clip_grad_norm_(). The dataset is
+scikit-learn's (1797 images of 8 x 8 pixels), so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TRAINED_SHARE = 0.8
 
 
 def load_digits() -> tuple[TensorDataset, TensorDataset]:
-    """Return the images for training and those for evaluation, as float tensors [N, 1, 8, 8] in 0..1 with labels."""
+    """Return the images for training and for evaluation: float tensors [N, 1, 8, 8] in 0..1, and labels."""
     try:
         from sklearn import datasets
     except ImportError:
@@ -70,7 +70,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a digit classifier.")
     parser.add_argument("--epochs", type=int, default=6, help="passes over the images")
     parser.add_argument("--batch", type=int, default=16, help="images in one slot")
-    parser.add_argument("--slots", type=int, default=4, help="slots in a global batch, however many workers there are")
+    parser.add_argument("--slots", type=int, default=4, help="slots in a global batch, whoever computes them")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate at the start")
     return parser.parse_args()
 
@@ -86,7 +86,7 @@ def main() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=arguments.lr, momentum=0.9, weight_decay=1e-4)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=arguments.epochs)
 
-    # How the sum over a global batch is formed is fixed by these two numbers, so that 2 workers and 3 get the same bits.
+    # These two numbers fix how a global batch is summed, so that 2 workers and 3 get the same bits.
     model, optimizer, loader, scheduler = session.prepare(
         model, optimizer, loader, scheduler, slots=arguments.slots, virtual_replicas=arguments.slots
     )

@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Dataset
 
 import elastic
 
 VOCABULARY = 256  # bytes
+HEADS = 4
 TEXT_SIZE_BYTES_MAX = 4 * 1024 * 1024
 
 
@@ -48,14 +50,14 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder over bytes; the output layer is the embedding, tied. Called with targets it returns the mean loss."""
+    """A decoder over bytes, its output layer tied to the embedding; a call returns the mean loss."""
 
-    def __init__(self, dim: int = 256, layers: int = 6, heads: int = 4, context: int = 64, dropout: float = 0.1) -> None:
+    def __init__(self, dim: int = 256, layers: int = 6, context: int = 64, dropout: float = 0.1) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(VOCABULARY, dim), nn.Embedding(context, dim)
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
-        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(dim, HEADS, dropout) for _ in range(layers))
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, VOCABULARY, bias=False)
         self.head.weight = self.tokens.weight
@@ -101,11 +103,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=200, help="steps to train")
     parser.add_argument("--batch", type=int, default=4, help="windows in one slot")
     parser.add_argument("--dropout", type=float, default=0.1)
-    parser.add_argument("--slots", type=int, default=0, help="slots in a global batch [the workers at the start]")
-    parser.add_argument("--virtual-replicas", type=int, default=0, help="blocks of slots [the workers at the start]")
+    parser.add_argument("--slots", type=int, default=0, help="slots in a step [workers at the start]")
+    parser.add_argument("--virtual-replicas", type=int, default=0, help="blocks of slots [likewise]")
     parser.add_argument("--lr", type=float, default=3e-4, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=None, help="seed of sampling and all randomness [the job's]")
-    parser.add_argument("--timeline", type=Path, help="file to which the main worker appends a line for each step")
+    parser.add_argument("--seed", type=int, default=None, help="seed of everything random [the job's]")
+    parser.add_argument("--timeline", type=Path, help="file for a JSON line per step")
     return parser.parse_args()
 
 
@@ -113,9 +115,9 @@ def main() -> None:
     arguments = parse_arguments()
     session = elastic.join()
 
-    model = GPT(arguments.dim, arguments.layers, 4, arguments.context, arguments.dropout)
+    model = GPT(arguments.dim, arguments.layers, arguments.context, arguments.dropout)
     optimizer = torch.optim.AdamW(model.parameters(), lr=arguments.lr, weight_decay=0.1)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate(step, arguments.steps))
+    scheduler = LambdaLR(optimizer, lambda step: learning_rate(step, arguments.steps))
     loader = DataLoader(Windows(arguments.context), batch_size=arguments.batch, shuffle=True)
     model, optimizer, scheduler, loader = session.prepare(
         model, optimizer, scheduler, loader,

@@ -19,8 +19,9 @@ pytestmark = pytest.mark.e2e
 
 WORKERS = 4
 KILLS = 40
-LONG = ("--epochs", 14)  # 714 steps: more than the kills take
-SHORT = ("--epochs", 4)  # 204 steps
+LONG = ("--epochs", 16)  # more steps than the kills take
+SHORT = ("--epochs", 5)
+STEPS = 5 * 51
 SAMPLES, BATCH_SIZE, SLOTS = 1217, 4, 6  # the script's defaults
 
 
@@ -49,7 +50,7 @@ def test_forty_kills_lose_no_survivor_no_sample_and_no_bit(job: Job, undisturbed
     job.run(
         WORKERS,
         *("--record-samples", record, "--max-restarts", 0),  # a kill is nobody's fault and uses up no restart
-        train=(*LONG, *job.held),
+        train=(*LONG, *job.held, "--pause-ms", 20),
     )
     job.wait_for_world(WORKERS, beyond_step=2)
     killed: set[int] = set()
@@ -68,12 +69,12 @@ def test_forty_kills_lose_no_survivor_no_sample_and_no_bit(job: Job, undisturbed
         job.kill(victim)
         killed.add(victim)
     job.wait_for_world(WORKERS)
-    finish(job, steps=14 * 51)
+    finish(job, steps=16 * 51)
     # Whoever ended before the job did was killed here: as many as were killed, and all of them by SIGKILL.
     ends = [line for line in job.said("run").splitlines() if re.match(r"\[controller\] worker \S+/\S+: ", line)]
     assert len(ends) == KILLS and all(line.endswith("killed by SIGKILL") for line in ends)
     sampler = SlotSampler(SAMPLES, BATCH_SIZE, SLOTS, 0, True, False)
-    expected = {(step, slot): sampler.ids(step, slot) for step in range(1, 14 * 51 + 1) for slot in range(SLOTS)}
+    expected = {(step, slot): sampler.ids(step, slot) for step in range(1, 16 * 51 + 1) for slot in range(SLOTS)}
     assert read_record(record) == {key: ids for key, ids in expected.items() if ids}
     assert job.fingerprint() == undisturbed(*LONG)
 
@@ -87,7 +88,7 @@ def test_a_job_shrinks_to_one_worker_and_grows_again_to_the_same_bits(job: Job, 
     job.wait_for(lambda status: status["world_size"] == 1, "a world of one")
     after = job.wait_for_world(WORKERS, beyond_step=before["step"])
     assert survivor in pids_of(after) and not pids_of(after) & set(others)
-    summary = finish(job, steps=4 * 51)
+    summary = finish(job, steps=STEPS)
     assert 1 <= summary["incidents_total"] <= 3
     assert all(incident["detected_by"] == "pidfd" for incident in summary["incidents"])
     assert job.fingerprint() == undisturbed(*SHORT)
@@ -106,7 +107,7 @@ def test_a_stopped_worker_is_replaced_and_does_no_harm_when_it_runs_again(
         job.kill(stopped, signal.SIGCONT)
     after = job.wait_for_world(3, beyond_step=without["step"])
     assert others < pids_of(after) and stopped not in pids_of(after)
-    summary = finish(job, steps=4 * 51)
+    summary = finish(job, steps=STEPS)
     (incident,) = summary["incidents"]
     assert incident["detected_by"] == "process state" and "stopped for 1." in incident["reason"]
     assert job.fingerprint() == undisturbed(*SHORT)
@@ -121,7 +122,7 @@ def test_a_worker_that_stops_for_less_than_the_timeout_is_waited_for(job: Job) -
     job.kill(stopped, signal.SIGCONT)
     job.wait_for_steps(5)
     assert pids_of(job.wait_for_world(3)) == pids_of(before)
-    assert finish(job, steps=4 * 51)["incidents_total"] == 0
+    assert finish(job, steps=STEPS)["incidents_total"] == 0
 
 
 def test_an_exception_in_one_worker_restarts_that_worker_alone(job: Job, undisturbed: Callable[..., str]) -> None:
@@ -130,7 +131,7 @@ def test_an_exception_in_one_worker_restarts_that_worker_alone(job: Job, undistu
     job.wait_for(lambda status: status["incidents"], "the exception")
     after = job.wait_for_world(3, beyond_step=30)
     assert len(pids_of(before) & pids_of(after)) == 2
-    summary = finish(job, steps=4 * 51)
+    summary = finish(job, steps=STEPS)
     (incident,) = summary["incidents"]
     assert incident["kind"] == "exception" and "RuntimeError: a fault of user code (step 30" in incident["reason"]
     assert "RuntimeError: a fault of user code" in (job.folder / "run/logs/a-1.1/stderr.log").read_text()
@@ -157,7 +158,7 @@ def test_a_worker_that_always_fails_is_given_up_and_the_others_end_the_job(job: 
     job.run(3, "--max-restarts", 1, train=train)
     job.eventually(lambda: "is not restarted" in job.said("run"), "the end of patience")
     job.wait_for_world(2, beyond_step=3)
-    summary = finish(job, steps=4 * 51)
+    summary = finish(job, steps=STEPS)
     assert len(job.results()) == 2 and summary["state"] == "succeeded"
     assert job.fingerprint() == undisturbed(*SHORT)
 

@@ -10,6 +10,8 @@ import argparse
 import hashlib
 import json
 import os
+import signal
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,12 +76,14 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plain-model", action="store_true", help="Neither dropout nor batch norm.")
     parser.add_argument("--clip", type=float, default=0.5)
     parser.add_argument("--no-scheduler", action="store_true")
-    parser.add_argument("--pause-ms", type=float, default=15.0, help="Sleep per slot until --go exists.")
+    parser.add_argument("--pause-ms", type=float, default=60.0, help="Sleep per slot until --go exists.")
     parser.add_argument("--go", type=Path)
     parser.add_argument("--out", type=Path, help="Directory for what each process ended with.")
     parser.add_argument("--fail", default="", help="STEP:RANK at which to raise once (--failed remembers that).")
     parser.add_argument("--failed", type=Path)
     parser.add_argument("--fail-worker", type=int, default=-1, help="Local rank that raises before it trains, always.")
+    parser.add_argument("--stubborn", action="store_true", help="Ignore SIGTERM, and start a process that does too.")
+    parser.add_argument("--uneven", action="store_true", help="Begin with other weights on every worker.")
     parser.add_argument("--rotten", type=int, default=-1, help="Id of a sample that cannot be read.")
     return parser.parse_args()
 
@@ -112,6 +116,11 @@ def main() -> None:
     """Train as the command line says."""
     args = arguments()
     session = elastic.join()
+    if args.stubborn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        subprocess.Popen(["sleep", "600"])
+    if args.uneven:
+        torch.manual_seed(os.getpid())
     model: Any = Network(dropout=0.0 if args.plain_model else 0.2, norm=not args.plain_model)
     optimizer: Any
     if args.optimizer == "adamw":

@@ -208,6 +208,7 @@ class Agent(Process):
     def _connect(self) -> None:
         # As gRPC does: the call is made at once, and fails later if nobody is there.
         self.stream = self.world.connect_controller(self, self.node.partitioned_until_s)
+        self.world.moment("agent connects", None)
         self.handle(Connected())
 
     def on_reset(self, stream: Stream, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from random import Random
 
@@ -17,43 +18,99 @@ class Moment:
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that goes wrong; whom it hits is drawn when it does."""
+    """One thing that goes wrong; whom it hits is drawn when it does.
+
+    Attributes:
+        kind: One of WEIGHTS.
+        when: Seconds from the start (from the fault before it, for one that follows), or a moment.
+        then: What follows soon.
+    """
 
     kind: str
     when: float | Moment
+    then: Fault | None = None
 
 
-MOMENTS = {
+@dataclass(frozen=True)
+class Theme:
+    """What a seed tries to hit: moments with how often they come, and kinds that are drawn besides the usual ones."""
+
+    moments: Mapping[str, int]
+    kinds: tuple[str, ...]
+
+
+STARTING = {
+    "agent connects": 4,
     "forked": 6,
     "said:Registered": 6,
-    "said:Warm": 2,
-    "said:Prepared": 12,
-    "said:Switched": 12,
+    "said:Prepared": 6,
+    "entered": 6,
+    "sent:Prepare": 6,
+    "sent:Commit": 6,
+    "ledger:generation-openedFOUND": 1,
+    "ledger:generation-committed": 1,
+    "ledger:node-attached": 4,
+    "ledger:worker-started": 6,
+}
+TRAINING = {
     "said:Resumed": 8,
     "said:CollectiveFailed": 2,
-    "said:Leaving": 4,
-    "entered": 12,
-    "transfer": 4,
-    "voted": 16,
-    "applying": 16,
-    "applied": 16,
-    "left the loop": 4,
-    "sent:Prepare": 10,
-    "sent:Commit": 10,
-    "ledger:generation-openedFOUND": 1,
+    "reduced": 30,
+    "voted": 30,
+    "applying": 30,
+    "applied": 30,
     "ledger:generation-openedFENCE": 3,
-    "ledger:generation-openedSWITCH": 3,
-    "ledger:generation-committed": 4,
-    "ledger:generation-abandoned": 1,
-    "ledger:node-attached": 4,
-    "ledger:node-lost": 2,
-    "ledger:node-draining": 1,
     "ledger:workers-lost": 3,
-    "ledger:worker-started": 6,
-    "ledger:controller-restarted": 2,
-    "ledger:loop-ended": 1,
-    "ledger:job-ended": 1,
+    "ledger:node-lost": 2,
+    "said:Prepared": 16,
+    "said:Switched": 16,
+    "entered": 16,
+    "sent:Commit": 16,
 }
+MEMBERS = {
+    "said:Warm": 3,
+    "transfer": 8,
+    "ledger:generation-openedSWITCH": 4,
+    "ledger:generation-openedFENCE": 3,
+    "ledger:generation-committed": 6,
+    "ledger:generation-adopted": 3,
+    "ledger:generation-abandoned": 1,
+    "ledger:node-draining": 2,
+    "said:Prepared": 24,
+    "said:Switched": 24,
+    "said:PrepareFailed": 2,
+    "sent:Commit": 24,
+}
+RESTARTS = {
+    "agent connects": 12,
+    "ledger:controller-restarted": 2,
+    "ledger:job-waits": 1,
+    "ledger:generation-openedFENCE": 2,
+    "ledger:generation-openedSWITCH": 2,
+    "ledger:generation-committed": 3,
+    "voted": 24,
+    "applied": 24,
+}
+ENDING = {
+    "said:Leaving": 4,
+    "left the loop": 4,
+    "ledger:loop-ended": 1,
+    "ledger:worker-finished": 2,
+    "ledger:job-ended": 1,
+    "agent connects": 6,
+}
+KILLS = ("worker killed", "worker killed between effects", "agent killed", "node stopped")
+THEMES = (
+    Theme(STARTING, KILLS),
+    Theme(TRAINING, KILLS),
+    Theme(MEMBERS, ("drain", "drain", "node added", "worker killed", "worker killed between effects")),
+    Theme(
+        RESTARTS,
+        ("controller killed", "controller killed between effects", "controller stopped", "controller partitioned"),
+    ),
+    Theme(ENDING, (*KILLS, "controller killed", "controller killed between effects", "stream cut")),
+    Theme(STARTING | TRAINING | MEMBERS | RESTARTS | ENDING, ()),
+)
 
 # How often each kind is drawn, against the others.
 WEIGHTS = {
@@ -83,19 +140,25 @@ WEIGHTS = {
 
 
 def draw_faults(random: Random) -> tuple[Fault, ...]:
-    """Draw none to seven faults; related ones come in a burst."""
-    count = random.choice((0, 1, 1, 1, 2, 2, 3, 4, 5, 7))
-    kinds, weights = list(WEIGHTS), list(WEIGHTS.values())
-    faults: list[Fault] = []
-    for _ in range(count):
-        when: float | Moment
-        dice = random.random()
-        if dice < 0.35:
-            when = random.uniform(0.0, 6.0)
-        elif dice < 0.5 and faults and isinstance(faults[-1].when, float):
-            when = faults[-1].when + random.uniform(0.0, 0.4)
-        else:
-            what = random.choice(list(MOMENTS))
-            when = Moment(what, random.randint(1, MOMENTS[what]), random.choice((0.0, 0.0, random.uniform(0.0, 0.2))))
-        faults.append(Fault(random.choices(kinds, weights)[0], when))
-    return tuple(faults)
+    """Draw none to seven faults of one theme, single or in bursts."""
+    theme = random.choice(THEMES)
+    count = random.choice((0, 1, 1, 2, 2, 3, 4, 5, 7))
+    return tuple(_draw_fault(random, theme) for _ in range(count))
+
+
+def _draw_fault(random: Random, theme: Theme) -> Fault:
+    when: float | Moment
+    if random.random() < 0.3:
+        when = random.uniform(0.0, 6.0)
+    else:
+        what = random.choice(tuple(theme.moments))
+        delay_s = random.choice((0.0, 0.0, random.uniform(0.0, 0.02), random.uniform(0.0, 0.2)))
+        when = Moment(what, random.randint(1, theme.moments[what]), delay_s)
+    then = Fault(_draw_kind(random, theme), random.uniform(0.0, 0.4)) if random.random() < 0.3 else None
+    return Fault(_draw_kind(random, theme), when, then)
+
+
+def _draw_kind(random: Random, theme: Theme) -> str:
+    if theme.kinds and random.random() < 0.5:
+        return random.choice(theme.kinds)
+    return random.choices(tuple(WEIGHTS), tuple(WEIGHTS.values()))[0]

@@ -18,6 +18,8 @@ def strike(site: Site, fault: Fault, process: Process | None) -> None:
     site.note("FAULT %s", fault.kind)
     site.faults_struck.append(fault.kind)
     DEEDS[fault.kind](site, process if isinstance(process, Worker) else None)
+    if fault.then is not None:
+        site.clock.after(float(fault.then.when), strike, site, fault.then, process)
 
 
 # -- whom ----------------------------------------------------------------------------------------------------------

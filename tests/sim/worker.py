@@ -288,6 +288,7 @@ class Worker(Process):
                     committed = True
                 case EnterWorld():
                     self._enter(answer)
+                    yield Sleep(self._moment_s())
                     return committed
                 case GoOn():
                     return committed
@@ -351,6 +352,8 @@ class Worker(Process):
             return values
         self.reduced = tuple(sorted(gradient for part in values.values() for gradient in part))
         self.world.observe("reduced", self, step, self.reduced)
+        self.world.moment("reduced", self)
+        yield Sleep(self._moment_s())
         answer = self.ask(AskVote(step))
         if not isinstance(answer, MayVote):
             return "sealed"
@@ -361,11 +364,16 @@ class Worker(Process):
             return votes
         if len({(s, g) for s, g, _ in votes.values()}) != 1:
             raise Violation(f"generation {generation}, step {step}: votes differ: {votes}")
+        yield Sleep(self._moment_s())
         answer = self.ask(AskCommit(step, min(following for _, _, following in votes.values())))
         if not isinstance(answer, MayCommit):
             return "sealed"
         yield from self._apply(step)
         return "committed"
+
+    def _moment_s(self) -> float:
+        """What passes between an operation and the question that follows: enough for the other thread to come first."""
+        return self.random.uniform(0.0, 0.004) if self.random.random() < 0.9 else self.random.uniform(0.0, 0.1)
 
     def _apply(self, step: int) -> Generator[Request, Any, None]:
         assert self.plan is not None and self.reduced is not None
@@ -377,5 +385,6 @@ class Worker(Process):
         self.committed = self.page_committed = step
         self.slots_done, self.reduced = {}, None
         self.world.observe("applied", self, step, slots)
+        yield Sleep(self._moment_s())
         self.feed(Applied(step))
         self.world.moment("applied", self)

@@ -8,7 +8,7 @@ from typing import Any
 from elastic.domain import PlanKind
 from elastic.protocol import EnterWorld
 from tests.sim.clock import Violation
-from tests.sim.worker import Worker
+from tests.sim.worker import TORN, Worker
 
 
 class Agreement:
@@ -42,6 +42,10 @@ class Agreement:
         if generation not in self.restores:
             raise Violation(f"worker {worker.id} enters generation {generation}, which is not committed")
         if world.rank in world.joiner_ranks:
+            if worker.digest != TORN and worker.committed > self.restores[generation]:
+                raise Violation(
+                    f"worker {worker.id} has committed {worker.committed} and is given step {self.restores[generation]}"
+                )
             return
         agreed = self.begins_after.setdefault(generation, world.committed)
         if world.committed != agreed:

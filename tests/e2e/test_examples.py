@@ -1,0 +1,89 @@
+"""The examples run as a person would run them, and say the same whatever the number of workers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+LINES_MAX = 150
+TIMEOUT_S = 100.0
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(2 * TIMEOUT_S)]
+
+
+def execute(*command: str) -> str:
+    """Run a command to its end; returns what it printed."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def train(folder: Path, workers: int, *script: str) -> tuple[dict[str, Any], str]:
+    """Run a script under `elastic run`; returns the job's summary and what was printed."""
+    file = folder / f"summary{workers}.json"
+    printed = execute(
+        "-c", "from elastic.cli import main; main()", "run", "--port", "0", "--nproc-per-node", str(workers),
+        "--run-dir", str(folder / f"run{workers}"), "--summary", str(file), *script,
+    )  # fmt: skip
+    summary: dict[str, Any] = json.loads(file.read_text())
+    assert summary["state"] == "succeeded", printed
+    return summary, printed
+
+
+def test_digits_gives_the_same_bits_with_two_workers_and_with_three(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    two, printed = train(tmp_path, 2, "examples/digits.py", "--epochs", "2")
+    three, _ = train(tmp_path, 3, "examples/digits.py", "--epochs", "2")
+    assert two["digest"] == three["digest"] != ""
+    assert two["step"] == three["step"] > 0
+    assert two["samples"] == three["samples"]
+    assert accuracy(printed) > 90
+
+
+def test_digits_learns_in_a_world_of_one_and_says_the_same(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    alone = execute("examples/digits.py", "--epochs", "2")
+    _, printed = train(tmp_path, 2, "examples/digits.py", "--epochs", "2")
+    assert accuracy(alone) == accuracy(printed) > 90
+    assert spoken_losses(alone) == spoken_losses(printed)
+
+
+def test_gpt_trains_and_its_main_worker_tells_of_every_step(tmp_path: Path) -> None:
+    timeline = tmp_path / "timeline.jsonl"
+    small = ("--dim", "32", "--layers", "1", "--batch", "2", "--slots", "4", "--steps", "12")
+    summary, printed = train(tmp_path, 2, "examples/gpt.py", *small, "--timeline", str(timeline))
+    lines = [json.loads(line) for line in timeline.read_text().splitlines()]
+    assert summary["step"] == 12
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    assert {(line["world_size"], line["rank"]) for line in lines} == {(2, 0)}
+    assert "step 12: loss" in printed
+
+
+@pytest.mark.parametrize("name", ["digits", "gpt"])
+def test_an_example_fits_on_a_few_screens(name: str) -> None:
+    assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < LINES_MAX
+
+
+def accuracy(printed: str) -> float:
+    """Return the last accuracy in per cent that a run of digits printed."""
+    return float(printed.rpartition("accuracy ")[2].split()[0])
+
+
+def spoken_losses(printed: str) -> list[str]:
+    """Return the losses that a run of digits printed."""
+    return [line.partition("loss ")[2].split(",")[0] for line in printed.splitlines() if "accuracy" in line]
