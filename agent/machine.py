@@ -413,14 +413,16 @@ class AgentMachine:
         worker.gone = True
         self._fill_place(worker.local_rank)
 
-    def _ended(self, worker_id: str, code: int, reason: str, detected_by: str, *, blameless: bool) -> None:
+    def _ended(
+        self, worker_id: str, code: int, reason: str, detected_by: str, *, blameless: bool, silent_s: float = 0.0
+    ) -> None:
         worker = self.workers[worker_id]
         worker.status = replace(worker.status, exited=True, exit_reason=reason)
         if worker.pid == 0:
             worker.gone = True
         if not worker.reported:
             worker.reported = True
-            self._report(WorkerExited(worker_id, code, reason, blameless, detected_by))
+            self._report(WorkerExited(worker_id, code, reason, blameless, detected_by, silent_s))
 
     def _looked(self, look: Looked, now: float) -> None:
         worker = self.workers.get(look.worker)
@@ -444,7 +446,7 @@ class AgentMachine:
             reason = f"stopped for {stopped_s:.1f} s"
             self._kill(worker, reason)
             # A stopped process dies of SIGKILL at once; nobody needs to wait for its last page to be freed.
-            self._ended(worker.id, -signal.SIGKILL, reason, "process state", blameless=True)
+            self._ended(worker.id, -signal.SIGKILL, reason, "process state", blameless=True, silent_s=stopped_s)
 
     # -- time ------------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""What every benchmark's command has in common: flags, progress for people, a JSON object or a table at the end."""
+"""What every benchmark's command has in common: flags, progress, and JSON or a table at the end."""
 
 from __future__ import annotations
 

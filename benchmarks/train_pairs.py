@@ -1,5 +1,4 @@
-"""The training script of `benchmarks.overhead`: blocks of elastic's steps among blocks of plain DDP's, in one
-process.
+"""The training script of `benchmarks.overhead`: elastic's steps and plain DDP's in turns, in one process.
 
 Each worker holds two copies of the GPT of the examples with an AdamW each: one prepared by elastic, one
 wrapped in DistributedDataParallel over a gloo process group of its own, which this job's workers form through

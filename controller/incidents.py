@@ -16,7 +16,7 @@ class _Open:
     """An incident whose cost is not known yet."""
 
     incident: Incident
-    detected_at: float
+    began_at: float
 
 
 class IncidentBook:
@@ -37,10 +37,10 @@ class IncidentBook:
     def has_open(self) -> bool:
         return bool(self._open)
 
-    def open(self, incident: Incident, now: float) -> None:
-        """Begin an incident."""
+    def open(self, incident: Incident, began_at: float) -> None:
+        """Begin an incident; a silence began before it was believed."""
         self.total += 1
-        self._open.append(_Open(incident, now))
+        self._open.append(_Open(incident, began_at))
 
     def regrouped(self, generation: int, step: int, steps_redone: int) -> None:
         """Note with which generation, after which step, the open ones go on."""
@@ -52,7 +52,7 @@ class IncidentBook:
     def close(self, now: float, step_s: float) -> list[Incident]:
         """Close the open ones, since a new step has been committed, and return them with their costs."""
         closed = [
-            replace(entry.incident, seconds_lost=incident_cost_s(entry.detected_at, now, step_s))
+            replace(entry.incident, seconds_lost=incident_cost_s(entry.began_at, now, step_s))
             for entry in self._open
         ]
         self._open = []

@@ -317,7 +317,10 @@ class ControllerMachine:
         self._emit(Persist("node-lost", f"node {node.id} lost: {reason}", {"node": node.id, "detected_by": detected_by}))
         if detected_by != "stream":  # otherwise it has ended, or its agent has opened another
             self._emit(CloseAgent(node.incarnation, reason))
-        self._workers_lost(lost, "node lost", f"node {node.id}", reason, detected_by, now, state="lost")
+        silent_s = now - node.heard_at if detected_by == "lease" else 0.0
+        self._workers_lost(
+            lost, "node lost", f"node {node.id}", reason, detected_by, now, state="lost", silent_s=silent_s
+        )
         self._check_outcome(now)
 
     def _node_said_goodbye(self, node: Node, reason: str, now: float) -> None:
@@ -359,7 +362,9 @@ class ControllerMachine:
                 self._end("failed", self._twice(failure), now, failure)
                 return
         kind = "exception" if failure is not None else "worker lost"
-        self._workers_lost([worker], kind, f"worker {worker.id}", reason, exited.detected_by, now)
+        self._workers_lost(
+            [worker], kind, f"worker {worker.id}", reason, exited.detected_by, now, silent_s=exited.silent_s
+        )
         self._fill(node)
         if node.restarts.get(worker.local_rank, 0) > self.settings.max_restarts:
             self._emit(
@@ -398,6 +403,7 @@ class ControllerMachine:
         now: float,
         *,
         state: str = "dead",
+        silent_s: float = 0.0,
     ) -> None:
         lost = [worker for worker in lost if worker.alive]
         involved = [worker for worker in lost if self._is_member(worker)]
@@ -423,7 +429,7 @@ class ControllerMachine:
             return
         if self.finishing or self._check_finished(now):
             return
-        self._open_incident(kind, subject, detected_by, reason, now)
+        self._open_incident(kind, subject, detected_by, reason, now, silent_s)
         self._fence(f"{subject}: {reason}", now, loss=True)
 
     def _is_member(self, worker: Worker) -> bool:
@@ -1036,7 +1042,9 @@ class ControllerMachine:
 
     # -- incidents -------------------------------------------------------------------------------------------------
 
-    def _open_incident(self, kind: str, subject: str, detected_by: str, reason: str, now: float) -> None:
+    def _open_incident(
+        self, kind: str, subject: str, detected_by: str, reason: str, now: float, silent_s: float = 0.0
+    ) -> None:
         self.incidents.open(
             Incident(
                 kind=kind,
@@ -1045,9 +1053,9 @@ class ControllerMachine:
                 reason=reason,
                 generation=self.newest_generation + 1,
                 step=self.step_committed,
-                at_unix_s=now + self.unix_offset_s,
+                at_unix_s=now - silent_s + self.unix_offset_s,
             ),
-            now,
+            now - silent_s,
         )
 
     def _close_incidents(self, now: float) -> None:

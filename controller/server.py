@@ -271,14 +271,14 @@ async def serve(config: ControllerConfig) -> int:
     runtime_pb2_grpc.add_PeopleServicer_to_server(controller, server)
     port = channels.listen(server, config.host, config.port, what="the controller")
     await server.start()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, controller.handle, StopAsked(f"{signum.name} received"))
     if config.port_file is not None:
         partial = config.port_file.with_suffix(".part")
         partial.write_text(f"{port}\n")
         partial.replace(config.port_file)
     print(f"[controller] job {config.settings.job} at {channels.join_address(config.host, port)}", file=sys.stderr, flush=True)
-    loop = asyncio.get_running_loop()
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(signum, controller.handle, StopAsked(f"{signum.name} received"))
     ticker = asyncio.create_task(controller.tick_forever())
     await controller.over.wait()
     ticker.cancel()

@@ -267,6 +267,7 @@ class WorkerExited:
     reason: str = ""
     blameless: bool = False
     detected_by: str = ""
+    silent_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

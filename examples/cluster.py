@@ -1,5 +1,4 @@
-"""Several nodes on one machine: a controller and agents as processes, made to be killed, stopped and started
-again.
+"""Several nodes on one machine: a controller and agents, made to be killed, stopped and started again.
 
 For the demo and the benchmarks. Nothing of it outlives the process that made it, however that ends: daemons
 die with their parent, and their workers with them.
@@ -37,8 +36,7 @@ LOG_TAIL_LINES = 12
 
 
 class ClusterError(Exception):
-    """The cluster did not do what was waited for; the message says what that was, and what the daemons said
-    last."""
+    """What was waited for did not happen; the message says what that was, and what was said last."""
 
 
 def ignore(reply: StatusReply) -> None:
@@ -124,7 +122,7 @@ class Cluster:
                 preexec_fn=lambda: die_with_parent(parent),
             )
 
-    # -- what people see ---------------------------------------------------------------------------------------
+    # -- what people see -------------------------------------------------------------------------------------
 
     def status(self) -> StatusReply:
         """Return the job's status. Raises Unreachable while there is no controller."""

@@ -1,9 +1,7 @@
-"""Train a byte-level GPT on the sources of Python's own standard library.
+"""Train a byte-level GPT on the sources of Python's own standard library: nothing to download.
 
     elastic run --nproc-per-node 4 examples/gpt.py --slots 12
     python examples/gpt.py
-
-By default 5 million parameters and real text that every machine has, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -33,7 +31,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
         self.norm_attention, self.norm_perceptron = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
@@ -43,7 +41,7 @@ class Block(nn.Module):
         batch, length, dim = x.shape
         qkv = self.qkv(self.norm_attention(x)).view(batch, length, 3, self.heads, dim // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.drop.p if self.training else 0.0
         attention = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         x = x + self.drop(self.out(attention.transpose(1, 2).reshape(batch, length, dim)))
         return x + self.drop(self.down(F.gelu(self.up(self.norm_perceptron(x)))))

@@ -3,7 +3,7 @@
     productive = elapsed - start-up - sum over incidents of the seconds lost
     goodput    = productive / elapsed
 
-Start-up is the time until the first committed step. An incident's loss runs from its detection to the first commit of
+Start-up is the time until the first committed step. An incident's loss runs from the fault to the first commit of
 a step never committed before, less one median step (which would have been needed anyway).
 """
 
@@ -52,6 +52,6 @@ class StepClock:
         return statistics.median(spans) if spans else 0.0
 
 
-def incident_cost_s(detected_at_s: float, resumed_at_s: float, step_s: float) -> float:
+def incident_cost_s(began_at_s: float, resumed_at_s: float, step_s: float) -> float:
     """Return the seconds that an incident cost, at least 0."""
-    return max(0.0, resumed_at_s - detected_at_s - step_s)
+    return max(0.0, resumed_at_s - began_at_s - step_s)

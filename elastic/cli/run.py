@@ -32,7 +32,8 @@ from elastic.wire.channels import join_address
 POLL_S = 0.2
 PLAIN_LINE_S = 10.0  # between lines about the progress where nobody looks at a terminal
 START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 4.0
+STOP_TIMEOUT_S = 3.0  # for an end in order; with what follows by force it stays below five seconds
+FORCE_TIMEOUT_S = 1.0
 INTERRUPTED = 130
 
 
@@ -178,41 +179,44 @@ class JobRun:
             signal.signal(signum, self._interrupt)
         try:
             self._start_controller()
-            self._start_agent()
+            if not self._interrupted:
+                self._start_agent()
             self.console.print(f"elastic: run directory {self.folder}, controller at {self._address}", highlight=False)
             if self.console.is_terminal:
                 with Live(Text("starting"), console=self.console, refresh_per_second=5, transient=True) as live:
                     self._watch(live)
             else:
                 self._watch(None)
+        except KeyboardInterrupt:
+            pass  # asked twice: not in order any more
         finally:
             self._end()
         return INTERRUPTED if self._interrupted else self._code
 
     def _interrupt(self, signum: int, frame: FrameType | None) -> None:
         self._interrupted += 1
-        if self._interrupted == 1 and self._controller is not None:
-            self._controller.send_signal(signal.SIGTERM)
-        elif self._interrupted > 1:
+        if self._interrupted == 2:
             raise KeyboardInterrupt
 
     def _watch(self, live: Live | None) -> None:
         interrupted_at: float | None = None
         line_at = time.monotonic() + PLAIN_LINE_S
         while True:
-            assert self._controller is not None and self._agent is not None
+            assert self._controller is not None
             code = self._controller.poll()
             if code is not None and (code >= 0 or self._interrupted):
                 self._code = code if code >= 0 else 1
                 return
             if self._interrupted:
-                interrupted_at = interrupted_at or time.monotonic()
+                if interrupted_at is None:
+                    interrupted_at = time.monotonic()
+                    self._controller.send_signal(signal.SIGTERM)
                 if time.monotonic() - interrupted_at > STOP_TIMEOUT_S:
                     return
             elif code is not None:
                 self.console.print("elastic: the controller was killed; starting it again on its ledger", highlight=False)
                 self._start_controller()
-            elif self._agent.poll() is not None and self._agent.returncode < 0:
+            elif self._agent is not None and (self._agent.poll() or 0) < 0:
                 self.console.print("elastic: the agent was killed; starting it again", highlight=False)
                 self._start_agent()
             elif live is not None:
@@ -231,16 +235,16 @@ class JobRun:
 
     def _end(self) -> None:
         """Leave nothing behind: first in order, then by force."""
-        for process in (self._controller, self._agent):
-            if process is None or process.poll() is not None:
-                continue
-            if process is self._controller:
+        processes = [process for process in (self._controller, self._agent) if process is not None]
+        if self._interrupted < 2 and processes and processes[0].poll() is not None:
+            _wait(processes, FORCE_TIMEOUT_S if self._interrupted else STOP_TIMEOUT_S)  # the agent was told to end
+        for process in processes:
+            if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(STOP_TIMEOUT_S / 2)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        _wait(processes, FORCE_TIMEOUT_S)
+        for process in processes:
+            process.kill()  # what they started dies with them
+            process.wait()
         if self._people is not None:
             self._people.close()
 
@@ -262,6 +266,13 @@ class JobRun:
         if summary.get("traceback"):
             self.console.print(Text(summary["traceback"]))
         self.console.print(_summary_table(summary))
+
+
+def _wait(processes: list[subprocess.Popen[bytes]], timeout_s: float) -> None:
+    """Wait until all have ended, or the time is up."""
+    deadline = time.monotonic() + timeout_s
+    while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def _view(reply: StatusReply) -> Table:

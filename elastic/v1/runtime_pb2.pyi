@@ -866,6 +866,7 @@ class WorkerExited(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     BLAMELESS_FIELD_NUMBER: _builtins.int
     DETECTED_BY_FIELD_NUMBER: _builtins.int
+    SILENT_S_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     code: _builtins.int
     """Exit code; -N for signal N."""
@@ -875,6 +876,8 @@ class WorkerExited(_message.Message):
     """True when it did not end by its own fault (signals from outside, a fence)."""
     detected_by: _builtins.str
     """"pidfd", "process state", "fork server", ..."""
+    silent_s: _builtins.float
+    """How long it had been useless when that was believed; 0 for an end."""
     def __init__(
         self,
         *,
@@ -883,10 +886,11 @@ class WorkerExited(_message.Message):
         reason: _builtins.str = ...,
         blameless: _builtins.bool = ...,
         detected_by: _builtins.str = ...,
+        silent_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blameless", b"blameless", "code", b"code", "detected_by", b"detected_by", "reason", b"reason", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blameless", b"blameless", "code", b"code", "detected_by", b"detected_by", "reason", b"reason", "silent_s", b"silent_s", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1479,7 +1483,7 @@ class Incident(_message.Message):
     """Last committed step at the fence."""
     steps_redone: _builtins.int
     seconds_lost: _builtins.float
-    """From detection to the first commit of a new step, less one step; < 0 while open."""
+    """From the fault to the first commit of a new step, less one step; < 0 while open."""
     at_unix_s: _builtins.float
     def __init__(
         self,

@@ -22,13 +22,13 @@ class Fault:
 
     Attributes:
         kind: One of WEIGHTS.
-        when: Seconds from the start (from the fault before it, for one that follows), or a moment.
-        then: What follows soon.
+        when: Seconds from the start, or a moment.
+        then: Seconds later, what follows.
     """
 
     kind: str
     when: float | Moment
-    then: Fault | None = None
+    then: tuple[float, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def _draw_fault(random: Random, theme: Theme) -> Fault:
         what = random.choice(tuple(theme.moments))
         delay_s = random.choice((0.0, 0.0, random.uniform(0.0, 0.02), random.uniform(0.0, 0.2)))
         when = Moment(what, random.randint(1, theme.moments[what]), delay_s)
-    then = Fault(_draw_kind(random, theme), random.uniform(0.0, 0.4)) if random.random() < 0.3 else None
+    then = (random.uniform(0.0, 0.4), _draw_kind(random, theme)) if random.random() < 0.3 else None
     return Fault(_draw_kind(random, theme), when, then)
 
 

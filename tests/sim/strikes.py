@@ -13,13 +13,19 @@ from tests.sim.worker import Worker
 
 def strike(site: Site, fault: Fault, process: Process | None) -> None:
     """Let a fault happen; `process` is the one at whose moment it comes, if any."""
+    worker = process if isinstance(process, Worker) else None
+    _do(site, fault.kind, worker)
+    if fault.then is not None:
+        delay_s, kind = fault.then
+        site.clock.after(delay_s, _do, site, kind, worker)
+
+
+def _do(site: Site, kind: str, worker: Worker | None) -> None:
     if site.is_quiet():
         return
-    site.note("FAULT %s", fault.kind)
-    site.faults_struck.append(fault.kind)
-    DEEDS[fault.kind](site, process if isinstance(process, Worker) else None)
-    if fault.then is not None:
-        site.clock.after(float(fault.then.when), strike, site, fault.then, process)
+    site.note("FAULT %s", kind)
+    site.faults_struck.append(kind)
+    DEEDS[kind](site, worker)
 
 
 # -- whom ----------------------------------------------------------------------------------------------------------
