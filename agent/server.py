@@ -122,6 +122,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         )
         self.standby = Standby()
         self.warm = asyncio.Event()
+        self.ending = asyncio.Event()
         self.workers: dict[str, _Worker] = {}
         self.outgoing: asyncio.Queue[AgentMessage | None] | None = None
         self.over = asyncio.Event()
@@ -156,6 +157,8 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                     self.exit_code, self.reason = code, reason
                     self._send(None)
                     self.over.set()
+        if self.machine.ending is not None:
+            self.ending.set()
 
     def _send(self, message: AgentMessage | None) -> None:
         if self.outgoing is not None:
@@ -183,8 +186,18 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             return
         self.warm.set()
 
+    async def _is_warm(self) -> bool:
+        """Wait for the standby; returns False when the agent is ending instead."""
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.warm, self.ending)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            wait.cancel()
+        return not self.ending.is_set()
+
     async def _fork(self, order: StartWorker) -> None:
-        await self.warm.wait()
+        if not await self._is_warm():
+            self.handle(ForkFailed(order.worker, "the agent is ending"))
+            return
         worker = _Worker()
         self.workers[order.worker] = worker
         progress_fd = ProgressPage.create(order.worker.replace("/", "-"))

@@ -175,10 +175,17 @@ class Session:
             mode = Reduction(reduction)
         except ValueError:
             raise ConfigError(f'reduction={reduction!r} is unknown: choose "ordered" or "fast"') from None
+        for name, value in (("slots", slots), ("virtual_replicas", virtual_replicas)):
+            if value < 0:
+                raise ConfigError(f"{name}={value} is negative: give a number, or 0 for as many as workers at the start")
         parameters = _trainable(models, optimizers)
         spec = LoaderSpec.of(loaders[0])
         parts = Parts(models, optimizers, schedulers, parameters)
         admitted = self._register(parts, spec, slots, virtual_replicas, mode)
+        if admitted.virtual_replicas > admitted.slots:
+            raise ConfigError(
+                f"virtual_replicas={admitted.virtual_replicas} exceeds slots={admitted.slots}: give at most as many as slots"
+            )
         sampler = SlotSampler(
             spec.dataset_size, spec.batch_size, admitted.slots, self._seed, spec.shuffle, spec.drop_last
         )
@@ -293,7 +300,8 @@ class Session:
         """Tell the controller what user code raised, and in which slot."""
         engine = self._engine
         slot = engine.slot if engine is not None else None
-        text = "".join(traceback_module.format_exception(error))
+        # A ConfigError says by itself what to change.
+        text = "" if isinstance(error, ConfigError) else "".join(traceback_module.format_exception(error))
         self._coordinator.feed(
             UserCodeRaised(
                 Failed(

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from elastic import config, session
+from elastic.errors import ConfigError
 
 
 def run_worker(request: dict[str, Any], progress_fd: int) -> int:
@@ -53,6 +54,10 @@ def _run(name: str, *, as_module: bool) -> int:
             return 1
         session.report_failure(end, f"SystemExit: {end.code}")
         return end.code
+    except ConfigError as error:
+        session.report_failure(error, f"{type(error).__name__}: {error}")
+        print(f"elastic: {error}", file=sys.stderr)  # it says what to change; where it was raised would not help
+        return 1
     except BaseException as error:
         session.report_failure(error, f"{type(error).__name__}: {error}")
         traceback.print_exc()

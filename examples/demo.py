@@ -45,11 +45,11 @@ class Act:
     """One thing that is done to the job, and when."""
 
     title: str
+    found: str  # how the job learns of it, where that is no incident
+    incidents_before: int
+    incidents_after: int = 0
     began_s: float = field(default_factory=time.monotonic)
-    began_unix_s: float = field(default_factory=time.time)
     ended_s: float = 0.0
-    ended_unix_s: float = 0.0
-    found: str = ""  # how the job learns of it, where that is no incident
 
 
 class Demo:
@@ -120,29 +120,33 @@ class Demo:
             return summary
 
     @contextmanager
-    def act(self, title: str, announcement: str, found: str = "") -> Iterator[None]:
+    def act(self, cluster: Cluster, title: str, announcement: str, found: str = "") -> Iterator[None]:
         """Do something to the job and remember from when to when it mattered."""
         with self.doing(announcement):
-            act = Act(title, found=found)
+            act = Act(title, found, cluster.status().incidents_total)
             yield
-            act.ended_s, act.ended_unix_s = time.monotonic(), time.time()
+            act.ended_s, act.incidents_after = time.monotonic(), cluster.status().incidents_total
             self.acts.append(act)
 
     def kill_a_node(self, cluster: Cluster) -> None:
         pid = cluster.node("node2").agent_pid
-        with self.act("node2 killed (-9)", f"killing node2 with -9 (agent {pid}; its worker dies with it)"):
+        with self.act(
+            cluster, "node2 killed (-9)", f"killing node2 with -9 (agent {pid}; its worker dies with it)"
+        ):
             cluster.kill_node("node2")
             reply = cluster.wait_for_world(NODES - 1, WAIT_S, steps=STEPS_BETWEEN)
         self.say(f"{reply.world_size} workers train on, step {reply.step}; none of them was restarted")
 
     def add_a_node(self, cluster: Cluster) -> None:
-        with self.act("node5 added", "adding node5", "its agent attached"):
+        with self.act(cluster, "node5 added", "adding node5", "its agent attached"):
             cluster.start_agent("node5")
             reply = cluster.wait_for_world(NODES, WAIT_S, steps=STEPS_BETWEEN)
         self.say(f"node5 was given the state and trains, step {reply.step}")
 
     def stop_a_node(self, cluster: Cluster) -> None:
-        with self.act("node3 stopped (SIGSTOP)", f"stopping every process of node3 for {STOPPED_S:.0f} s"):
+        with self.act(
+            cluster, "node3 stopped (SIGSTOP)", f"stopping every process of node3 for {STOPPED_S:.0f} s"
+        ):
             cluster.stop_node("node3")
             stopped_s = time.monotonic()
             reply = cluster.wait_for_world(NODES - 1, WAIT_S)
@@ -150,13 +154,14 @@ class Demo:
                 "node3 has been stopped long enough", lambda: time.monotonic() > stopped_s + STOPPED_S, WAIT_S
             )
         self.say(f"the others went on without it, step {reply.step}")
-        with self.act("node3 continued", "letting node3 run again", "its agent attached again"):
+        with self.act(cluster, "node3 continued", "letting node3 run again", "its agent attached again"):
             cluster.continue_node("node3")
             reply = cluster.wait_for_world(NODES, WAIT_S, steps=STEPS_BETWEEN)
         self.say(f"node3 is back in the world, step {reply.step}")
 
     def kill_the_controller(self, cluster: Cluster) -> None:
         with self.act(
+            cluster,
             "controller killed (-9)",
             "killing the controller with -9",
             "the agents' streams ended; all trained on",
@@ -197,9 +202,7 @@ class Demo:
         for act in self.acts:
             pauses = [b - a for a, b in pairwise(clocks) if act.began_s < b <= act.ended_s]
             lost_s = max(0.0, max(pauses, default=0.0) - median_s)
-            own = [
-                i for i in summary["incidents"] if act.began_unix_s - 0.1 <= i["at_unix_s"] < act.ended_unix_s
-            ]
+            own = summary["incidents"][act.incidents_before : act.incidents_after]
             found = "; ".join(dict.fromkeys(f"{i['detected_by']}: {i['reason']}" for i in own)) or act.found
             redone = sum(incident["steps_redone"] for incident in own)
             table.add_row(act.title, escape(found) or "not at all", f"{lost_s:.2f}", str(redone))

@@ -1,7 +1,6 @@
 """Train a byte-level GPT on the sources of Python's own standard library: nothing to download.
 
-    elastic run --nproc-per-node 4 examples/gpt.py --slots 12
-    python examples/gpt.py
+Run it by `elastic run --nproc-per-node 4 examples/gpt.py --slots 12`, or by `python examples/gpt.py`.
 """
 
 from __future__ import annotations
@@ -44,7 +43,8 @@ class Block(nn.Module):
         dropout = self.drop.p if self.training else 0.0
         attention = F.scaled_dot_product_attention(q, k, v, is_causal=True, dropout_p=dropout)
         x = x + self.drop(self.out(attention.transpose(1, 2).reshape(batch, length, dim)))
-        return x + self.drop(self.down(F.gelu(self.up(self.norm_perceptron(x)))))
+        x = x + self.drop(self.down(F.gelu(self.up(self.norm_perceptron(x)))))
+        return x
 
 
 class GPT(nn.Module):

@@ -32,8 +32,8 @@ from elastic.wire.channels import join_address
 POLL_S = 0.2
 PLAIN_LINE_S = 10.0  # between lines about the progress where nobody looks at a terminal
 START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 3.0  # for an end in order; with what follows by force it stays below five seconds
-FORCE_TIMEOUT_S = 1.0
+STOP_TIMEOUT_S = 2.5  # for an end in order; with what follows by force it stays below five seconds
+FORCE_TIMEOUT_S = 2.0  # an agent needs 1.5 s for workers that do not want to end, and knows what they started
 INTERRUPTED = 130
 
 

@@ -140,10 +140,11 @@ class Job:
         train: Sequence[object] = (),
         script: Path = TRAIN,
         verb: str = "agent",
+        name: str = "",
     ) -> subprocess.Popen[bytes]:
         """Start a node's agent, as `elastic agent` or as `elastic run --controller`."""
         return self.start(
-            f"agent-{node}",
+            name or f"agent-{node}",
             *(ELASTIC, verb, "--controller", self.address, "--node-id", node, "--nproc-per-node", workers),
             *("--log-dir", self.folder / "logs" / node),
             *options,
