@@ -43,7 +43,7 @@ SCRIPT = ("-m", "benchmarks.train_gpt")
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
 START_S = 120.0
 RECOVER_S = 60.0
-STEADY_STEPS = 5
+STEADY_STEPS = 4
 MOMENT_S = 1.0  # a fault comes at a random moment in this time
 STEPS_AHEAD = 8  # how far before the last step its number is written down
 

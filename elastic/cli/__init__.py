@@ -10,7 +10,7 @@ import click
 from elastic import __version__
 from elastic.cli.daemons import agent, controller
 from elastic.cli.people import drain, events, status, stop
-from elastic.cli.run import run
+from elastic.cli.run import INTERRUPTED, run
 from elastic.config import load_defaults
 from elastic.errors import ElasticError
 
@@ -37,7 +37,12 @@ for command in (run, controller, agent, status, events, drain, stop):
 def main() -> None:
     """Entry point of the `elastic` command: an error on purpose is one sentence and exit code 2."""
     try:
-        elastic()
+        sys.exit(elastic(args=sys.argv[1:] or ["--help"], standalone_mode=False))
+    except click.ClickException as error:
+        click.echo(f"elastic: {error.format_message()}", err=True)
+        sys.exit(error.exit_code)
     except ElasticError as error:
         click.echo(f"elastic: {error}", err=True)
         sys.exit(2)
+    except click.Abort:
+        sys.exit(INTERRUPTED)

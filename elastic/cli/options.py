@@ -105,7 +105,7 @@ script_arguments = together(
     click.argument("arguments", nargs=-1, type=click.UNPROCESSED),
 )
 
-SCRIPT_CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
+SCRIPT_CONTEXT = {"allow_interspersed_args": False}  # what follows SCRIPT is its own
 
 controller_address = click.option(
     "--controller", default=f"127.0.0.1:{DEFAULT_PORT}", show_default=True, metavar="HOST:PORT",

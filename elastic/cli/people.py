@@ -108,16 +108,21 @@ def events(controller: str, follow: bool, after: int, as_json: bool) -> None:
 @options.controller_address
 @click.option("--timeout", type=click.FloatRange(0.1), default=120.0, show_default=True,
               help="Seconds to wait until the node has left.")  # fmt: skip
+@options.as_json
 @click.argument("node")
-def drain(controller: str, timeout: float, node: str) -> None:
+def drain(controller: str, timeout: float, as_json: bool, node: str) -> None:
     """Let NODE finish its step and leave; returns when it has left."""
     people = People(controller)
-    click.echo(people.drain(node))
-    deadline = time.monotonic() + timeout
-    while time.monotonic() < deadline:
+    began = time.monotonic()
+    answer = people.drain(node)
+    if not as_json:
+        click.echo(answer)
+    while time.monotonic() < began + timeout:
         states = {view.id: view.state for view in people.status().nodes}
         if states.get(node) in ("left", "lost", None):
-            click.echo(f"node {node} has left")
+            seconds = time.monotonic() - began
+            left = {"node": node, "state": states.get(node, "left"), "seconds": seconds}
+            click.echo(json.dumps(left) if as_json else f"node {node} has left")
             return
         time.sleep(0.1)
     raise ElasticError(f"node {node} has not left within {timeout:.0f} s; it is still draining (see `elastic status`)")
@@ -125,10 +130,12 @@ def drain(controller: str, timeout: float, node: str) -> None:
 
 @click.command()
 @options.controller_address
-@click.option("--reason", default="stopped with `elastic stop`", help="Kept in the ledger.")
-def stop(controller: str, reason: str) -> None:
+@click.option("--reason", default="stopped with `elastic stop`", show_default=True, help="Kept in the ledger.")
+@options.as_json
+def stop(controller: str, reason: str, as_json: bool) -> None:
     """End the job in order."""
-    click.echo(People(controller).stop(reason))
+    answer = People(controller).stop(reason)
+    click.echo(json.dumps({"state": "stopping", "reason": reason}) if as_json else answer)
 
 
 # How a status looks -------------------------------------------------------------------------------------------------

@@ -163,7 +163,7 @@ def _partition_controller(site: Site, worker: Worker | None) -> None:
 def _glitch(site: Site, worker: Worker | None) -> None:
     groups = site.groups.all()
     if groups:
-        groups[max(groups)].glitch()
+        groups[site.random.choice(sorted(groups)[-2:])].glitch()
 
 
 def _drain(site: Site, worker: Worker | None) -> None:
