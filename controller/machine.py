@@ -1000,12 +1000,9 @@ class ControllerMachine:
 
     def _check_outcome(self, now: float) -> None:
         """End the job when nothing is left that could go on."""
-        if self.outcome:
+        if self._check_finished(now) or self.recovering_until is not None:
             return
-        if self.finishing:
-            self._check_finished(now)
-            return
-        if self.recovering_until is not None or any(w.alive for w in self.workers.values()):
+        if any(w.alive for w in self.workers.values()):
             return
         hopeful = [
             n

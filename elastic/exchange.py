@@ -1,12 +1,10 @@
 """How the partial sums of a bucket reach the owners of its chunks, and how the result comes back.
 
-Each rank owns one chunk of every bucket. It receives that chunk of every term, folds them in the terms'
-order, and
-sends the result to everybody: the bytes of a ring all-reduce, but an order of additions that does not
-    depend on who computed what. Everything behind `Exchange` may be replaced for another backend. This file
-    must never write into a partial sum (after an abort they are what is left of the step), and must never
-    agree on a size by talking: both sides compute it from the same fold and layout, since gloo ends the
-    process on a mismatch.
+Each rank owns one chunk of every bucket. It receives that chunk of every term, folds them in the terms' order,
+and sends the result to everybody: the bytes of a ring all-reduce, but an order of additions that does not
+depend on who computed what. Everything behind `Exchange` may be replaced for another backend. This file must
+never write into a partial sum (after an abort they are what is left of the step), and must never agree on a
+size by talking: both sides compute it from the same fold and layout, since gloo ends the process on a mismatch.
 """
 
 from __future__ import annotations
@@ -44,8 +42,7 @@ class Lane:
 class Exchange(Protocol):
     """The exchange of one step, for each lane in this order: `start`, `fold`, `publish`, `finish`.
 
-    Every method may raise `CollectiveAborted`; then the group has to be drained before any memory is used
-    again.
+    Every method may raise `CollectiveAborted`; then the group has to be drained before any memory is used.
     """
 
     def start(self, lane: Lane) -> None:

@@ -175,8 +175,7 @@ class Group:
     def send(self, tensor: torch.Tensor, dst: int, tag: int) -> Work:
         """Start to send a contiguous `tensor` to rank `dst`, which receives it under the same tag.
 
-        The work is complete when the receiver has waited for it. Both sides must agree on the size in bytes
-        by
+        The work is complete when the receiver has waited for it. Both sides must agree on the size in bytes by
         construction: gloo ends the process on a mismatch.
         """
         receipt = self._recv(_EMPTY, dst, tag, _Kind.RECEIPT)
@@ -230,6 +229,17 @@ class Group:
             with contextlib.suppress(CollectiveAborted):
                 work.wait()
         self._works.clear()
+        if self._reason is not None:
+            self._await_closing()
+
+    def _await_closing(self) -> None:
+        """Wait until gloo has noticed, on every connection, that it is over."""
+        backend = self._backend
+        for peer in self.peers if backend is not None else ():
+            # Nothing is ever sent under this tag: the operation fails, now or when the connection is closed.
+            with contextlib.suppress(RuntimeError):
+                assert backend is not None
+                backend.recv([_EMPTY], peer, 4 * TAG_MAX).wait(self._operation_timeout)
 
     def close(self) -> None:
         """End the group and free its sockets and threads on a thread: gloo's destructor takes 20 ms."""
@@ -283,9 +293,7 @@ class Group:
 
     def _aborted(self) -> CollectiveAborted:
         reason = self._reason or "a world of one has no peers"
-        return CollectiveAborted(
-            f"Generation {self.generation} is over for rank {self.rank}: {reason}; regroup."
-        )
+        return CollectiveAborted(f"Generation {self.generation} is over for rank {self.rank}: {reason}; regroup.")
 
 
 class GroupBuild:

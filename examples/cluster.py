@@ -178,7 +178,10 @@ class Cluster:
         def trains() -> bool:
             reply = self.status()
             last[:] = [reply]
-            if reply.world_size != size:
+            workers = [worker for node in reply.nodes for worker in node.workers if worker.state == "member"]
+            # Members say themselves in which generation they are: the controller's word comes a moment sooner.
+            here = [worker for worker in workers if worker.generation == reply.generation]
+            if not reply.world_size == len(here) == size:
                 return False
             return reply.step >= seen.setdefault(reply.generation, reply.step) + steps
 

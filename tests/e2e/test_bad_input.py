@@ -188,7 +188,7 @@ def test_a_closure() -> None:
     session, model, optimizer, loader = bound()
     with pytest.raises(ConfigError, match="without a closure"):
         for x, y in loader:
-            optimizer.step(lambda: nn.functional.cross_entropy(model(x), y))
+            optimizer.step(lambda x=x, y=y: nn.functional.cross_entropy(model(x), y))
     assert session.step == 0
 
 
