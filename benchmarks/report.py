@@ -29,7 +29,9 @@ class Reporter:
 
     def say(self, text: str) -> None:
         """Print one line, with the time since the start."""
-        self.console.print(f"[dim]{time.monotonic() - self._began_s:7.1f} s[/dim]  {escape(text)}")
+        self.console.print(
+            f"[dim]{time.monotonic() - self._began_s:7.1f} s[/dim]  {escape(text)}", soft_wrap=True
+        )
 
 
 def command(documentation: str | None) -> argparse.ArgumentParser:
@@ -61,7 +63,7 @@ def main_of(parser: argparse.ArgumentParser, work: Work, tabulate: Callable[[dic
         with temporary_folder() as folder:
             report, sound = work(arguments, folder, reporter)
     except (ClusterError, ElasticError, OSError) as error:
-        reporter.console.print(f"[red]{escape(str(error))}[/red]")
+        reporter.console.print(f"[red]{escape(str(error))}[/red]", soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         reporter.console.print("interrupted; everything that was started has ended")

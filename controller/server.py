@@ -13,9 +13,10 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
@@ -44,6 +45,7 @@ from elastic.wire.convert import to_plain, to_proto, unwrap, wrap
 
 TICK_S = 0.05
 OUTBOX_LIMIT = 4096  # messages to one agent that does not read; beyond it the agent is given up
+CALLS_LINGER_S = 1.0  # how long it waits for calls in progress, such as followers of the events
 END_LINGER_S = 5.0  # how long the end waits for agents to say goodbye
 
 
@@ -90,6 +92,7 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
         self.newest_event = 0
         self.over = asyncio.Event()
         self.fault: BaseException | None = None
+        self.tasks: set[asyncio.Task[None]] = set()
         if not self.ledger.is_new():
             self.machine.restore(self.ledger.records(), time.monotonic())
 
@@ -114,7 +117,7 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
                         stream.put(None)
                 case EndJob():
                     self._write_summary(effects)
-                    asyncio.get_running_loop().create_task(self._end_when_empty())
+                    self._spawn(self._end_when_empty())
                 case Persist():
                     pass
 
@@ -135,18 +138,23 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
             self.newest_event = event.sequence
             print(f"[controller] {event.text}", file=sys.stderr, flush=True)
 
-        async def notify() -> None:
-            async with self.news:
-                self.news.notify_all()
+        self._spawn(self._wake_followers())
 
-        asyncio.get_running_loop().create_task(notify())
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self.tasks.add(task)  # the loop itself keeps no reference
+        task.add_done_callback(self.tasks.discard)
+
+    async def _wake_followers(self) -> None:
+        async with self.news:
+            self.news.notify_all()
 
     async def _end_when_empty(self) -> None:
         deadline = time.monotonic() + END_LINGER_S
         while self.streams and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
-        await asyncio.sleep(0.3)  # followers of the events still read the last one
         self.over.set()
+        await self._wake_followers()  # they read the last event, and end
 
     async def tick_forever(self) -> None:
         """Give the machine the time; end the daemon if the machine itself fails."""
@@ -282,7 +290,7 @@ async def serve(config: ControllerConfig) -> int:
     ticker = asyncio.create_task(controller.tick_forever())
     await controller.over.wait()
     ticker.cancel()
-    await server.stop(0.2)
+    await server.stop(CALLS_LINGER_S)
     controller.ledger.close()
     if controller.fault is not None:
         raise controller.fault

@@ -97,9 +97,7 @@ class LocalTerm:
     def adopt(self, partial: Partial) -> bool:
         """Take a partial sum over, if its slots are the beginning of what is needed here."""
         count = len(partial.slots)
-        if partial.slots == self.term.slots[:count] and (
-            count <= len(self.term.parts[0]) or count in self._borders()
-        ):
+        if partial.slots == self.term.slots[:count] and (count <= len(self.term.parts[0]) or count in self._borders()):
             self.total = partial
             return True
         for index, part in enumerate(self.term.parts):
@@ -152,9 +150,7 @@ class PartialSums:
 
     def remaining_slots(self) -> tuple[int, ...]:
         """The slots that are still to be computed, in the order in which to do it."""
-        return tuple(
-            sorted(slot for local in self.terms for slot in set(local.term.slots) - local.finished())
-        )
+        return tuple(sorted(slot for local in self.terms for slot in set(local.term.slots) - local.finished()))
 
     def partial_for(self, slot: int) -> Partial:
         """The partial sum that a slot is to be added to.

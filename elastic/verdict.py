@@ -108,9 +108,7 @@ def _read(maxima: torch.Tensor, vote: Vote) -> Outcome:
     count = len(_EQUAL)
     highest, lowest = values[:count], [~value for value in values[count : 2 * count]]
     differing = [
-        f"{name} (from {low} to {high})"
-        for name, low, high in zip(_EQUAL, lowest, highest, strict=True)
-        if low != high
+        f"{name} (from {low} to {high})" for name, low, high in zip(_EQUAL, lowest, highest, strict=True) if low != high
     ]
     if differing:
         raise VoteMismatch(

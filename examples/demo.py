@@ -73,7 +73,9 @@ class Demo:
     def say(self, text: str) -> None:
         """Print one line, with the time since the start."""
         self.console.print(
-            f"[dim]{time.monotonic() - self._began_s:6.1f} s[/dim]  {escape(text)}", highlight=False
+            f"[dim]{time.monotonic() - self._began_s:6.1f} s[/dim]  {escape(text)}",
+            highlight=False,
+            soft_wrap=True,
         )
 
     @contextmanager
@@ -249,7 +251,7 @@ def attempt(action: Callable[[], int], console: Console) -> int:
     try:
         return action()
     except (ClusterError, ElasticError, OSError) as error:
-        console.print(f"[red]demo: {escape(str(error))}[/red]", highlight=False)
+        console.print(f"[red]demo: {escape(str(error))}[/red]", highlight=False, soft_wrap=True)
         return 1
     except KeyboardInterrupt:
         console.print("demo: interrupted; everything it started has ended", highlight=False)

@@ -77,6 +77,7 @@ def run(
         command = daemon_command("agent", settings)
         os.execv(command[0], command)
     options.check_script(given["script"], module=given["module"])
+    options.parse_labels(given["labels"])  # before anything is started
     folder = run_dir or default_run_dir(f"{job}-{os.getpid()}")
     folder.mkdir(parents=True, exist_ok=True)
     given["log_dir"] = given["log_dir"] or folder / "logs"

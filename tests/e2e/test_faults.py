@@ -94,6 +94,18 @@ def test_a_job_shrinks_to_one_worker_and_grows_again_to_the_same_bits(job: Job, 
     assert job.fingerprint() == undisturbed(*SHORT)
 
 
+def test_epochs_may_end_while_a_worker_joins(job: Job, undisturbed: Callable[..., str]) -> None:
+    train = ("--samples", 132, "--epochs", 40, "--per-epoch")  # epochs of six steps: shorter than a joiner's warming up
+    job.run(3, train=(*train, *job.held))
+    for _ in range(4):
+        before = job.wait_for_world(3, beyond_step=3)
+        job.kill(chance_of(members_of(before)))
+        job.wait_for(lambda status: status["world_size"] == 2, "a world of two")
+    job.wait_for_world(3, beyond_step=3)
+    finish(job, steps=40 * 6)
+    assert job.fingerprint() == undisturbed(*train)
+
+
 def test_a_stopped_worker_is_replaced_and_does_no_harm_when_it_runs_again(
     job: Job, undisturbed: Callable[..., str]
 ) -> None:

@@ -76,6 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--plain-model", action="store_true", help="Neither dropout nor batch norm.")
     parser.add_argument("--clip", type=float, default=0.5)
     parser.add_argument("--no-scheduler", action="store_true")
+    parser.add_argument("--per-epoch", action="store_true", help="Step the scheduler after each epoch, not each step.")
     parser.add_argument("--pause-ms", type=float, default=60.0, help="Sleep per slot until --go exists.")
     parser.add_argument("--go", type=Path)
     parser.add_argument("--out", type=Path, help="Directory for what each process ended with.")
@@ -165,9 +166,11 @@ def main() -> None:
             if args.clip:
                 session.clip_grad_norm_(args.clip)
             optimizer.step()
-            if not args.no_scheduler:
+            if not args.no_scheduler and not args.per_epoch:
                 scheduler.step()
             session.log(loss=loss)
+        if args.per_epoch:
+            scheduler.step()
     session.close()
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
