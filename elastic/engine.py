@@ -121,6 +121,7 @@ class Engine:
         self._stepped: set[int] = set()
         self._must_warm = joins
         self._donate: tuple[int, ...] = ()
+        self._loop_epoch = 0  # epoch whose loop over the loader user code is in
         self._slot_loss: list[float] = []
         self._page = page
         self._record = record
@@ -156,8 +157,12 @@ class Engine:
             )
         self._announce()
 
-    def next_slot(self, epoch: int) -> Slot | None:
-        """Return the next slot of a data epoch, or None when the step in progress belongs to another one.
+    def begin_epoch(self) -> None:
+        """User code enters its loop over the loader, for the epoch of the step in progress."""
+        self._loop_epoch = self.epoch()
+
+    def next_slot(self) -> Slot | None:
+        """Return the next slot of the data epoch that user code is in, or None when the next step belongs to another.
 
         Blocks while the world is being regrouped. Raises SystemExit when the world goes on without this worker.
         """
@@ -166,10 +171,28 @@ class Engine:
         if self._must_warm:
             slot = Slot(self.step, 0, self.sampler.ids(self.step, 0), counts=False, is_last=True)
             return self._open_slot(slot)
-        self._settle()
-        if self.sampler.epoch_of(self.step) != epoch:
+        if not self._settle():
             return None
         return self._open_slot(self._choose())
+
+    def _settle(self) -> bool:
+        """Wait out a regroup, adopt a new world, pass the state on to joiners; returns whether the epoch goes on."""
+        while True:
+            self._regroup(self.step)
+            joining = self.rank in self._donate
+            if not joining and self.epoch() != self._loop_epoch:
+                # What user code does now (a scheduler's step) belongs to the state that joiners are given after it.
+                return False
+            joiners, self._donate = self._donate, ()
+            try:
+                if joiners:
+                    self._pass_state(joiners)
+            except CollectiveAborted as error:
+                self.coordinator.feed(CollectiveBroke(str(error)))
+                continue
+            if joining:
+                self.begin_epoch()  # whatever epoch it was when this worker began to warm up
+            return True
 
     def epoch(self) -> int:
         """Return the data epoch of the step in progress."""
@@ -364,19 +387,6 @@ class Engine:
                     raise SystemExit(0)  # drained: the world goes on without this worker
                 case _:
                     raise ProtocolError(f"{answer} while regrouping: a fault of the runtime")
-
-    def _settle(self) -> None:
-        """At a fetch: wait out a regroup, adopt a new world, pass the state on to joiners."""
-        while True:
-            self._regroup(self.step)
-            if not self._donate:
-                return
-            joiners, self._donate = self._donate, ()
-            try:
-                self._pass_state(joiners)
-                return
-            except CollectiveAborted as error:
-                self.coordinator.feed(CollectiveBroke(str(error)))
 
     def _enter(self, world: EnterWorld) -> None:
         if world.rank == min(set(range(world.plan.world_size)) - set(world.joiner_ranks), default=0):

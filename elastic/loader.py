@@ -80,10 +80,10 @@ class ElasticLoader:
         return self._engine.sampler.steps_per_epoch
 
     def __iter__(self) -> Iterator[Any]:
-        epoch = self._engine.epoch()
+        self._engine.begin_epoch()
         self.left_early = True
         while True:
-            slot = self._engine.next_slot(epoch)
+            slot = self._engine.next_slot()
             if slot is None:
                 self.left_early = False
                 return

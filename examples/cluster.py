@@ -178,9 +178,9 @@ class Cluster:
         def trains() -> bool:
             reply = self.status()
             last[:] = [reply]
-            workers = [worker for node in reply.nodes for worker in node.workers if worker.state == "member"]
+            workers = (worker for node in reply.nodes for worker in node.workers)
             # Members say themselves in which generation they are: the controller's word comes a moment sooner.
-            here = [worker for worker in workers if worker.generation == reply.generation]
+            here = [w for w in workers if w.state == "member" and w.generation == reply.generation]
             if not reply.world_size == len(here) == size:
                 return False
             return reply.step >= seen.setdefault(reply.generation, reply.step) + steps

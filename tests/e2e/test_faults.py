@@ -95,14 +95,14 @@ def test_a_job_shrinks_to_one_worker_and_grows_again_to_the_same_bits(job: Job, 
 
 
 def test_epochs_may_end_while_a_worker_joins(job: Job, undisturbed: Callable[..., str]) -> None:
-    train = ("--samples", 48, "--epochs", 120, "--per-epoch")  # two steps: an epoch is over before a joiner is ready
+    train = ("--samples", 72, "--epochs", 100, "--per-epoch")  # three steps: an epoch is over before a joiner is ready
     job.run(3, train=(*train, *job.held))
-    for _ in range(4):
+    for _ in range(6):
         before = job.wait_for_world(3, beyond_step=3)
         job.kill(chance_of(members_of(before)))
         job.wait_for(lambda status: status["world_size"] == 2, "a world of two")
     job.wait_for_world(3, beyond_step=3)
-    finish(job, steps=240)
+    finish(job, steps=300)
     assert job.fingerprint() == undisturbed(*train)
 
 
