@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -40,8 +41,9 @@ class Standby:
         self._lock = asyncio.Lock()
 
     @property
-    def pid(self) -> int:
-        return self._process.pid if self._process is not None else 0
+    def lives(self) -> bool:
+        """Whether it has not been found dead (only asking it something finds that)."""
+        return self._channel is not None
 
     async def start(self, environment: Mapping[str, str]) -> None:
         """Start the process and wait until it is warm. Raises OSError or TimeoutError."""
@@ -61,8 +63,12 @@ class Standby:
             )
         finally:
             theirs.close()
-        self._channel = ours
-        await self._receive(STANDBY_READY_TIMEOUT_S)
+        try:
+            await _receive(ours, STANDBY_READY_TIMEOUT_S)
+        except OSError:
+            ours.close()
+            raise
+        self._channel = ours  # not before it is ready: nobody is to wait for its imports
 
     async def fork(
         self, worker: str, script: Script, environment: Mapping[str, str], stdout_fd: int, stderr_fd: int, progress_fd: int
@@ -75,41 +81,56 @@ class Standby:
             "module": script.module,
             "cwd": str(script.cwd),
         }
-        async with self._lock:
-            channel = self._live_channel()
-            socket.send_fds(channel, [json.dumps(request).encode()], [stdout_fd, stderr_fd, progress_fd])
-            answer = await self._receive(ANSWER_TIMEOUT_S)
+        data, fds = json.dumps(request).encode(), [stdout_fd, stderr_fd, progress_fd]
+        answer = await self._ask(lambda channel: socket.send_fds(channel, [data], fds), "forked", worker)
         return int(answer["pid"])
 
     async def reap(self, pid: int) -> int:
         """Return the exit code of a worker whose pidfd has said that it ended."""
-        async with self._lock:
-            self._live_channel().send(json.dumps({"reap": pid}).encode())
-            answer = await self._receive(ANSWER_TIMEOUT_S)
+        data = json.dumps({"reap": pid}).encode()
+        answer = await self._ask(lambda channel: channel.send(data), "reaped", pid)
         return int(answer["code"])
+
+    async def _ask(self, send: Callable[[socket.socket], int], key: str, value: object) -> dict[str, Any]:
+        """Return the answer to a request; one to a request that was given up is dropped, with its process."""
+        async with self._lock:
+            try:
+                channel = self._live_channel()
+                send(channel)
+                while (answer := await _receive(channel, ANSWER_TIMEOUT_S)).get(key) != value:
+                    if "forked" in answer:
+                        os.kill(answer["pid"], signal.SIGKILL)
+            except TimeoutError:
+                raise  # it is slow, not gone
+            except OSError:
+                self._hang_up()
+                raise
+        return answer
+
+    def _hang_up(self) -> None:
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
     def _live_channel(self) -> socket.socket:
         if self._channel is None:
             raise OSError("the warm standby is not running")
         return self._channel
 
-    async def _receive(self, timeout_s: float) -> dict[str, int]:
-        loop = asyncio.get_running_loop()
-        data = await asyncio.wait_for(loop.sock_recv(self._live_channel(), 65536), timeout_s)
-        if not data:
-            self._channel = None
-            raise OSError("the warm standby has ended")
-        answer: dict[str, int] = json.loads(data)
-        return answer
-
     async def stop(self) -> None:
         """End the process."""
-        if self._channel is not None:
-            self._channel.close()
-            self._channel = None
+        self._hang_up()
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             await self._process.wait()
+
+
+async def _receive(channel: socket.socket, timeout_s: float) -> dict[str, Any]:
+    data = await asyncio.wait_for(asyncio.get_running_loop().sock_recv(channel, 65536), timeout_s)
+    if not data:
+        raise OSError("the warm standby has ended")
+    answer: dict[str, Any] = json.loads(data)
+    return answer
 
 
 class WorkerProcess:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import signal
 import sys
 import tempfile
@@ -222,7 +221,9 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             )
             worker.process = WorkerProcess(order.worker, pid, ProgressPage(progress_fd), self._process_ended)
         except (OSError, TimeoutError) as error:
+            del self.workers[order.worker]
             self.handle(ForkFailed(order.worker, str(error)))
+            self._spawn(self._revive_standby())
             return
         finally:
             os.close(progress_fd)
@@ -245,17 +246,14 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         self.handle(ProcessEnded(worker_id, code, detected_by))
         worker.release()
         del self.workers[worker_id]
-        if self.standby.pid and not self._standby_lives():
+        await self._revive_standby()
+
+    async def _revive_standby(self) -> None:
+        """Start another standby if it was found dead; its workers have died with it."""
+        if not self.standby.lives and self.warm.is_set():
             self.warm.clear()
             await self.standby.stop()
             await self._warm_up()
-
-    def _standby_lives(self) -> bool:
-        try:
-            os.kill(self.standby.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
 
     def _look(self, worker_id: str, worker: _Worker) -> None:
         if worker.process is None:
@@ -361,8 +359,12 @@ def _worker_base_environment() -> dict[str, str]:
 
 async def serve(settings: AgentConfig) -> int:
     """Run an agent until its controller lets it go; returns the exit code."""
-    folder = Path(tempfile.mkdtemp(prefix="elastic-agent-"))  # short: a unix socket's path has 107 bytes
-    socket_path = folder / "agent.sock"
+    # A short path: that of a unix socket has 107 bytes.
+    with tempfile.TemporaryDirectory(prefix="elastic-agent-", ignore_cleanup_errors=True) as folder:
+        return await _serve(settings, Path(folder) / "agent.sock")
+
+
+async def _serve(settings: AgentConfig, socket_path: Path) -> int:
     store = StoreService(settings.node)
     peers, local = channels.server(), channels.server()
     runtime_pb2_grpc.add_StoreServicer_to_server(store, peers)
@@ -387,7 +389,6 @@ async def serve(settings: AgentConfig) -> int:
     await agent.close()
     await local.stop(0)
     await peers.stop(0)
-    shutil.rmtree(folder, ignore_errors=True)
     if agent.exit_code:
         print(f"[agent {settings.node}] {agent.reason}", file=sys.stderr, flush=True)
     return agent.exit_code

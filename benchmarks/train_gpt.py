@@ -8,8 +8,8 @@ Each worker appends to a file of its own, one JSON object per line:
 
 `startup_s` goes from the process's start until it calls prepare(); a digest is of the parameters and the
 optimizer's state. Clocks are CLOCK_MONOTONIC, so that lines of different processes can be compared. A job
-that must go on for as long as something is measured gets `--until FILE`: it ends after the step whose number is
-written there, which must lie ahead.
+that must go on for as long as something is measured gets `--until FILE`: it ends after the step whose number
+is written there, which must lie ahead.
 """
 
 from __future__ import annotations

@@ -1076,6 +1076,8 @@ class ControllerMachine:
         if self.recovering_until is not None:
             self._finish_recovering(now)
             return
+        if self._check_finished(now):
+            return
         attempt = self.attempt
         if attempt is not None and not attempt.committed and now > attempt.deadline:
             self._attempt_expired(attempt, now)
@@ -1160,6 +1162,9 @@ class ControllerMachine:
                     self.draining.pop(data["node"], None)
                 case "incident":
                     self.incidents.restore(data["incident"])
+                case "loop-ended":
+                    self.finishing, self.digest = True, data["digest"]
+                    self.step_committed, self.samples = data["step"], data["samples"]
                 case "job-ended":
                     self.outcome, self.reason = data["outcome"], data["reason"]
         self.started_at = self.founding_since = now

@@ -243,7 +243,16 @@ class Engine:
         self.reducer.end_slot(extras)
 
     def log_loss(self, value: float) -> None:
-        """Take a slot's loss for the global mean of its step."""
+        """Take a slot's loss for the global mean of its step.
+
+        Raises:
+            ConfigError: the slot is over, and what it leaves for the step has been summed.
+        """
+        if self.slot is not None and len(self._stepped) == len(self._inner_steps):
+            raise ConfigError(
+                "session.log(loss=...) came after optimizer.step(), when the mean over the step's slots is made already: "
+                "log the loss before optimizer.step()"
+            )
         self._slot_loss = [value]
 
     # -- what the optimizer asks -----------------------------------------------------------------------------------

@@ -264,7 +264,11 @@ class Session:
         return self._norm
 
     def log(self, **values: float | Tensor) -> None:
-        """Show values to people. `loss` becomes the mean over all slots of the step; others are this worker's own."""
+        """Show values to people. `loss` becomes the mean over all slots of the step; others are this worker's own.
+
+        Raises:
+            ConfigError: `loss` was logged after optimizer.step(), too late for its step.
+        """
         engine, _ = self._prepared("log")
         for name, value in values.items():
             number = float(value.detach()) if isinstance(value, Tensor) else float(value)

@@ -26,7 +26,6 @@ import psutil
 from elastic.cli.people import People
 from elastic.domain import NodeView, StatusReply, WorkerView
 from elastic.errors import Unreachable
-from elastic.lifeline import die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 POLL_S = 0.05
@@ -108,18 +107,21 @@ class Cluster:
         )  # fmt: skip
 
     def _start(self, name: str, command: str, *arguments: str) -> subprocess.Popen[bytes]:
-        parent = os.getpid()
+        # Not by preexec_fn: that runs gRPC's handlers of a fork, which break this process's connection.
+        code = (
+            "import sys; from elastic.lifeline import die_with_parent; die_with_parent(int(sys.argv.pop(1)));"
+        )
+        code += "from elastic.cli import main; main()"
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder)}
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-c", "from elastic.cli import main; main()", command, *arguments],
+                [sys.executable, "-c", code, str(os.getpid()), command, *arguments],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches this process only, which then ends all in order
-                preexec_fn=lambda: die_with_parent(parent),
             )
 
     # -- what people see -------------------------------------------------------------------------------------
@@ -179,8 +181,8 @@ class Cluster:
             reply = self.status()
             last[:] = [reply]
             workers = (worker for node in reply.nodes for worker in node.workers)
-            # Members say themselves in which generation they are: the controller's word comes a moment sooner.
-            here = [w for w in workers if w.state == "member" and w.generation == reply.generation]
+            # Members say themselves in which generation they are; the controller says it a moment sooner.
+            here = [w for w in workers if (w.state, w.generation) == ("member", reply.generation)]
             if not reply.world_size == len(here) == size:
                 return False
             return reply.step >= seen.setdefault(reply.generation, reply.step) + steps

@@ -217,6 +217,8 @@ class JobRun:
             elif code is not None:
                 self.console.print("elastic: the controller was killed; starting it again on its ledger", highlight=False)
                 self._start_controller()
+            elif self._agent is not None and self._agent.poll() == 2:
+                raise JobFailed("the agent did not start (exit code 2), see above")
             elif self._agent is not None and (self._agent.poll() or 0) < 0:
                 self.console.print("elastic: the agent was killed; starting it again", highlight=False)
                 self._start_agent()

@@ -19,7 +19,7 @@ ORDERLY_S = 5.0
 
 def shared_memory() -> set[str]:
     """Return the names of what is in shared memory now."""
-    return set(os.listdir("/dev/shm"))
+    return {name for name in os.listdir("/dev/shm") if not name.startswith("sem.mp-")}
 
 
 def assert_clean(job: Job) -> None:
@@ -83,6 +83,14 @@ def test_a_run_that_resumes_an_ended_job_is_refused_in_one_sentence(job: Job) ->
     done = job.elastic("run", "--port", 0, "--run-dir", folder, Path(__file__).with_name("train.py"))
     assert done.code != 0 and "Traceback" not in done.err
     assert "has stopped already" in done.err
+    assert_clean(job)
+
+
+def test_an_agent_that_cannot_start_ends_the_run(job: Job) -> None:
+    options = ("--port", 0, "--run-dir", job.folder / "run", "--local-addr", "192.0.2.1")
+    done = job.elastic("run", *options, Path(__file__).with_name("train.py"), timeout_s=20)
+    assert done.code == 2 and "Traceback" not in done.err
+    assert "elastic agent: the agent's peer service cannot listen on 192.0.2.1" in done.err
     assert_clean(job)
 
 

@@ -6,6 +6,7 @@ import json
 import signal
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from tests.e2e.jobs import ELASTIC, Job, Status, members_of, pids_of
@@ -82,6 +83,21 @@ def test_an_agent_that_stands_still_loses_its_workers_and_gets_new_ones(
     assert not pids_on(again, "b") & pids_on(first, "b")
     summary = finish(job)
     assert "lease" in {incident["detected_by"] for incident in summary["incidents"]}
+    assert job.fingerprint() == undisturbed(*TRAINED)
+
+
+def test_a_fork_server_that_dies_takes_its_workers_with_it_and_both_are_replaced(
+    job: Job, undisturbed: Callable[..., str]
+) -> None:
+    first = begin(job, "--max-restarts", 0)  # it is nobody's fault
+    agent = next(node["agent_pid"] for node in first["nodes"] if node["id"] == "b")
+    (standby,) = [child.pid for child in psutil.Process(agent).children() if "elastic.standby" in child.cmdline()]
+    job.kill(standby)
+    job.wait_for(lambda s: s["world_size"] == 2 and s["state"] == "running", "a world of two")
+    again = job.wait_for_world(4, beyond_step=first["step"])
+    assert pids_on(again, "a") == pids_on(first, "a")
+    assert next(node["agent_pid"] for node in again["nodes"] if node["id"] == "b") == agent
+    finish(job)
     assert job.fingerprint() == undisturbed(*TRAINED)
 
 

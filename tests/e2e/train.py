@@ -162,13 +162,13 @@ def main() -> None:
                 time.sleep(args.pause_ms / 1000)
             optimizer.zero_grad()
             loss = F.cross_entropy(model(x), y)
+            session.log(loss=loss)
             loss.backward()
             if args.clip:
                 session.clip_grad_norm_(args.clip)
             optimizer.step()
             if not args.no_scheduler and not args.per_epoch:
                 scheduler.step()
-            session.log(loss=loss)
         if args.per_epoch:
             scheduler.step()
     session.close()

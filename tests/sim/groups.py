@@ -26,6 +26,9 @@ class Builder(Protocol):
     def operation_done(self, result: Any) -> None: ...
 
 
+TRANSFER = "transfer"
+
+
 @dataclass(frozen=True)
 class Broken:
     """What an operation gives instead of a result."""
@@ -35,10 +38,14 @@ class Broken:
 
 @dataclass
 class Operation:
-    """One collective: all members must ask for the same one."""
+    """One collective: all members must ask for the same one.
+
+    In a TRANSFER, the second part of `what` is the number of joiners; they bring None.
+    """
 
     what: tuple[str, int]
     values: dict[str, Any] = field(default_factory=dict)
+    ready: set[str] = field(default_factory=set)  # members that complete it unless the group breaks first
 
 
 class Group:
@@ -129,9 +136,21 @@ class Group:
             )
         operation.values[worker.id] = value
         self.pending[worker.id] = operation
-        if len(operation.values) == len(self.members):
-            for member in self.building.values():
+        for member in self.building.values():
+            if (
+                member.id in operation.values
+                and member.id not in operation.ready
+                and self._may_complete(member, operation)
+            ):
+                operation.ready.add(member.id)
                 member.post(self.random.uniform(0.001, 0.03), self._complete, member, operation)
+
+    def _may_complete(self, member: Builder, operation: Operation) -> bool:
+        """Whether all that this member waits for has come: everybody, or all who take where it only gives."""
+        name, joiners = operation.what
+        if name == TRANSFER and operation.values[member.id] is not None:
+            return sum(value is None for value in operation.values.values()) == joiners
+        return len(operation.values) == len(self.members)
 
     def _complete(self, worker: Builder, operation: Operation) -> None:
         if self.pending.get(worker.id) is operation:

@@ -43,7 +43,7 @@ from elastic.protocol import (
     WorkerMachine,
 )
 from tests.sim.clock import Violation
-from tests.sim.groups import Broken
+from tests.sim.groups import TRANSFER, Broken
 from tests.sim.links import End, Stream
 from tests.sim.process import Process
 from tests.sim.world import World
@@ -250,8 +250,7 @@ class Worker(Process):
                 case Finished():
                     return 0
                 case EnterWorld():
-                    self._enter(answer)
-                    yield from self._pass_state()
+                    self._enter(answer)  # a loop that has ended gives the state to nobody
                 case _:
                     raise Violation(f"worker {self.id}: {answer} after the training loop")
 
@@ -272,6 +271,8 @@ class Worker(Process):
         while True:
             if (yield from self._regroup()) is None:
                 return True
+            if self.rank not in self.donate and self.committed >= self.world.scenario.steps:
+                return False
             if not self.donate or (yield from self._pass_state()):
                 return False
 
@@ -313,7 +314,7 @@ class Worker(Process):
         if joins:
             self.digest = TORN
         self.world.moment("transfer", self)
-        values = yield Collective(("transfer", 0), None if joins else (self.committed, self.digest))
+        values = yield Collective((TRANSFER, len(self.donate)), None if joins else (self.committed, self.digest))
         if isinstance(values, Broken):
             self.feed(CollectiveBroke(values.reason))
             return False

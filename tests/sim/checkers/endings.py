@@ -17,6 +17,7 @@ class Endings:
 
     def __init__(self, site: Site) -> None:
         self.site = site
+        self.loop_ended = False
 
     def _holders(self) -> list[Worker]:
         """Workers that live and hold a trained state, wherever they are."""
@@ -33,6 +34,8 @@ class Endings:
             raise Violation(
                 f"the job is founded anew although {held[0].id} holds the state of step {held[0].committed}"
             )
+        if kind == "loop-ended":
+            self.loop_ended = True
         if kind == "job-ended":
             self._judge(data["outcome"], data["reason"])
 
@@ -53,6 +56,8 @@ class Endings:
             if reason != f"finished after step {scenario.steps}":
                 raise Violation(f"succeeded before the last step {scenario.steps}: {reason}")
             return
+        if self.loop_ended and outcome == "failed":
+            raise Violation(f"failed although the loop had ended everywhere: {reason}")
         if outcome == "stopped":
             if "job stopped" not in self.site.faults_struck:
                 raise Violation(f"stopped, but nobody asked for it: {reason}")
