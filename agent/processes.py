@@ -33,9 +33,14 @@ class Script:
 
 
 class Standby:
-    """The agent's end of a warm standby process."""
+    """The agent's end of a warm standby process.
+
+    Attributes:
+        memory_obstacle: Why the workers of this node cannot read each other's memory; "" if they can.
+    """
 
     def __init__(self) -> None:
+        self.memory_obstacle = ""
         self._process: asyncio.subprocess.Process | None = None
         self._channel: socket.socket | None = None
         self._lock = asyncio.Lock()
@@ -64,10 +69,11 @@ class Standby:
         finally:
             theirs.close()
         try:
-            await _receive(ours, STANDBY_READY_TIMEOUT_S)
+            ready = await _receive(ours, STANDBY_READY_TIMEOUT_S)
         except OSError:
             ours.close()
             raise
+        self.memory_obstacle = str(ready["memory_obstacle"])
         self._channel = ours  # not before it is ready: nobody is to wait for its imports
 
     async def fork(
@@ -188,6 +194,7 @@ def worker_environment(
     world_size: int,
     record_dir: str,
     seed: int,
+    shares_memory: bool,
 ) -> dict[str, str]:
     """Return the environment of one worker; the names are torchrun's where it has them."""
     environment = dict(base)
@@ -197,6 +204,7 @@ def worker_environment(
             config.ENV_WORKER: worker,
             config.ENV_RECORD_DIR: record_dir,
             config.ENV_SEED: str(seed),
+            config.ENV_SHARES_MEMORY: str(int(shares_memory)),
             "RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "LOCAL_RANK": str(local_rank),

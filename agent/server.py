@@ -72,6 +72,7 @@ class AgentConfig:
     quiet: bool = False
     record_dir: str = ""
     seed: int = 0
+    share_memory: bool = True
     connect_timeout_s: float = 30.0
     controller_timeout_s: float = 600.0
     labels: tuple[tuple[str, str], ...] = ()
@@ -183,6 +184,13 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         except (OSError, TimeoutError) as error:
             self.handle(EndAsked(f"the warm standby did not start: {error}"))
             return
+        if self.config.share_memory and self.standby.memory_obstacle:
+            print(
+                f"[agent {self.config.node}] workers of this node send gradients to each other instead of sharing memory: "
+                f"{self.standby.memory_obstacle} (--no-share-memory says so from the start)",
+                file=sys.stderr,
+                flush=True,
+            )
         self.warm.set()
 
     async def _is_warm(self) -> bool:
@@ -214,6 +222,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 world_size=order.world_size_hint,
                 record_dir=self.config.record_dir,
                 seed=self.config.seed,
+                shares_memory=self.config.share_memory and not self.standby.memory_obstacle,
             )
             out, err = worker.outputs
             pid = await self.standby.fork(

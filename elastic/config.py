@@ -21,6 +21,7 @@ ENV_WORKER = "ELASTIC_WORKER"  # worker id that the agent gave
 ENV_PROGRESS_FD = "ELASTIC_PROGRESS_FD"
 ENV_RECORD_DIR = "ELASTIC_RECORD_SAMPLES"
 ENV_SEED = "ELASTIC_SEED"
+ENV_SHARES_MEMORY = "ELASTIC_SHARES_MEMORY"
 ENV_TOKEN = "ELASTIC_TOKEN"  # join token, kept out of command lines
 
 
@@ -36,6 +37,7 @@ class WorkerConfig:
         progress_fd: Descriptor of the progress page; -1 without an agent.
         record_dir: Directory for the record of consumed samples; "" for none.
         seed: Seed for everything; the script may override it in prepare().
+        shares_memory: Whether the workers of this node read each other's gradients; alike on all of them.
     """
 
     agent: str = ""
@@ -46,6 +48,7 @@ class WorkerConfig:
     progress_fd: int = -1
     record_dir: str = ""
     seed: int = 0
+    shares_memory: bool = False
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> WorkerConfig:
@@ -60,6 +63,7 @@ class WorkerConfig:
             progress_fd=_number(source, ENV_PROGRESS_FD, -1),
             record_dir=source.get(ENV_RECORD_DIR, ""),
             seed=_number(source, ENV_SEED, 0),
+            shares_memory=bool(_number(source, ENV_SHARES_MEMORY, 0)),
         )
 
 

@@ -175,6 +175,7 @@ class Coordinator:
                 address=plan.members[rank].address,
                 connect_timeout_s=timeout_s,
                 operation_timeout_s=OPERATION_TIMEOUT_S,
+                neighbours=self._neighbours(plan, rank),
             )
             self._builds[plan.generation] = build
             if store is not None:
@@ -197,6 +198,11 @@ class Coordinator:
                 return
         group.abort("its generation was dropped")
         group.close()
+
+    def _neighbours(self, plan: Plan, rank: int) -> list[int]:
+        if not self.settings.shares_memory:
+            return []
+        return [m.rank for m in plan.members if m.node == plan.members[rank].node and m.rank != rank]
 
     def _forget_build(self, generation: int) -> None:
         with self._lock:

@@ -103,6 +103,7 @@ class Engine:
             replicas=replicas,
             reduction=reduction,
             extras=self.buffers.extras + LOSS_EXTRAS,
+            shared=coordinator.settings.shares_memory,
         )
         self.plan: Plan | None = None
         self.rank = 0
@@ -281,7 +282,7 @@ class Engine:
             self._commit_step()
 
     def clip(self, request: Callable[[], None]) -> None:
-        """Remember a clipping: it is done when the step has been reduced, before its verdict."""
+        """Remember a clipping: it is done when the step commits, since until then peers may be reading the gradient."""
         if self.slot is not None and self.slot.counts and self.slot.is_last:
             self.clips.append(request)
 
@@ -307,8 +308,6 @@ class Engine:
         assert group is not None and self.plan is not None
         reduced = self.reducer.finish(self._divisor())
         self.reduced = reduced
-        if reduced.complete:
-            self._clip()
         answer = self.coordinator.ask(AskVote(step))
         if not isinstance(answer, MayVote):
             return False
@@ -333,12 +332,6 @@ class Engine:
         self._apply(step, outcome.presence, commit=outcome.decision is verdict.Decision.COMMIT)
         return True
 
-    def _clip(self) -> None:
-        if self.clips:
-            self.reducer.install(self.reducer.presence_after_reduction())
-            for request in self.clips:
-                request()
-
     def _groups_hash(self) -> int:
         """Hash of what the optimizers are about to do; it must be equal on all workers."""
         groups = [
@@ -353,6 +346,8 @@ class Engine:
         self.reducer.install(presence)
         slots = sum(1 for size in self.sampler.sizes(step) if size)
         if commit:
+            for clip in self.clips:
+                clip()
             for inner in self._inner_steps:
                 inner()
             self.buffers.commit(reduced.extras[: self.buffers.extras], slots)

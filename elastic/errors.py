@@ -23,6 +23,10 @@ class BuildCancelled(CollectiveAborted):
     """A process group was not finished because a newer generation replaced it."""
 
 
+class GroupStuck(ElasticError):
+    """A process group that was ended still holds memory: this worker must be replaced."""
+
+
 class TransferError(ElasticError):
     """State received from peers is not what they sent (checksum, step or shape): ask for it again."""
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from elastic.errors import ConfigError
+from elastic.shared import NO_TOKEN, Region, place
 
 NOTHING = -0.0
 """The identity of addition, bit for bit: `x + -0.0` is `x`, also where x is -0.0 (+0.0 would change that)."""
@@ -53,18 +54,22 @@ class Layout:
         parameters: distinct parameters, all of which require a gradient.
         extras: length of the float64 vector that travels with the gradients.
         bucket_bytes: the most that a bucket holds; a larger parameter is a bucket by itself.
+        shared: whether other workers of this node may read the memory (that on the CPU).
 
     Raises:
         ConfigError: a parameter is repeated, or requires no gradient.
     """
 
-    def __init__(self, parameters: Sequence[torch.nn.Parameter], extras: int, bucket_bytes: int) -> None:
+    def __init__(
+        self, parameters: Sequence[torch.nn.Parameter], extras: int, bucket_bytes: int, *, shared: bool = False
+    ) -> None:
         if len({id(p) for p in parameters}) != len(parameters):
             raise ConfigError("A parameter was given twice for reduction: give each one once.")
         if not all(p.requires_grad for p in parameters):
             raise ConfigError("A parameter that requires no gradient was given for reduction: leave it out.")
         self.parameters = tuple(parameters)
         self.extras = extras
+        self._shared = shared
         self._places: list[tuple[int, int]] = [(0, 0)] * len(parameters)  # family, offset
         self._families: list[tuple[torch.dtype, torch.device, int]] = []
         buckets: list[Bucket] = []
@@ -100,7 +105,7 @@ class Layout:
 
     def allocate(self) -> Memory:
         """One set of flat tensors, filled with the identity of addition (which also touches every page)."""
-        flats = [torch.empty(n, dtype=dtype, device=device) for dtype, device, n in self._families]
+        region, flats, begins = self._allocate_flats()
         for flat in flats:
             fill_with_nothing(flat)
         views = [
@@ -108,8 +113,30 @@ class Layout:
             for parameter, (family, offset) in zip(self.parameters, self._places, strict=True)
         ]
         buckets = [flats[b.family][b.start : b.start + b.size + _ROOM] for b in self.buckets]
+        tokens = [
+            region.token(begins[b.family] + b.start * flats[b.family].element_size())
+            if region is not None and b.family in begins
+            else NO_TOKEN
+            for b in self.buckets
+        ]
         end = self.extras + len(views)
-        return Memory(flats, buckets, views, flats[-1][: self.extras], flats[-1][self.extras : end])
+        return Memory(flats, buckets, views, flats[-1][: self.extras], flats[-1][self.extras : end], tokens, region)
+
+    def _allocate_flats(self) -> tuple[Region | None, list[torch.Tensor], dict[int, int]]:
+        """Return the flat tensors, and for those that lie in a region where in it they begin."""
+        if not self._shared:
+            return None, [torch.empty(n, dtype=dtype, device=device) for dtype, device, n in self._families], {}
+        on_cpu = [i for i, (_, device, _) in enumerate(self._families) if device.type == "cpu"]
+        sizes_bytes = [self._families[i][2] * self._families[i][0].itemsize for i in on_cpu]
+        region, offsets = place(sizes_bytes)
+        begins = dict(zip(on_cpu, offsets, strict=True))
+        flats = [
+            region.memory[begins[i] : begins[i] + n * dtype.itemsize].view(dtype)
+            if i in begins
+            else torch.empty(n, dtype=dtype, device=device)
+            for i, (dtype, device, n) in enumerate(self._families)
+        ]
+        return region, flats, begins
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +149,8 @@ class Memory:
         views: each parameter's gradient, in the parameter's own shape and strides.
         extras: the float64 vector that travels along.
         presence: float64, above zero for each parameter that has a gradient; it travels along, too.
+        tokens: for each bucket what other workers of this node need to read it, or `NO_TOKEN`.
+        region: keeps what the tokens name readable.
     """
 
     flats: list[torch.Tensor]
@@ -129,6 +158,17 @@ class Memory:
     views: list[torch.Tensor]
     extras: torch.Tensor
     presence: torch.Tensor
+    tokens: list[torch.Tensor]
+    region: Region | None = None
+
+
+def is_finite(chunk: torch.Tensor) -> bool:
+    """Whether all elements are finite, for the price of a sum.
+
+    Only if the sum is not finite (it may just have overflowed) is each element looked at.
+    """
+    dtype = torch.float32 if chunk.dtype in (torch.float16, torch.bfloat16) else None
+    return bool(chunk.sum(dtype=dtype).isfinite()) or bool(chunk.isfinite().all())
 
 
 def fill_with_nothing(tensor: torch.Tensor) -> None:

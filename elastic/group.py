@@ -19,7 +19,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -28,7 +28,7 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from torch._C._distributed_c10d import Work as ForeignWork
 
-from elastic.errors import BuildCancelled, CollectiveAborted
+from elastic.errors import BuildCancelled, CollectiveAborted, GroupStuck
 
 _GLOO: Any = ProcessGroupGloo  # torch's stubs differ from torch in most of what is used here
 
@@ -51,6 +51,9 @@ class _Backend(Protocol):
 
 
 _EMPTY = torch.empty(0)
+
+CLOSING_TIMEOUT_S = 10.0
+"""How long gloo may take to notice that its connections were shut down; it takes milliseconds."""
 
 TAG_MAX = 2**29 - 1
 """The largest tag; gloo has 31 bits, and a message needs up to three tags of its own."""
@@ -137,6 +140,7 @@ class Group:
     Attributes:
         generation: the world that the group belongs to.
         rank, size: this worker's number, and the number of workers, in that world.
+        neighbours: the ranks that can read this worker's memory, and it theirs.
         connections: the number of sockets that `abort` can shut down (`size - 1`).
     """
 
@@ -148,10 +152,12 @@ class Group:
         backend: _Backend | None,
         sockets: Sequence[_Socket],
         operation_timeout_s: float,
+        neighbours: Iterable[int] = (),
     ) -> None:
         self.generation = generation
         self.rank = rank
         self.size = size
+        self.neighbours = frozenset(neighbours)
         self.connections = len(sockets)
         self._backend = backend
         self._has_backend = backend is not None
@@ -187,7 +193,7 @@ class Group:
         return self._receive(tensor, src, tag, lambda: self._post(_EMPTY, src, tag, _Kind.RECEIPT))
 
     def post(self, tensor: torch.Tensor, dst: int, tag: int) -> None:
-        """Send without a receipt, which saves a message; `tensor` belongs to the group until `settle`."""
+        """Send without a receipt, which saves a message; `tensor` belongs to the group until it is forgotten."""
         self._post(tensor, dst, tag, _Kind.DATA)
         self._post(_EMPTY, dst, tag, _Kind.MARK)
 
@@ -200,12 +206,25 @@ class Group:
 
         A rank calls it when what was posted to it has been waited for.
         """
-        count = len(self._posted)
-        arriving = [self._recv(_EMPTY, peer, 0, _Kind.SETTLED) for peer in self.peers]
+        posted = self.posted
+        # Kept like all works: a message that finds its receiver deleted stops gloo from reading its connection,
+        # which then never learns that it was closed.
+        arriving = [
+            self._keep(_Awaited(self, self._recv(_EMPTY, peer, 0, _Kind.SETTLED), None)) for peer in self.peers
+        ]
         for peer in self.peers:
             self._post(_EMPTY, peer, 0, _Kind.SETTLED)
         for work in arriving:
-            self._await(work)
+            work.wait()
+        self.forget_posted(posted)
+
+    @property
+    def posted(self) -> int:
+        """How many posted messages this group still keeps the memory of."""
+        return len(self._posted)
+
+    def forget_posted(self, count: int) -> None:
+        """Give the memory of the oldest posted messages back: all peers have shown that they received them."""
         del self._posted[:count]
 
     def abort(self, reason: str) -> None:
@@ -224,22 +243,32 @@ class Group:
 
         Only then may the memory of an operation that failed be used again: an operation that was merely left
         alone would still write into it. Takes milliseconds after `abort`, else at most the operation timeout.
+
+        Raises:
+            GroupStuck: gloo does not let go of a connection that was shut down.
         """
         for work in tuple(self._works):
             with contextlib.suppress(CollectiveAborted):
                 work.wait()
-        self._works.clear()
         if self._reason is not None:
             self._await_closing()
+        self._works.clear()
 
     def _await_closing(self) -> None:
         """Wait until gloo has noticed, on every connection, that it is over."""
         backend = self._backend
+        deadline_s = time.monotonic() + CLOSING_TIMEOUT_S
         for peer in self.peers if backend is not None else ():
             # Nothing is ever sent under this tag: the operation fails, now or when the connection is closed.
             with contextlib.suppress(RuntimeError):
                 assert backend is not None
-                backend.recv([_EMPTY], peer, 4 * TAG_MAX).wait(self._operation_timeout)
+                left = timedelta(seconds=max(deadline_s - time.monotonic(), 0.001))
+                backend.recv([_EMPTY], peer, 4 * TAG_MAX).wait(left)
+        if time.monotonic() > deadline_s:
+            raise GroupStuck(
+                f"Rank {self.rank} of generation {self.generation} shut its connections down, and gloo has not noticed "
+                f"within {CLOSING_TIMEOUT_S:.0f} s: its memory cannot be used again, so this worker has to be replaced."
+            )
 
     def close(self) -> None:
         """End the group and free its sockets and threads on a thread: gloo's destructor takes 20 ms."""
@@ -250,7 +279,10 @@ class Group:
             threading.Thread(target=self._drop, name=f"drop-g{self.generation}", daemon=True).start()
 
     def _drop(self) -> None:
-        self.drain()
+        try:
+            self.drain()
+        except GroupStuck:
+            return  # gloo may still write to its memory, which therefore stays
         self._posted.clear()
         self._backend = None  # the last reference: the destructor runs here, without the interpreter's lock
 
@@ -309,6 +341,7 @@ class GroupBuild:
         address: str,
         connect_timeout_s: float,
         operation_timeout_s: float,
+        neighbours: Iterable[int] = (),
     ) -> None:
         if not 0 <= rank < size:
             raise ValueError(f"rank {rank} is not in a world of {size}")
@@ -318,6 +351,7 @@ class GroupBuild:
         self._address = address
         self._connect_timeout_s = connect_timeout_s
         self._operation_timeout_s = operation_timeout_s
+        self._neighbours = frozenset(neighbours)
         self._deadline_s = time.monotonic() + connect_timeout_s
         self._store = _ObservedStore(store, self)
         self._condition = threading.Condition()
@@ -394,7 +428,9 @@ class GroupBuild:
         if len(sockets) != self._size - 1:
             # A socket that was missed would leave operations that nobody can end.
             raise self._failed(f"found {len(sockets)} connections of the group where {self._size - 1} belong")
-        group = Group(self._generation, self._rank, self._size, backend, sockets, self._operation_timeout_s)
+        group = Group(
+            self._generation, self._rank, self._size, backend, sockets, self._operation_timeout_s, self._neighbours
+        )
         self._greet(group)
         return group
 
@@ -429,6 +465,7 @@ def build_group(
     address: str,
     connect_timeout_s: float,
     operation_timeout_s: float,
+    neighbours: Iterable[int] = (),
 ) -> Group:
     """Connect `size` ranks into the group of `generation`, and wait for it.
 
@@ -440,6 +477,7 @@ def build_group(
         address: host name or IP address to listen on, as the other ranks can reach it.
         connect_timeout_s: the longest that this call takes.
         operation_timeout_s: the longest that any later operation takes.
+        neighbours: the ranks that can read this worker's memory, and it theirs.
 
     Raises:
         CollectiveAborted: the ranks could not all connect in time, or one died meanwhile.
@@ -455,6 +493,7 @@ def build_group(
         address=address,
         connect_timeout_s=connect_timeout_s,
         operation_timeout_s=operation_timeout_s,
+        neighbours=neighbours,
     ).result()
 
 

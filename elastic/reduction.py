@@ -20,10 +20,11 @@ import torch
 
 from elastic.errors import CollectiveAborted
 from elastic.exchange import Alone, Exchange, Lane, OrderedExchange
-from elastic.flat import Layout
+from elastic.flat import Layout, is_finite
 from elastic.folds import Fold, plan_fold, plan_shares
 from elastic.group import Group
 from elastic.partials import Partial, PartialSums
+from elastic.shared import Neighbours
 
 BUCKET_BYTES = 25 * 1024 * 1024
 
@@ -78,6 +79,7 @@ class Reducer:
         reduction: how the sum is ordered.
         extras: length of the float64 vector that is folded in the order of the gradients.
         bucket_bytes: the size of the pieces that are exchanged as wholes.
+        shared: whether other workers of this node read the sums instead of receiving them; alike on all of them.
     """
 
     def __init__(
@@ -88,8 +90,10 @@ class Reducer:
         reduction: Reduction = Reduction.ORDERED,
         extras: int = 0,
         bucket_bytes: int = BUCKET_BYTES,
+        shared: bool = False,
     ) -> None:
-        self._layout = Layout(parameters, extras, bucket_bytes)
+        self._layout = Layout(parameters, extras, bucket_bytes, shared=shared)
+        self._neighbours = Neighbours()
         self._parameters = self._layout.parameters
         self._buckets = self._layout.buckets
         self._bucket_of = {i: n for n, b in enumerate(self._buckets) for i in b.parameters}
@@ -142,6 +146,8 @@ class Reducer:
         planned = (group, tuple(owners), frozenset(empty))
         if planned == self._planned:
             return
+        if group is not self._group:
+            self._neighbours.forget_dead()
         self._planned = planned
         self._group, owners, absent = planned
         if self._reduction is Reduction.ORDERED:
@@ -264,10 +270,13 @@ class Reducer:
     def output_is_finite(self) -> bool:
         """Whether all of the newest reduced gradient is, as the verdict says if nobody changed it since."""
         pairs = zip(self._output.buckets, self._buckets, strict=True)
-        return all(_is_finite(memory[: bucket.size]) for memory, bucket in pairs if bucket.parameters)
+        return all(is_finite(memory[: bucket.size]) for memory, bucket in pairs if bucket.parameters)
 
     def finish(self, divisor: float | Callable[[torch.Tensor], float]) -> Reduced:
         """Complete the sum of the step, divided, in the output.
+
+        Peers may still be reading; nobody changes what it has for the step before the verdict, which tells that all
+        have come this far.
 
         Args:
             divisor: a number, or what makes one out of the folded extras (which then are awaited first).
@@ -374,7 +383,7 @@ class Reducer:
         if self._size() == 1:
             self._exchange = Alone()
         else:
-            self._exchange = OrderedExchange(group, self._fold)
+            self._exchange = OrderedExchange(group, self._fold, self._neighbours)
         self._lanes = [
             Lane(
                 index=index,
@@ -384,6 +393,8 @@ class Reducer:
                     term: partial.memory.buckets[index][: bucket.size] for term, partial in self._sums.totals().items()
                 },
                 scaled=bool(bucket.parameters),
+                token=self._output.tokens[index],
+                tokens={term: partial.memory.tokens[index] for term, partial in self._sums.totals().items()},
             )
             for index, bucket in enumerate(self._buckets)
         ]
@@ -413,16 +424,14 @@ class Reducer:
             number = divisor
         finite = True
         for lane in gradients:
-            chunk = exchange.fold(lane, number)
+            finite &= exchange.fold(lane, number)
             exchange.publish(lane)
-            finite = finite and _is_finite(chunk)
         if not callable(divisor):
             exchange.fold(tail, 1.0)
             exchange.publish(tail)
             exchange.finish(tail)
         for lane in gradients:
             exchange.finish(lane)
-        exchange.settle()
         return Reduced(finite, not self._spoiled, self._output.extras.clone())
 
     def _close_exchange(self) -> None:
@@ -461,11 +470,3 @@ class Reducer:
         if self._into is not None:
             raise RuntimeError(f"{what} inside slot {self._slot}: end or discard it first.")
 
-
-def _is_finite(chunk: torch.Tensor) -> bool:
-    """Whether all elements are finite, for the price of a sum.
-
-    Only if the sum is not finite (it may just have overflowed) is each element looked at.
-    """
-    dtype = torch.float32 if chunk.dtype in (torch.float16, torch.bfloat16) else None
-    return bool(chunk.sum(dtype=dtype).isfinite()) or bool(chunk.isfinite().all())

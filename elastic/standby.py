@@ -17,6 +17,7 @@ import sys
 from typing import Any
 
 from elastic.lifeline import die_with_parent
+from elastic.shared import obstacle
 
 MESSAGE_SIZE_BYTES_MAX = 1024 * 1024
 PRELOADED = (
@@ -49,7 +50,7 @@ def preload() -> None:
 def serve(channel: socket.socket) -> None:
     """Fork a worker for each request; reap those that the agent asks about. Returns when the agent is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal group; the agent decides
-    channel.send(json.dumps({"ready": os.getpid()}).encode())
+    channel.send(json.dumps({"ready": os.getpid(), "memory_obstacle": obstacle()}).encode())
     while True:
         data, fds, _, _ = socket.recv_fds(channel, MESSAGE_SIZE_BYTES_MAX, 8)
         if not data:

@@ -88,11 +88,16 @@ class Outcome:
 def cast(group: Group, vote: Vote) -> Outcome:
     """Exchange the votes of all ranks; the call returns everywhere or fails somewhere.
 
+    A rank votes when it has received all that was posted to it, so this settles the group, too.
+
     Raises:
         VoteMismatch: step, generation or hash of the param groups are not the same everywhere.
         CollectiveAborted: a peer is gone. Others may have the outcome; whoever voted can still commit.
     """
-    return _read(_maximum(group, _pack(vote)), vote)
+    posted = group.posted
+    outcome = _read(_maximum(group, _pack(vote)), vote)
+    group.forget_posted(posted)
+    return outcome
 
 
 def _pack(vote: Vote) -> torch.Tensor:

@@ -68,6 +68,7 @@ def agent_settings(
     controller_timeout: float,
     record_samples: Path | None,
     seed: int,
+    share_memory: bool,
     labels: tuple[str, ...],
     module: bool,
     script: str,
@@ -89,6 +90,7 @@ def agent_settings(
         "controller_timeout_s": controller_timeout,
         "record_dir": str(record_samples.absolute()) if record_samples else "",
         "seed": seed,
+        "share_memory": share_memory,
         "labels": options.parse_labels(labels),
         "script": {
             "argv": [script if module else str(Path(script).absolute()), *arguments],

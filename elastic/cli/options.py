@@ -96,6 +96,8 @@ agent_settings = together(
     click.option("--record-samples", type=click.Path(path_type=Path, file_okay=False), default=None,
                  help="Directory for a record of (step, slot, generation, sample ids)."),
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling and all randomness."),
+    click.option("--share-memory/--no-share-memory", default=True, show_default=True,
+                 help="Let workers of this node read each other's gradients in shared memory."),
     click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label of this node."),
     click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as in python -m."),
 )  # fmt: skip

@@ -31,7 +31,8 @@ def test_every_command_is_documented() -> None:
 
 @pytest.mark.parametrize("name", sorted(elastic.commands))
 def test_the_documented_options_are_those_of_the_command(name: str) -> None:
-    options = {opt for param in elastic.commands[name].params if param.param_type_name == "option" for opt in param.opts}
+    params = [param for param in elastic.commands[name].params if param.param_type_name == "option"]
+    options = {opt for param in params for opt in (*param.opts, *param.secondary_opts)}
     assert documented()[name] == options
 
 

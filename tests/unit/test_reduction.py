@@ -118,8 +118,19 @@ def bits_of_gradients(parameters: Sequence[nn.Parameter]) -> list[bytes | None]:
 
 def finish(reducer: Reducer, divisor: float | Callable[[Tensor], float] = 12.0) -> Reduced:
     reduced = reducer.finish(divisor)
+    assert reducer._group is not None
+    reducer._group.settle()  # in place of the verdict
     reducer.install(reducer.presence_after_reduction())
     return reduced
+
+
+def neighbours_of(rank: int, size: int, shared: bool) -> list[int]:
+    """Whose memory a rank reads: with sharing all but the last one are on its node."""
+    here = range(size - 1) if shared else range(0)
+    return [peer for peer in here if peer != rank and rank in here]
+
+
+sharing = pytest.mark.parametrize("shared", [False, True], ids=["sending", "sharing"])
 
 
 @pytest.fixture
@@ -180,12 +191,16 @@ def random_case(seed: int, size: int) -> tuple[tuple[int, ...], int, frozenset[i
     return owners, draw(1, slots + 1), frozenset(s for s in range(slots) if draw(0, 6) == 0)
 
 
-def reduce_random_cases(rank: int, size: int, store: Store, report: Report) -> None:
-    group = connect(store, rank, size)
+def reduce_random_cases(
+    rank: int, size: int, store: Store, report: Report, *, shared: bool
+) -> None:
+    group = connect(store, rank, size, neighbours=neighbours_of(rank, size, shared))
     for seed in range(60):
         owners, replicas, empty = random_case(seed, size)
         parameters = parameters_of()
-        reducer = Reducer(parameters, replicas=replicas, extras=EXTRAS, bucket_bytes=100 + 50 * (seed % 4))
+        reducer = Reducer(
+            parameters, replicas=replicas, extras=EXTRAS, bucket_bytes=100 + 50 * (seed % 4), shared=shared
+        )
         reducer.plan(group, owners, empty)
         compute_all(reducer, parameters)
         finish(reducer, 3.0)
@@ -195,18 +210,23 @@ def reduce_random_cases(rank: int, size: int, store: Store, report: Report) -> N
     report("all equal")
 
 
-def test_any_assignment_gives_the_same_bits(tmp_path: Path) -> None:
-    with in_processes(3, reduce_random_cases, tmp_path) as peers:
+@sharing
+def test_any_assignment_gives_the_same_bits(shared: bool, tmp_path: Path) -> None:
+    with in_processes(3, functools.partial(reduce_random_cases, shared=shared), tmp_path) as peers:
         assert [peer.report() for peer in peers] == ["all equal"] * 3
 
 
-def train_a_model(rank: int, size: int, store: Store, report: Report, *, reduction: Reduction) -> None:
+def train_a_model(
+    rank: int, size: int, store: Store, report: Report, *, reduction: Reduction, shared: bool = False
+) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
-    reducer = Reducer(list(model.parameters()), replicas=4, reduction=reduction, bucket_bytes=256)
-    group = connect(store, rank, size)
+    reducer = Reducer(
+        list(model.parameters()), replicas=4, reduction=reduction, bucket_bytes=256, shared=shared
+    )
+    group = connect(store, rank, size, neighbours=neighbours_of(rank, size, shared))
     reducer.plan(group, BY_WORLD[size])
     for step in range(3):
         for slot in reducer.remaining_slots():
@@ -227,10 +247,11 @@ def train_a_model(rank: int, size: int, store: Store, report: Report, *, reducti
     report((bits(list(model.parameters())), [p.tolist() for p in model.parameters()]))
 
 
-def test_a_model_trains_to_the_same_bits_in_worlds_of_one_and_three(tmp_path: Path) -> None:
+@sharing
+def test_a_model_trains_to_the_same_bits_in_worlds_of_one_and_three(shared: bool, tmp_path: Path) -> None:
     results = []
     for size in (1, 3):
-        body = functools.partial(train_a_model, reduction=Reduction.ORDERED)
+        body = functools.partial(train_a_model, reduction=Reduction.ORDERED, shared=shared)
         with in_processes(size, body, tmp_path) as peers:
             results += [peer.report()[0] for peer in peers]
     assert all(result == results[0] for result in results)
@@ -254,10 +275,12 @@ BEFORE = (0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3)
 AFTER = (0, 0, 0, 1, 1, 1, 2, 2, 2, 0, 1, 2)
 
 
-def lose_a_rank_between_slots(rank: int, size: int, store: Store, report: Report) -> None:
+def lose_a_rank_between_slots(
+    rank: int, size: int, store: Store, report: Report, *, shared: bool
+) -> None:
     parameters = parameters_of()
-    reducer = Reducer(parameters, replicas=4, extras=EXTRAS)
-    group = connect(store, rank, size)
+    reducer = Reducer(parameters, replicas=4, extras=EXTRAS, shared=shared)
+    group = connect(store, rank, size, neighbours=neighbours_of(rank, size, shared))
     reducer.plan(group, BEFORE)
     for slot in reducer.remaining_slots()[:2]:
         compute(reducer, parameters, slot)
@@ -267,25 +290,29 @@ def lose_a_rank_between_slots(rank: int, size: int, store: Store, report: Report
     back_propagate(parameters, gradients_of(3 * rank + 2, parameters))
     group.abort("rank 3 is gone")
     reducer.end_slot(extras_of(3 * rank + 2))
-    reducer.plan(connect(store, rank, size - 1, generation=2), AFTER)
+    left = neighbours_of(rank, size - 1, shared)
+    reducer.plan(connect(store, rank, size - 1, generation=2, neighbours=left), AFTER)
     report(reducer.remaining_slots())
     compute_all(reducer, parameters)
     finish(reducer)
     report(bits_of_gradients(parameters))
 
 
-def test_finished_slots_are_kept_when_a_rank_is_lost(tmp_path: Path) -> None:
+@sharing
+def test_finished_slots_are_kept_when_a_rank_is_lost(shared: bool, tmp_path: Path) -> None:
     right = bits(expected(parameters_of(), 12, 4, 12.0))
-    with in_processes(4, lose_a_rank_between_slots, tmp_path) as peers:
+    with in_processes(4, functools.partial(lose_a_rank_between_slots, shared=shared), tmp_path) as peers:
         for peer in peers[:3]:
             assert peer.report() == (9 + peer.rank,)
             assert peer.report() == right
 
 
-def lose_a_rank_in_the_reduction(rank: int, size: int, store: Store, report: Report) -> None:
+def lose_a_rank_in_the_reduction(
+    rank: int, size: int, store: Store, report: Report, *, shared: bool
+) -> None:
     parameters = parameters_of()
-    reducer = Reducer(parameters, replicas=4, extras=EXTRAS)
-    group = connect(store, rank, size)
+    reducer = Reducer(parameters, replicas=4, extras=EXTRAS, shared=shared)
+    group = connect(store, rank, size, neighbours=neighbours_of(rank, size, shared))
     reducer.plan(group, BEFORE)
     compute_all(reducer, parameters)
     if rank == size - 1:
@@ -298,19 +325,21 @@ def lose_a_rank_in_the_reduction(rank: int, size: int, store: Store, report: Rep
     with pytest.raises(CollectiveAborted):
         reducer.finish(12.0)
     report(time.monotonic() - began)
-    reducer.plan(connect(store, rank, size - 1, generation=2), AFTER)
+    left = neighbours_of(rank, size - 1, shared)
+    reducer.plan(connect(store, rank, size - 1, generation=2, neighbours=left), AFTER)
     report(reducer.remaining_slots())
     compute_all(reducer, parameters)
     finish(reducer)
     report(bits_of_gradients(parameters))
 
 
+@sharing
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_reduction_broken_by_a_lost_rank_is_done_again_from_what_is_finished(
-    number: signal.Signals, tmp_path: Path
+    number: signal.Signals, shared: bool, tmp_path: Path
 ) -> None:
     right = bits(expected(parameters_of(), 12, 4, 12.0))
-    with in_processes(4, lose_a_rank_in_the_reduction, tmp_path) as peers:
+    with in_processes(4, functools.partial(lose_a_rank_in_the_reduction, shared=shared), tmp_path) as peers:
         assert {peer.report() for peer in peers} == {"waiting", "reducing"}
         os.kill(peers[3].pid, number)
         for peer in peers[:3]:
@@ -320,23 +349,26 @@ def test_a_reduction_broken_by_a_lost_rank_is_done_again_from_what_is_finished(
             assert peer.report() == right
 
 
-def reduce_among_random_aborts(rank: int, size: int, store: Store, report: Report) -> None:
-    shared, own = random.Random(0), random.Random(rank + 1)
+def reduce_among_random_aborts(
+    rank: int, size: int, store: Store, report: Report, *, shared: bool
+) -> None:
+    common, own = random.Random(0), random.Random(rank + 1)
     parameters = [nn.Parameter(torch.zeros(count)) for count in (200_000, 1000, 77)]
-    reducer = Reducer(parameters, replicas=4, extras=EXTRAS, bucket_bytes=500_000)
+    reducer = Reducer(parameters, replicas=4, extras=EXTRAS, bucket_bytes=500_000, shared=shared)
     generation = aborts = 0
     for _ in range(6):
-        owners = [shared.randrange(size) for _ in range(12)]
+        owners = [common.randrange(size) for _ in range(12)]
         is_reduced = False
         for attempt in range(5):
             generation += 1
-            group = connect(store, rank, size, generation)
+            group = connect(store, rank, size, generation, neighbours_of(rank, size, shared))
             reducer.plan(group, owners)
             if attempt < 4 and own.random() < 0.5:
                 after(own.random() * 0.02, functools.partial(group.abort, "chaos"))
             try:
                 compute_all(reducer, parameters)
                 reducer.finish(12.0)
+                group.settle()
                 here = "done"
             except CollectiveAborted:
                 here, aborts = "aborted", aborts + 1
@@ -355,8 +387,9 @@ def reduce_among_random_aborts(rank: int, size: int, store: Store, report: Repor
     report(aborts)
 
 
-def test_aborts_at_random_moments_change_no_bit(tmp_path: Path) -> None:
-    with in_processes(3, reduce_among_random_aborts, tmp_path) as peers:
+@sharing
+def test_aborts_at_random_moments_change_no_bit(shared: bool, tmp_path: Path) -> None:
+    with in_processes(3, functools.partial(reduce_among_random_aborts, shared=shared), tmp_path) as peers:
         assert sum(peer.report() for peer in peers) > 0
 
 

@@ -9,7 +9,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,10 +27,19 @@ DEADLINE_S = 60.0
 """For things that should take milliseconds; a test that needs it has failed."""
 
 
-def connect(store: Store | None, rank: int, size: int, generation: int = 1, **timeouts: float) -> Group:
+def connect(
+    store: Store | None,
+    rank: int,
+    size: int,
+    generation: int = 1,
+    neighbours: Iterable[int] = (),
+    **timeouts: float,
+) -> Group:
     """Build a group with the deadlines of a test."""
     limits = {"connect_timeout_s": 20.0, "operation_timeout_s": 20.0, **timeouts}
-    return build_group(store, rank, size, generation=generation, address=ADDRESS, **limits)
+    return build_group(
+        store, rank, size, generation=generation, address=ADDRESS, neighbours=neighbours, **limits
+    )
 
 
 def in_threads(size: int, body: Callable[[int], T]) -> list[T]:
