@@ -7,8 +7,8 @@ How a generation goes:
 
     fault      -> FENCE g: Prepare to all survivors -> all Prepared (sealed, group built, what they hold) -> restore
                   step = the newest committed anywhere -> ledger -> Commit g -> all Switched -> running
-    join/leave -> SWITCH g: Prepare to all -> all Prepared (group built aside, training goes on) -> ledger -> Commit g;
-                  the verdict of a step decides when everybody has it, and all adopt at that boundary
+    join/leave -> SWITCH g: Prepare to all -> all Prepared (group built aside, training goes on; a joiner is warm too)
+                  -> ledger -> Commit g; the verdict of a step decides when everybody has it, and all adopt at that boundary
 """
 
 from __future__ import annotations
@@ -536,6 +536,7 @@ class ControllerMachine:
             self._found_if_complete(now)
         else:
             self._admit(worker)
+            self._consider_switch(now)
 
     def _refuse_worker(self, worker: Worker, sentence: str) -> None:
         worker.state = "dead"
@@ -873,14 +874,14 @@ class ControllerMachine:
             return
         members = self.plan.members
         leaving = [m for m in members if self.nodes[m.node].state == "draining"]
-        joining = self._warm(len(members) - len(leaving))
+        joining = self._joiners(len(members) - len(leaving))
         staying = [m for m in members if m not in leaving]
         nodes = {m.node for m in staying} | {self.workers[w].node for w in joining}
         holders = [w for w in self._known(staying) if w.holds_state]
         if leaving and (not holders or len(nodes) < self.settings.nodes_min):
             # They go once others hold the state, and enough others are there.
             staying, leaving = list(members), []
-            joining = self._warm(len(members))
+            joining = self._joiners(len(members))
         if not joining and not leaving:
             return
         words = [f"{', '.join(joining)} joins"] if joining else []
@@ -889,20 +890,26 @@ class ControllerMachine:
             PlanKind.SWITCH, [*(m.worker for m in staying), *joining], "; ".join(words), now, leavers=leaving
         )
 
-    def _warm(self, seats_taken: int) -> list[str]:
-        """Return the joiners that are ready, as many as there are slots for."""
+    def _joiners(self, seats_taken: int, *, warm_only: bool = False) -> list[str]:
+        """Return who may be taken in, as many as there are slots for.
+
+        A switch may be prepared while a joiner warms up, since it costs the members nothing; one that was too slow for
+        that is waited for first.
+        """
         assert self.spec is not None
-        warm = [
+        ready = [
             w
             for w in self.workers.values()
-            if w.state == "warm" and self.nodes[w.node].state == "attached" and not self._is_member(w)
+            if (w.state == "warm" or (w.state == "warming" and not (warm_only or w.warms_slowly)))
+            and self.nodes[w.node].state == "attached"
+            and not self._is_member(w)
         ]
-        warm.sort(key=lambda w: (w.switch_failures, natural(w.node), w.local_rank))
-        return [w.id for w in warm][: max(0, self.spec.slots - seats_taken)]
+        ready.sort(key=lambda w: (w.state != "warm", w.switch_failures, natural(w.node), w.local_rank))
+        return [w.id for w in ready][: max(0, self.spec.slots - seats_taken)]
 
     def _reinforce(self, attempt: Attempt, now: float) -> None:
         """Too few nodes are left to go on: take new ones in at once, since no step is running that could decide it."""
-        joining = self._warm(attempt.plan.world_size)
+        joining = self._joiners(attempt.plan.world_size, warm_only=True)
         nodes = {m.node for m in attempt.plan.members} | {self.workers[w].node for w in joining}
         if len(nodes) >= self.settings.nodes_min:
             self._fence(f"{', '.join(joining)} joins", now, loss=True, joining=joining)
@@ -1096,8 +1103,10 @@ class ControllerMachine:
         if attempt.plan.kind is PlanKind.SWITCH:
             self._abandon(f"not prepared in time: {', '.join(missing)}")
             for worker_id in missing:
-                if self.workers[worker_id].state == "warm":
-                    self._kill(self.workers[worker_id], "it was not prepared in time")
+                worker = self.workers[worker_id]
+                worker.warms_slowly |= worker.state == "warming"
+                if worker.state == "warm":
+                    self._kill(worker, "it was not prepared in time")
             return
         if not missing:
             self._end("failed", f"fewer nodes than --nnodes MIN ({self.settings.nodes_min}) for too long", now)

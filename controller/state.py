@@ -71,6 +71,7 @@ class Worker:
     failure: Failed | None = None
     leaving: Leaving | None = None
     switch_failures: int = 0
+    warms_slowly: bool = False  # a switch was given up because it was not warm in time
 
     @property
     def alive(self) -> bool:

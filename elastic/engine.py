@@ -148,15 +148,18 @@ class Engine:
         if not slot.counts:
             self.reducer.discard_slot()
             self.buffers.restore()
-            if self._must_warm:
-                self._must_warm = False
-                self.coordinator.feed(Warmed())
+            self._say_warm()
         elif len(self._stepped) < len(self._inner_steps):
             raise ConfigError(
                 f"{len(self._inner_steps) - len(self._stepped)} of {len(self._inner_steps)} prepared optimizers were not "
                 f"stepped in an iteration of step {slot.step}: call every optimizer's step() once per iteration"
             )
         self._announce()
+
+    def _say_warm(self) -> None:
+        if self._must_warm:
+            self._must_warm = False
+            self.coordinator.feed(Warmed())
 
     def begin_epoch(self) -> None:
         """User code enters its loop over the loader, for the epoch of the step in progress."""
@@ -270,7 +273,9 @@ class Engine:
             return
         if not slot.counts:
             # A joiner's own weights do not matter, since it is given the state; its optimizer's memory does: pages that
-            # are touched now need not be touched while its peers wait.
+            # are touched now need not be touched while its peers wait. They need not wait for the word until then: what
+            # may take long the first time (fetching, compiling) is behind it.
+            self._say_warm()
             for inner in self._inner_steps:
                 inner()
             return

@@ -104,10 +104,11 @@ class Layout:
         return buckets
 
     def allocate(self) -> Memory:
-        """One set of flat tensors, filled with the identity of addition (which also touches every page)."""
+        """One set of flat tensors, finite everywhere and with every page touched."""
         region, flats, begins = self._allocate_flats()
-        for flat in flats:
-            fill_with_nothing(flat)
+        for family, flat in enumerate(flats):
+            if family not in begins:
+                fill_with_nothing(flat)
         views = [
             _shaped(flats[family], offset, parameter)
             for parameter, (family, offset) in zip(self.parameters, self._places, strict=True)

@@ -148,6 +148,11 @@ class PartialSums:
             self._merge(local)
         self._trim()
 
+    def reserve(self) -> None:
+        """Allocate the memory of one partial sum ahead of its use."""
+        if not self._spare and not any(True for local in self.terms for _ in local.held()):
+            self._spare.append(self._layout.allocate())
+
     def remaining_slots(self) -> tuple[int, ...]:
         """The slots that are still to be computed, in the order in which to do it."""
         return tuple(sorted(slot for local in self.terms for slot in set(local.term.slots) - local.finished()))

@@ -277,6 +277,7 @@ class WorkerMachine:
         self.switch_decided = 0  # generation that the last verdict told everyone to adopt
         self.retired = 0  # generation that a switch replaced, whose group peers may still be reading from
         self.admitted: Admitted | None = None
+        self.warmed = False
         self.left: Leaving | None = None
         self.resumed_in = 0
         self.finished = ""
@@ -297,7 +298,8 @@ class WorkerMachine:
             case Register(spec):
                 return [Send(Registered(spec))]
             case Warmed():
-                return [Send(Warm())]
+                self.warmed = True
+                return [Send(Warm()), *self._report_if_ready()]
             case AskVote(step):
                 return self._ask_vote(step)
             case AskCommit(step, next_generation):
@@ -387,6 +389,8 @@ class WorkerMachine:
             return []
         if plan.kind is not PlanKind.SWITCH and self.word is not Word.SEALED:
             return []  # main is writing; what it writes belongs in the report
+        if plan.kind is PlanKind.SWITCH and self.world is None and not self.warmed:
+            return []  # its first slot would be a slow one, and its peers would wait for it
         self.pending_reported = True
         return [Send(Prepared(plan.generation, self.committed, self.voted, self.has_state))]
 

@@ -175,6 +175,8 @@ class Reducer:
         if slot is not None:
             self._into = self._sums.partial_for(slot)
             self._slot = slot
+        else:
+            self._sums.reserve()  # the first slot that counts then finds its memory ready
         self._weight = weight
         if weight is not None and not self._weight_hooks:
             self._weight_hooks = [

@@ -18,8 +18,8 @@ from tests.e2e.jobs import Job, Status, members_of, pids_of
 pytestmark = pytest.mark.e2e
 
 WORKERS = 4
-KILLS = 30
-LONG = ("--epochs", 12)  # more steps than the kills take
+KILLS = 50
+LONG = ("--epochs", 18)  # more steps than the kills take
 SHORT = ("--epochs", 5)
 STEPS = 5 * 51
 SAMPLES, BATCH_SIZE, SLOTS = 1217, 4, 6  # the script's defaults
@@ -42,7 +42,7 @@ def chance_of(members: Mapping[str, Status]) -> int:
     return int(random.choice(list(members.values()))["pid"])
 
 
-def test_thirty_kills_lose_no_survivor_no_sample_and_no_bit(job: Job, undisturbed: Callable[..., str]) -> None:
+def test_fifty_kills_lose_no_survivor_no_sample_and_no_bit(job: Job, undisturbed: Callable[..., str]) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -69,12 +69,12 @@ def test_thirty_kills_lose_no_survivor_no_sample_and_no_bit(job: Job, undisturbe
         job.kill(victim)
         killed.add(victim)
     job.wait_for_world(WORKERS)
-    finish(job, steps=12 * 51)
+    finish(job, steps=18 * 51)
     # Whoever ended before the job did was killed here: as many as were killed, and all of them by SIGKILL.
     ends = [line for line in job.said("run").splitlines() if re.match(r"\[controller\] worker \S+/\S+: ", line)]
     assert len(ends) == KILLS and all(line.endswith("killed by SIGKILL") for line in ends)
     sampler = SlotSampler(SAMPLES, BATCH_SIZE, SLOTS, 0, True, False)
-    expected = {(step, slot): sampler.ids(step, slot) for step in range(1, 12 * 51 + 1) for slot in range(SLOTS)}
+    expected = {(step, slot): sampler.ids(step, slot) for step in range(1, 18 * 51 + 1) for slot in range(SLOTS)}
     assert read_record(record) == {key: ids for key, ids in expected.items() if ids}
     assert job.fingerprint() == undisturbed(*LONG)
 

@@ -160,8 +160,7 @@ class Job:
 
     def join(self, worker: str) -> list[str]:
         """A started worker registers and warms up."""
-        self.say(worker, Registered(SPEC))
-        return self.say(worker, Warm())
+        return [*self.say(worker, Registered(SPEC)), *self.say(worker, Warm())]
 
 
 def short(effect: ControllerEffect) -> str:
@@ -289,7 +288,7 @@ def test_a_loss_before_the_first_world_stands_forms_it_anew_with_everybody() -> 
     job.say(B, Registered(SPEC))
     job.tick(30.5)
     job.attach("n2")
-    assert job.join(C) == []  # told to join a world that never stands
+    assert job.join(C) == [f"{C}: join"]  # told to join a world that never stands
     assert job.exits(B) == ["ledger workers-lost", "ledger worker-started", "n1#1: start n1/0.2"]
     assert job.say("n1/0.2", Registered(SPEC)) == [
         f"{A}: found",
@@ -479,6 +478,7 @@ def test_too_few_nodes_wait_for_new_ones_and_take_them_in_at_once() -> None:
     assert job.prepare(2, 3, A) == ["ledger job-waits"]
     job.attach("n1", number=2)
     assert job.join("n1/0.2") == [
+        "n1/0.2: join",
         "ledger generation-opened",
         f"{A}: prepare 3 FENCE [{A} n1/0.2]",
         f"n1/0.2: prepare 3 FENCE [{A} n1/0.2]",
@@ -559,12 +559,13 @@ def test_a_joiner_is_taken_in_by_a_switch() -> None:
     job = Job()
     job.running("n0")
     job.attach("n1")
-    assert job.say(B, Registered(SPEC)) == [f"{B}: join"]
-    assert job.say(B, Warm()) == [
+    assert job.say(B, Registered(SPEC)) == [
+        f"{B}: join",
         "ledger generation-opened",
         f"{A}: prepare 2 SWITCH [{A} {B}]",
         f"{B}: prepare 2 SWITCH [{A} {B}]",
     ]
+    assert job.say(B, Warm()) == []  # and B says Prepared, which it does not before
     job.prepare(2, 0, B, has_state=False)
     assert job.prepare(2, 5, A) == [
         "ledger generation-committed",
@@ -573,6 +574,21 @@ def test_a_joiner_is_taken_in_by_a_switch() -> None:
     ]
     assert job.switch(2, 0, B) == []
     assert job.switch(2, 6, A) == ["ledger generation-adopted"]
+
+
+def test_a_joiner_that_warms_up_slowly_is_waited_for_before_another_switch_is_prepared() -> None:
+    job = Job()
+    job.running("n0")
+    job.attach("n1")
+    job.say(B, Registered(SPEC))
+    job.prepare(2, 5, A)
+    assert job.tick(job.settings.prepare_timeout_s + 1.0) == [
+        "ledger generation-abandoned",
+        f"{A}: abandon 2",
+        f"{B}: abandon 2",
+    ]
+    assert job.tick(60.0) == []
+    assert f"{B}: prepare 3 SWITCH [{A} {B}]" in job.say(B, Warm())
 
 
 def test_a_joiner_with_another_model_is_refused() -> None:
@@ -629,7 +645,7 @@ def test_there_are_never_more_members_than_slots() -> None:
     job = Job(nodes_max=3)
     job.running("n0", "n1", nproc=2)
     job.attach("n2")
-    assert job.join(C) == [], "it stays warm until a slot is free"
+    assert job.join(C) == [f"{C}: join"], "it stays warm until a slot is free"
     job.exits("n1/1.1")
     workers = ("n0/0.1", "n0/1.1", "n1/0.1")
     job.prepare(2, 3, *workers)

@@ -93,6 +93,19 @@ def joiner() -> WorkerMachine:
     return machine
 
 
+def test_a_joiner_is_prepared_when_its_group_stands_and_it_is_warm() -> None:
+    switch = Heard(Prepare(plan(2, PlanKind.SWITCH, "b", "j")))
+    prepared = Send(Prepared(2, 0, 0, has_state=False))
+    for first, then, said in (
+        (GroupStands(2), Warmed(), [Send(Warm()), prepared]),
+        (Warmed(), GroupStands(2), [prepared]),
+    ):
+        machine = WorkerMachine("j")
+        feed(machine, Heard(Admitted(2, 2, committed=5, joins_running_world=True)), switch)
+        assert prepared not in machine.step(first)
+        assert machine.step(then) == said
+
+
 FENCE = plan(2, PlanKind.FENCE, "a")
 SWITCH = plan(2, PlanKind.SWITCH, "a", "b", "j")
 
