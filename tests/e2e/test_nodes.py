@@ -198,6 +198,7 @@ def test_people_are_told_what_they_ask_for(job: Job) -> None:
     assert refused.code == 2 and refused.err.count("\n") == 1 and "no node 'nobody' is attached" in refused.err
 
     follower = job.start("follower", ELASTIC, "events", "--controller", job.address, "--follow")
+    job.eventually(lambda: "generation 1 committed" in job.said("follower", "out"), "the follower follows")
     assert job.ask("stop", "--reason", "enough seen").code == 0
     done = job.ended(job.started["run"])
     assert done.code != 0 and "enough seen" in done.err
