@@ -13,6 +13,7 @@ from elastic.domain import (
     AgentHello,
     AgentMessage,
     CollectiveFailed,
+    Concluded,
     ControllerMessage,
     Failed,
     FromWorker,
@@ -21,7 +22,9 @@ from elastic.domain import (
     HeartbeatAck,
     KillWorker,
     Leaving,
+    PeersProbed,
     Prepare,
+    ProbePeers,
     Refused,
     Registered,
     Shutdown,
@@ -37,7 +40,9 @@ from elastic.domain import (
     WorkerStatus,
 )
 
-STICKY = (Registered, Warm, CollectiveFailed, Leaving, Failed)  # what a returning controller must be told
+STICKY = (Registered, Warm, CollectiveFailed, Leaving, Concluded, Failed)  # what a returning controller must be told
+STEPS_OF_SILENCE = 5  # a hang is this many times the longest step seen ...
+HANG_TIMEOUT_S_MIN = 10.0  # ... but no shorter than this
 OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # not the program's own fault
 
 
@@ -117,7 +122,10 @@ class ProcessEnded:
 
 @dataclass(frozen=True, slots=True)
 class Looked:
-    """What the shell read about a worker: its process state (letter of /proc/PID/stat) and its progress page."""
+    """What the shell read about a worker: its process state (letter of /proc/PID/stat) and its progress page.
+
+    `busy_until_s` is on the clock of `now`.
+    """
 
     worker: str
     process_state: str
@@ -126,6 +134,15 @@ class Looked:
     progress: int
     loss: float
     samples: int
+    busy_until_s: float = 0.0
+    waits: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """The nodes that were to be probed have answered, or not in time."""
+
+    result: PeersProbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +166,7 @@ AgentEvent = (
     | WorkerSaid
     | ProcessEnded
     | Looked
+    | Probed
     | EndAsked
     | Tick
 )
@@ -196,6 +214,13 @@ class OpenGeneration:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """Ask these nodes whether they are there, side by side; then say Probed."""
+
+    order: ProbePeers
+
+
+@dataclass(frozen=True, slots=True)
 class DropConnection:
     """Close the stream to the controller; the shell opens another."""
 
@@ -210,7 +235,7 @@ class EndAgent:
     reason: str
 
 
-AgentEffect = Fork | Signal | Report | Forward | OpenGeneration | DropConnection | EndAgent
+AgentEffect = Fork | Signal | Report | Forward | OpenGeneration | Probe | DropConnection | EndAgent
 
 
 @dataclass(slots=True)
@@ -223,6 +248,10 @@ class LocalWorker:
     status: WorkerStatus = field(default_factory=WorkerStatus)
     said: dict[type, WorkerMessage] = field(default_factory=dict)
     stopped_since: float | None = None
+    moved_at: float | None = None  # when it last made progress, or had no need to
+    committed_at: float | None = None
+    commits: int = 0  # how often its committed step has been seen to grow
+    longest_step_s: float = 0.0
     end_reason: str = ""  # why this agent is ending it; "" while it is wanted
     reported: bool = False  # its end has been told to the controller
     gone: bool = False
@@ -234,6 +263,8 @@ class AgentMachine:
     def __init__(self, settings: AgentSettings) -> None:
         self.settings = settings
         self.failure_timeout_s = settings.failure_timeout_s
+        self.hang_timeout_s = 0.0  # 0: derived from the steps seen
+        self.start_timeout_s = 600.0
         self.workers: dict[str, LocalWorker] = {}
         self.connected = False  # a stream is open and the Hello is on it: whatever follows reaches whoever takes it
         self.attached = False  # the controller has welcomed it
@@ -274,6 +305,8 @@ class AgentMachine:
                 self._process_ended(worker_id, code, detected_by)
             case Looked():
                 self._looked(event, now)
+            case Probed(result):
+                self._report(result)
             case EndAsked(reason):
                 self._shut_down(Shutdown(reason, 0 if self.ending is None else self.ending.exit_code), now)
             case Tick():
@@ -302,9 +335,10 @@ class AgentMachine:
 
     def _heard(self, message: ControllerMessage, now: float) -> None:
         match message:
-            case Welcome(keep, failure_timeout_ms, _):
+            case Welcome(keep, failure_timeout_ms, _, hang_timeout_ms, start_timeout_ms):
                 self.attached, self.was_attached, self.detached_since = True, True, None
                 self.failure_timeout_s = failure_timeout_ms / 1000
+                self.hang_timeout_s, self.start_timeout_s = hang_timeout_ms / 1000, start_timeout_ms / 1000
                 for worker in self.workers.values():
                     if not worker.gone and worker.id not in keep:
                         worker.reported = True  # the controller counts it as lost already
@@ -320,6 +354,8 @@ class AgentMachine:
                 self._forward(worker_id, command)
             case Shutdown():
                 self._shut_down(message, now)
+            case ProbePeers():
+                self._emit(Probe(message))
             case HeartbeatAck():
                 pass
 
@@ -428,6 +464,7 @@ class AgentMachine:
         worker = self.workers.get(look.worker)
         if worker is None or worker.gone:
             return
+        self._note_progress(worker, look, now)
         worker.status = replace(
             worker.status,
             generation=look.generation,
@@ -435,18 +472,44 @@ class AgentMachine:
             progress=look.progress,
             loss=look.loss,
             samples=look.samples,
+            waits=look.waits,
         )
-        if look.process_state not in ("T", "t"):
-            worker.stopped_since = None
+        if worker.end_reason:
             return
-        if worker.stopped_since is None:
-            worker.stopped_since = now
-        stopped_s = now - worker.stopped_since
-        if stopped_s >= self.failure_timeout_s and not worker.end_reason:
-            reason = f"stopped for {stopped_s:.1f} s"
-            self._kill(worker, reason)
-            # A stopped process dies of SIGKILL at once; nobody needs to wait for its last page to be freed.
-            self._ended(worker.id, -signal.SIGKILL, reason, "process state", blameless=True, silent_s=stopped_s)
+        if look.process_state in ("T", "t"):
+            if worker.stopped_since is None:
+                worker.stopped_since = now
+            stopped_s = now - worker.stopped_since
+            if stopped_s >= self.failure_timeout_s:
+                self._lose(worker, f"stopped for {stopped_s:.1f} s", "process state", blameless=True, silent_s=stopped_s)
+            return
+        worker.stopped_since = None
+        silent_s = now - max(worker.moved_at or now, look.busy_until_s)
+        if silent_s > self._patience_s(worker):
+            self._lose(worker, f"no progress for {silent_s:.1f} s", "progress", blameless=False, silent_s=silent_s)
+
+    @staticmethod
+    def _note_progress(worker: LocalWorker, look: Looked, now: float) -> None:
+        if look.committed > worker.status.committed:
+            if worker.committed_at is not None:
+                steps = look.committed - worker.status.committed
+                worker.longest_step_s = max(worker.longest_step_s, (now - worker.committed_at) / steps)
+            worker.committed_at, worker.commits = now, worker.commits + 1
+        elif look.progress == worker.status.progress and not look.waits and worker.moved_at is not None:
+            return
+        worker.moved_at = now
+
+    def _patience_s(self, worker: LocalWorker) -> float:
+        """Return how long a worker may make no progress in the user's code."""
+        # A joiner's first commit is seen when it is given the state.
+        if worker.commits < 2 or Leaving in worker.said:
+            return self.start_timeout_s
+        return self.hang_timeout_s or max(HANG_TIMEOUT_S_MIN, STEPS_OF_SILENCE * worker.longest_step_s)
+
+    def _lose(self, worker: LocalWorker, reason: str, detected_by: str, *, blameless: bool, silent_s: float) -> None:
+        self._kill(worker, reason)
+        # It dies of SIGKILL at once; nobody needs to wait for its last page to be freed.
+        self._ended(worker.id, -signal.SIGKILL, reason, detected_by, blameless=blameless, silent_s=silent_s)
 
     # -- time ------------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,8 @@ from agent.machine import (
     Heard,
     Looked,
     OpenGeneration,
+    Probe,
+    Probed,
     ProcessEnded,
     Report,
     Signal,
@@ -45,7 +47,7 @@ from agent.machine import (
 from agent.processes import Script, Standby, WorkerProcess, worker_environment
 from agent.store import StoreService
 from elastic import config
-from elastic.domain import AgentHello, AgentMessage, StartWorker, WorkerCommand
+from elastic.domain import AgentHello, AgentMessage, PeersProbed, ProbePeers, StartWorker, WorkerCommand
 from elastic.progress import ProgressPage
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -151,6 +153,8 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                         worker.commands.put_nowait(command)
                 case OpenGeneration(generation):
                     self.store.open_generation(generation)
+                case Probe(order):
+                    self._spawn(self._probe(order))
                 case DropConnection():
                     self._send(None)
                 case EndAgent(code, reason):
@@ -175,6 +179,12 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             print(f"[agent {self.config.node}] fault: {task.exception()!r}", file=sys.stderr, flush=True)
             self.exit_code = 1
             self.over.set()
+
+    async def _probe(self, order: ProbePeers) -> None:
+        timeout_s = order.timeout_ms / 1000
+        reached = await asyncio.gather(*(self.store.reaches(p.node, p.address, timeout_s) for p in order.peers))
+        silent = tuple(peer.node for peer, answered in zip(order.peers, reached, strict=True) if not answered)
+        self.handle(Probed(PeersProbed(order.generation, silent)))
 
     # -- processes -------------------------------------------------------------------------------------------------
 
@@ -277,6 +287,8 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 shown.progress,
                 shown.loss,
                 shown.samples,
+                shown.busy_until_s,
+                shown.waits,
             )
         )
 

@@ -68,6 +68,25 @@ class StoreService(runtime_pb2_grpc.StoreServicer):
             self._peers[address] = channels.client(address)
         return runtime_pb2_grpc.StoreStub(self._peers[address])
 
+    async def Probe(
+        self, request: runtime_pb2.ProbeRequest, context: channels.Context
+    ) -> runtime_pb2.ProbeReply:
+        """Say that this node is here."""
+        if request.node != self.node:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"this is node {self.node}")
+        return runtime_pb2.ProbeReply()
+
+    async def reaches(self, node: str, address: str, timeout_s: float) -> bool:
+        """Whether another node's agent answers in time."""
+        try:
+            # Not over a channel that may have been waiting to connect again.
+            async with channels.client(address) as channel:
+                request = runtime_pb2.ProbeRequest(node=node)
+                await runtime_pb2_grpc.StoreStub(channel).Probe(request, timeout=timeout_s, wait_for_ready=True)
+        except grpc.aio.AioRpcError:
+            return False
+        return True
+
     async def Set(
         self, request: runtime_pb2.StoreSetRequest, context: channels.Context
     ) -> runtime_pb2.StoreSetReply:

@@ -1,13 +1,16 @@
 """Module buffers (batch-norm statistics and the like), made independent of who computes which slot.
 
-Every slot starts from the committed copy. At a commit floating buffers become the mean over the slots, in slot order,
-and integer ones become slot 0's. They travel as float64 in the reducer's extras, in which every such value is exact.
-Large buffers are taken for constants (masks, tables); one that changes all the same is an error, never a silent drift.
+Every slot starts from the committed copy. What a commit makes of the slots' values is the buffer's rule: by default
+floating buffers become the mean over the slots, in slot order, and integer ones become slot 0's. Values travel as float64
+in the reducer's extras, in which every such value is exact. Large buffers are taken for constants (masks, tables) unless a
+rule was given; one that changes all the same is an error, never a silent drift.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +18,51 @@ from torch import Tensor, nn
 from elastic.errors import ConfigError
 
 SMALL_NUMEL = 4096  # beyond this, only the statistics of norm layers are expected to change
+STACKED_NUMEL_MAX = 4 * 2**20  # elements of all slots together that a callable rule may ask for
+
+Merge = Callable[[Tensor, Tensor], Tensor]
+"""(committed copy, values of all slots, [slots, *shape]) -> new committed copy."""
+Rule = str | Merge
+
+RULES = ("mean", "first", "delta", "constant")
+"""The mean over the slots; slot 0's value; the sum of all slots' changes; never exchanged."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A buffer that training changes, its committed copy, and where in a slot's vector its values are."""
+
+    name: str
+    buffer: Tensor
+    copy: Tensor
+    rule: Rule
+    offset: int
+    numel: int
 
 
 class CommittedBuffers:
     """The committed copy of every buffer that training changes.
 
+    Args:
+        models: By name.
+        slots: Slots of a step.
+        rules: "<model>.<buffer name>", or a pattern of it as in a shell -> what a commit makes of the slots' values.
+
     Attributes:
         copies: "<model>.<buffer name>" -> the committed copy; what snapshots, joiners and digests read.
         extras: Length of the float64 vector that carries one slot's buffers.
+
+    Raises:
+        ConfigError: a rule names no buffer or is none, or a buffer is too large for its rule.
     """
 
-    def __init__(self, models: Mapping[str, nn.Module]) -> None:
-        self._live: list[Tensor] = []
+    def __init__(self, models: Mapping[str, nn.Module], slots: int = 1, rules: Mapping[str, Rule] | None = None) -> None:
+        self._slots = slots
+        self._kept: list[_Kept] = []
         self._constants: list[tuple[str, Tensor, int]] = []
-        self.copies: dict[str, Tensor] = {}
+        unused = dict(rules or {})
         seen: set[int] = set()
+        self.extras = 0
         for model_name, model in models.items():
             for module_name, module in model.named_modules():
                 for buffer_name, buffer in module.named_buffers(recurse=False):
@@ -37,13 +70,39 @@ class CommittedBuffers:
                         continue
                     seen.add(id(buffer))
                     name = ".".join(part for part in (model_name, module_name, buffer_name) if part)
-                    if _is_statistic(module) or buffer.numel() <= SMALL_NUMEL:
-                        self._live.append(buffer)
-                        self.copies[name] = buffer.detach().clone()
-                    else:
-                        self._constants.append((name, buffer, buffer._version))
-        self._is_floating = [buffer.is_floating_point() for buffer in self._live]
-        self.extras = sum(buffer.numel() for buffer in self._live)
+                    rule = self._rule_of(name, buffer, _is_statistic(module), rules or {}, unused)
+                    self._keep(name, buffer, rule)
+        if unused:
+            known = ", ".join(sorted([kept.name for kept in self._kept] + [name for name, _, _ in self._constants]))
+            raise ConfigError(f"session.buffer_rule({min(unused)!r}) names no buffer: there are {known or 'none'}")
+        self.copies: dict[str, Tensor] = {kept.name: kept.copy for kept in self._kept}
+
+    @staticmethod
+    def _rule_of(
+        name: str, buffer: Tensor, statistic: bool, rules: Mapping[str, Rule], unused: dict[str, Rule]
+    ) -> Rule:
+        for pattern, rule in rules.items():
+            if fnmatch.fnmatchcase(name, pattern):
+                unused.pop(pattern, None)
+                return rule
+        if not statistic and buffer.numel() > SMALL_NUMEL:
+            return "constant"
+        return "mean" if buffer.is_floating_point() else "first"
+
+    def _keep(self, name: str, buffer: Tensor, rule: Rule) -> None:
+        if isinstance(rule, str) and rule not in RULES:
+            raise ConfigError(f"the rule {rule!r} of buffer {name!r} is unknown: choose one of {RULES}, or a function")
+        if rule == "constant":
+            self._constants.append((name, buffer, buffer._version))
+            return
+        numel = buffer.numel() * (1 if isinstance(rule, str) else self._slots)
+        if not isinstance(rule, str) and numel > STACKED_NUMEL_MAX:
+            raise ConfigError(
+                f"buffer {name!r} has {buffer.numel()} elements, too many for a function of all {self._slots} slots' values "
+                f"(at most {STACKED_NUMEL_MAX} together): use one of {RULES}"
+            )
+        self._kept.append(_Kept(name, buffer, buffer.detach().clone(), rule, self.extras, numel))
+        self.extras += numel
 
     def begin_slot(self) -> None:
         """Give the modules the committed copy."""
@@ -53,38 +112,55 @@ class CommittedBuffers:
         """Return the float64 vector of what a slot's forward left in the modules, for the fold.
 
         Raises:
-            ConfigError: a buffer changed that is too large to be exchanged in every step.
+            ConfigError: a buffer changed that is not exchanged.
         """
         for name, buffer, version in self._constants:
             if buffer._version != version:
                 raise ConfigError(
                     f"buffer {name!r} ({buffer.numel()} elements) changes during the forward pass, and only norm "
-                    f"statistics or buffers of at most {SMALL_NUMEL} elements are kept equal on all workers: make it "
-                    "smaller, or compute it without a buffer"
+                    f"statistics and buffers of at most {SMALL_NUMEL} elements are kept equal on all workers by "
+                    f"themselves: say how with session.buffer_rule({name!r}, ...) before prepare()"
                 )
-        if not self._live:
-            return torch.empty(0, dtype=torch.float64)
-        parts = []
-        for buffer, floating in zip(self._live, self._is_floating, strict=True):
-            value = buffer.detach().reshape(-1).to("cpu", torch.float64)
-            # Adding -0.0 changes no bit, so that slot 0's integers come out of the sum as they went in.
-            parts.append(value if floating or slot == 0 else torch.full_like(value, -0.0))
-        return torch.cat(parts)
+        # Adding -0.0 changes no bit, so that what only one slot gives comes out of the sum as it went in.
+        vector = torch.full((self.extras,), -0.0, dtype=torch.float64)
+        for kept in self._kept:
+            value = kept.buffer.detach().reshape(-1).to("cpu", torch.float64)
+            if kept.rule == "delta":
+                value = value - kept.copy.reshape(-1).to("cpu", torch.float64)
+            if isinstance(kept.rule, str):
+                if kept.rule != "first" or slot == 0:
+                    vector[kept.offset : kept.offset + kept.numel] = value
+            else:
+                begin = kept.offset + slot * value.numel()
+                vector[begin : begin + value.numel()] = value
+        return vector
 
     def commit(self, folded: Tensor, slots: int) -> None:
         """Take over the fold of all slots' vectors; `slots` of them had samples."""
-        offset = 0
-        for buffer, copy, floating in zip(self._live, self.copies.values(), self._is_floating, strict=True):
-            value = folded[offset : offset + buffer.numel()].view(copy.shape)
-            offset += buffer.numel()
-            copy.copy_(value / slots if floating else value)
+        for kept in self._kept:
+            values = folded[kept.offset : kept.offset + kept.numel]
+            if kept.rule == "mean":
+                kept.copy.copy_((values / slots).view(kept.copy.shape))
+            elif kept.rule == "delta":
+                kept.copy.add_(values.view(kept.copy.shape).to(kept.copy.device, kept.copy.dtype))
+            elif kept.rule == "first":
+                kept.copy.copy_(values.view(kept.copy.shape))
+            else:
+                assert not isinstance(kept.rule, str)
+                stacked = values.view(self._slots, *kept.copy.shape)[:slots].to(kept.copy.device, kept.copy.dtype)
+                kept.copy.copy_(kept.rule(kept.copy, stacked))
+        self.restore()
+
+    def received(self) -> None:
+        """Take over what a joiner was given: the committed copies, and the constants in the modules themselves."""
+        self._constants = [(name, buffer, buffer._version) for name, buffer, _ in self._constants]
         self.restore()
 
     def restore(self) -> None:
         """Make the modules' buffers the committed copy (after a commit, a skipped step or a throwaway slot)."""
         # Always: a buffer's version does not tell whether it changed, since batch norm's kernels do not count it up.
-        for buffer, copy in zip(self._live, self.copies.values(), strict=True):
-            buffer.copy_(copy)
+        for kept in self._kept:
+            kept.buffer.copy_(kept.copy)
 
 
 def _is_statistic(module: nn.Module) -> bool:

@@ -18,6 +18,8 @@ from elastic.config import WorkerConfig
 from elastic.domain import (
     Admitted,
     Commit,
+    Conclude,
+    Concluded,
     Finish,
     Leaving,
     Member,
@@ -295,7 +297,9 @@ class Loopback:
                 self._heard(Prepare(plan))
             case Prepared(generation):
                 self._heard(Commit(generation))
-            case Leaving():
+            case Leaving(concludes=True):
+                self._heard(Conclude("done"))
+            case Leaving() | Concluded():
                 self._heard(Finish("done"))
             case _:
                 pass

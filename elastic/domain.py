@@ -37,6 +37,8 @@ class TrainingSpec:
     drop_last: bool = False
     layout_digest: str = ""
     state_digest: str = ""
+    data_digest: str = ""
+    numerics: str = ""
 
     def difference(self, other: TrainingSpec, *, with_state: bool) -> str:
         """Return the first difference in words, or "" when both train the same thing.
@@ -45,6 +47,8 @@ class TrainingSpec:
         """
         for name, words in _SPEC_WORDS.items():
             if name == "state_digest" and not with_state:
+                continue
+            if name == "numerics" and self.reduction != "ordered":
                 continue
             mine, theirs = getattr(self, name), getattr(other, name)
             if mine != theirs:
@@ -62,6 +66,8 @@ _SPEC_WORDS = {
     "shuffle": "the shuffle settings",
     "drop_last": "the drop_last settings",
     "layout_digest": "names, shapes or dtypes of the parameters or buffers",
+    "data_digest": "the first samples of the dataset",
+    "numerics": 'what bits depend on (use the same everywhere, or reduction="fast")',
     "state_digest": "the initial parameters or buffers (seed the model's construction on every worker alike)",
 }
 
@@ -85,6 +91,7 @@ class Prepared:
     committed: int = 0
     voted: int = 0
     has_state: bool = False
+    stopping: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +124,12 @@ class Leaving:
     committed: int = 0
     digest: str = ""
     samples: int = 0
+    concludes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Concluded:
+    committed: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +142,7 @@ class Failed:
 
 
 WorkerMessage = (
-    Registered | Warm | Prepared | PrepareFailed | Switched | Resumed | CollectiveFailed | Leaving | Failed
+    Registered | Warm | Prepared | PrepareFailed | Switched | Resumed | CollectiveFailed | Leaving | Concluded | Failed
 )
 
 
@@ -198,6 +211,7 @@ class Commit:
     generation: int = 0
     restore_step: int = 0
     joiner_ranks: tuple[int, ...] = ()
+    stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,11 +220,16 @@ class Abandon:
 
 
 @dataclass(frozen=True, slots=True)
+class Conclude:
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Finish:
     reason: str = ""
 
 
-WorkerCommand = Admitted | Prepare | Commit | Abandon | Finish
+WorkerCommand = Admitted | Prepare | Commit | Abandon | Conclude | Finish
 
 
 # Agent and controller ---------------------------------------------------------------------------------------------
@@ -229,6 +248,7 @@ class WorkerStatus:
     exited: bool = False
     exit_reason: str = ""
     messages: tuple[WorkerMessage, ...] = ()
+    waits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,7 +301,13 @@ class Goodbye:
     reason: str = ""
 
 
-AgentMessage = AgentHello | Heartbeat | WorkerStarted | WorkerExited | FromWorker | Goodbye
+@dataclass(frozen=True, slots=True)
+class PeersProbed:
+    generation: int = 0
+    unreachable: tuple[str, ...] = ()
+
+
+AgentMessage = AgentHello | Heartbeat | WorkerStarted | WorkerExited | FromWorker | Goodbye | PeersProbed
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,6 +315,8 @@ class Welcome:
     keep: tuple[str, ...] = ()
     failure_timeout_ms: int = 2000
     highest_generation: int = 0
+    hang_timeout_ms: int = 0
+    start_timeout_ms: int = 600_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +355,20 @@ class HeartbeatAck:
     sequence: int = 0
 
 
-ControllerMessage = Welcome | Refused | StartWorker | KillWorker | ToWorker | Shutdown | HeartbeatAck
+@dataclass(frozen=True, slots=True)
+class Peer:
+    node: str = ""
+    address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbePeers:
+    generation: int = 0
+    peers: tuple[Peer, ...] = ()
+    timeout_ms: int = 0
+
+
+ControllerMessage = Welcome | Refused | StartWorker | KillWorker | ToWorker | Shutdown | HeartbeatAck | ProbePeers
 
 
 # What people see --------------------------------------------------------------------------------------------------

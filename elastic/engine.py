@@ -7,18 +7,19 @@ restored. User code sees more iterations after a failure, never an exception.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from elastic import verdict
-from elastic.buffers import CommittedBuffers
+from elastic import measures, verdict
+from elastic.buffers import CommittedBuffers, Rule
 from elastic.control import Coordinator
 from elastic.domain import Plan
 from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
@@ -34,9 +35,11 @@ from elastic.protocol import (
     Finished,
     FinishStep,
     GoOn,
+    HasConcluded,
     LoopEnded,
     MayCommit,
     MayVote,
+    MustConclude,
     StateReceived,
     Wait,
     Warmed,
@@ -47,7 +50,7 @@ from elastic.sampler import SlotSampler
 from elastic.state import TrainingState
 from elastic.transfer import receive_state, send_state
 
-LOSS_EXTRAS = 2  # sum of the logged losses, and how many slots logged one
+LOSS = "loss"  # the measure that is shown to people
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +73,26 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What user code handed to prepare()."""
+    """What user code handed over.
+
+    Attributes:
+        models, optimizers, parameters: What is trained.
+        stateful: Schedulers and the like; the state goes to joiners, and nothing else is done with it.
+        more_models: Modules that are not trained here and whose tensors belong to the state (an average of weights).
+        rules: What a commit makes of buffers.
+    """
 
     models: Mapping[str, nn.Module]
     optimizers: Mapping[str, Optimizer]
-    schedulers: Mapping[str, Any]
+    stateful: Mapping[str, Any]
     parameters: Sequence[nn.Parameter]
+    more_models: Mapping[str, nn.Module] = field(default_factory=dict)
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+
+    def state(self, measured: measures.Measures, buffers: Mapping[str, Tensor] | None = None) -> TrainingState:
+        """Return all of it as the state that joiners are given."""
+        stateful = {**self.stateful, "elastic.measures": measured}
+        return TrainingState({**self.models, **self.more_models}, self.optimizers, stateful, buffers)
 
 
 class Engine:
@@ -96,21 +113,22 @@ class Engine:
         self.coordinator = coordinator
         self.sampler = sampler
         self.parts = parts
-        self.buffers = CommittedBuffers(parts.models)
-        self.state = TrainingState(parts.models, parts.optimizers, parts.schedulers, self.buffers.copies)
+        self.buffers = CommittedBuffers(parts.models, sampler.slots, parts.rules)
+        self.measures = measures.Measures()
+        self.state = parts.state(self.measures, self.buffers.copies)
         self.reducer = Reducer(
             parts.parameters,
             replicas=replicas,
             reduction=reduction,
-            extras=self.buffers.extras + LOSS_EXTRAS,
+            extras=self.buffers.extras + measures.EXTRAS,
             shared=coordinator.settings.shares_memory,
+            on_progress=self.beat,
         )
         self.plan: Plan | None = None
         self.rank = 0
         self.group: Group | None = None
         self.committed = 0
         self.samples = 0
-        self.loss = float("nan")
         self.slot: Slot | None = None
         self.committed_in_slot = False  # the optimizer step of the present slot was the commit
         self.skipped_in_slot = False
@@ -118,14 +136,18 @@ class Engine:
         self.reduced: Reduced | None = None
         self.to_announce: list[int] = []  # committed steps whose callbacks have not run
         self.on_commit: list[Callable[[int], None]] = []
-        self._inner_steps = [optimizer.step for optimizer in parts.optimizers.values()]
+        self.stop_asked = False
+        self.inner_steps: list[Callable[[], object]] = [optimizer.step for optimizer in parts.optimizers.values()]
+        self.before_clipping: list[Callable[[], object]] = []  # what reduced gradients go through first (unscaling)
+        self.on_skip: list[Callable[[], object]] = []  # what a step without an update calls in place of the optimizers
+        self._warm_steps = tuple(self.inner_steps)
         self._stepped: set[int] = set()
         self._must_warm = joins
         self._donate: tuple[int, ...] = ()
         self._loop_epoch = 0  # epoch whose loop over the loader user code is in
-        self._slot_loss: list[float] = []
         self._page = page
         self._record = record
+        self.on_end: list[Callable[[], None]] = []
         self._committed_plan: Plan | None = None  # the world that committed the newest step, if this worker was in it
         self._recorded_dead: set[str] = set()  # whose share of that step this worker has recorded for them
 
@@ -149,9 +171,9 @@ class Engine:
             self.reducer.discard_slot()
             self.buffers.restore()
             self._say_warm()
-        elif len(self._stepped) < len(self._inner_steps):
+        elif len(self._stepped) < len(self.inner_steps):
             raise ConfigError(
-                f"{len(self._inner_steps) - len(self._stepped)} of {len(self._inner_steps)} prepared optimizers were not "
+                f"{len(self.inner_steps) - len(self._stepped)} of {len(self.inner_steps)} prepared optimizers were not "
                 f"stepped in an iteration of step {slot.step}: call every optimizer's step() once per iteration"
             )
         self._announce()
@@ -171,7 +193,7 @@ class Engine:
         Blocks while the world is being regrouped. Raises SystemExit when the world goes on without this worker.
         """
         self.end_iteration()
-        self._beat()
+        self.beat()
         if self._must_warm:
             slot = Slot(self.step, 0, self.sampler.ids(self.step, 0), counts=False, is_last=True)
             return self._open_slot(slot)
@@ -179,10 +201,22 @@ class Engine:
             return None
         return self._open_slot(self._choose())
 
+    @property
+    def stopping(self) -> bool:
+        """Whether a verdict has said that all leave the loop after the newest step."""
+        return self.coordinator.machine.stopping
+
+    @property
+    def loss(self) -> float:
+        """Mean over the newest step of what was logged as loss; NaN before."""
+        return self.measures.mean(LOSS)
+
     def _settle(self) -> bool:
         """Wait out a regroup, adopt a new world, pass the state on to joiners; returns whether the epoch goes on."""
         while True:
             self._regroup(self.step)
+            if self.stopping and self.rank not in self._donate:
+                return False
             joining = self.rank in self._donate
             if not joining and self.epoch() != self._loop_epoch:
                 # What user code does now (a scheduler's step) belongs to the state that joiners are given after it.
@@ -190,7 +224,8 @@ class Engine:
             joiners, self._donate = self._donate, ()
             try:
                 if joiners:
-                    self._pass_state(joiners)
+                    with self._waiting():
+                        self._pass_state(joiners)
             except CollectiveAborted as error:
                 self.coordinator.feed(CollectiveBroke(str(error)))
                 continue
@@ -201,6 +236,10 @@ class Engine:
     def epoch(self) -> int:
         """Return the data epoch of the step in progress."""
         return self.sampler.epoch_of(self.step)
+
+    def own_slots(self) -> list[int]:
+        """Return the slots of a step that this worker computes, as they are dealt now."""
+        return [] if self.plan is None else [slot for slot, owner in enumerate(self.plan.owners) if owner == self.rank]
 
     def _choose(self) -> Slot:
         remaining = self.reducer.remaining_slots()
@@ -214,7 +253,7 @@ class Engine:
     def _open_slot(self, slot: Slot) -> Slot:
         self.slot = slot
         self._stepped.clear()
-        self._slot_loss = []
+        self.measures.begin_slot(len(slot.ids))
         self.committed_in_slot = self.skipped_in_slot = False
         self.clips = []
         self.buffers.begin_slot()
@@ -224,11 +263,13 @@ class Engine:
             slot.slot if real else None, float(len(slot.ids)) if real and len(sizes) > 1 else None
         )
         if real and slot.is_last:
-            self.reducer.arm(self._divisor())
+            self.reducer.arm()
         return slot
 
-    def _divisor(self) -> float:
-        """What the sum over slots is divided by, so that it is the mean over the global batch's samples."""
+    def _divisor(self) -> float | Callable[[Tensor], float]:
+        """What the sum over slots is divided by, so that it is the mean over the global batch's samples or weights."""
+        if self.measures.weighs:
+            return lambda folded: measures.total_weight(folded[self.buffers.extras :])
         sizes = [size for size in self.sampler.sizes(self.step) if size]
         return float(len(sizes) if len(set(sizes)) == 1 else sum(sizes))
 
@@ -238,26 +279,30 @@ class Engine:
     def _end_slot(self) -> None:
         slot = self.slot
         assert slot is not None
-        extras = torch.cat(
-            [
-                self.buffers.of_slot(slot.slot),
-                torch.tensor([sum(self._slot_loss), float(bool(self._slot_loss))], dtype=torch.float64),
-            ]
-        )
-        self.reducer.end_slot(extras)
+        self.reducer.end_slot(torch.cat([self.buffers.of_slot(slot.slot), self.measures.of_slot()]))
 
-    def log_loss(self, value: float) -> None:
-        """Take a slot's loss for the global mean of its step.
+    def measure(self, name: str, value: float, call: str) -> None:
+        """Take a slot's value for the mean over its step.
 
         Raises:
             ConfigError: the slot is over, and what it leaves for the step has been summed.
         """
-        if self.slot is not None and len(self._stepped) == len(self._inner_steps):
+        self._refuse_after_the_slot(call)
+        self.measures.give(name, value)
+
+    def weigh(self, weight: float) -> None:
+        """Take what the present slot weighs among the slots of its step. Raises ConfigError if that comes too late."""
+        if self.slot is None:
+            raise ConfigError("session.weight() was called outside the loop: call it for each slot, before backward()")
+        self._refuse_after_the_slot("session.weight()")
+        self.measures.weigh(weight)
+        self.reducer.weigh(weight)
+
+    def _refuse_after_the_slot(self, call: str) -> None:
+        if self.slot is not None and len(self._stepped) == len(self.inner_steps):
             raise ConfigError(
-                "session.log(loss=...) came after optimizer.step(), when the mean over the step's slots is made already: "
-                "log the loss before optimizer.step()"
+                f"{call} came after optimizer.step(), when the mean over the step's slots is made already: call it before"
             )
-        self._slot_loss = [value]
 
     # -- what the optimizer asks -----------------------------------------------------------------------------------
 
@@ -269,14 +314,14 @@ class Engine:
                 "optimizer.step() was called outside the prepared loader's loop: step only inside `for ... in loader`"
             )
         self._stepped.add(index)
-        if len(self._stepped) < len(self._inner_steps):
+        if len(self._stepped) < len(self.inner_steps):
             return
         if not slot.counts:
             # A joiner's own weights do not matter, since it is given the state; its optimizer's memory does: pages that
             # are touched now need not be touched while its peers wait. They need not wait for the word until then: what
             # may take long the first time (fetching, compiling) is behind it.
             self._say_warm()
-            for inner in self._inner_steps:
+            for inner in self._warm_steps:
                 inner()
             return
         if slot.slot in self.reducer.remaining_slots():
@@ -311,28 +356,29 @@ class Engine:
     def _try_commit(self, step: int) -> bool:
         group = self.group
         assert group is not None and self.plan is not None
-        reduced = self.reducer.finish(self._divisor())
+        with self._waiting():
+            reduced = self.reducer.finish(self._divisor())
         self.reduced = reduced
         answer = self.coordinator.ask(AskVote(step))
         if not isinstance(answer, MayVote):
             return False
-        outcome = verdict.cast(
-            group,
-            verdict.Vote(
-                step=step,
-                generation=answer.generation,
-                complete=reduced.complete,
-                finite=reduced.finite,
-                groups_hash=self._groups_hash(),
-                next_generation=answer.next_generation,
-                stop=False,
-                presence=self.reducer.presence(),
-            ),
+        vote = verdict.Vote(
+            step=step,
+            generation=answer.generation,
+            complete=reduced.complete,
+            finite=reduced.finite,
+            groups_hash=self._groups_hash(),
+            next_generation=answer.next_generation,
+            stop=self.stop_asked,
+            presence=self.reducer.presence(),
+            measures_hash=zlib.crc32(repr(self.measures.agreement).encode()),
         )
+        with self._waiting():
+            outcome = verdict.cast(group, vote)
         if outcome.decision is verdict.Decision.RETRY:
             self._plan_step()
             return False
-        if not isinstance(self.coordinator.ask(AskCommit(step, outcome.next_generation)), MayCommit):
+        if not isinstance(self.coordinator.ask(AskCommit(step, outcome.next_generation, outcome.stop)), MayCommit):
             return False
         self._apply(step, outcome.presence, commit=outcome.decision is verdict.Decision.COMMIT)
         return True
@@ -350,20 +396,16 @@ class Engine:
         assert reduced is not None and self.plan is not None
         self.reducer.install(presence)
         slots = sum(1 for size in self.sampler.sizes(step) if size)
+        for deed in (*self.before_clipping, *((*self.clips, *self.inner_steps) if commit else self.on_skip)):
+            deed()
         if commit:
-            for clip in self.clips:
-                clip()
-            for inner in self._inner_steps:
-                inner()
             self.buffers.commit(reduced.extras[: self.buffers.extras], slots)
         else:
             self.buffers.restore()
-        losses, logged = reduced.extras[self.buffers.extras :].tolist()
-        if logged:
-            self.loss = losses / logged
+        self.measures.commit(reduced.extras[self.buffers.extras :])
         if self._record is not None:
-            mine = [s for s, owner in enumerate(self.plan.owners) if owner == self.rank]
-            self._record.write(step, self.plan.generation, {s: self.sampler.ids(step, s) for s in mine})
+            mine = {slot: self.sampler.ids(step, slot) for slot in self.own_slots()}
+            self._record.write(step, self.plan.generation, mine)
         self.committed, self._committed_plan, self._recorded_dead = step, self.plan, set()
         self.samples += self.sampler.samples(step)
         self.reduced = None
@@ -380,7 +422,8 @@ class Engine:
         """Wait for the next world and enter it; returns whether `step` was committed on the way."""
         committed = False
         while True:
-            answer = self.coordinator.ask_until(AskWorld(), lambda a: not isinstance(a, Wait))
+            with self._waiting():
+                answer = self.coordinator.ask_until(AskWorld(), lambda a: not isinstance(a, Wait))
             match answer:
                 case FinishStep(finished):
                     # Others saw this step's verdict pass, and this worker holds the whole reduced gradient.
@@ -438,7 +481,7 @@ class Engine:
             return
         self.committed = receive_state(self.group, self.state, donors)
         self._committed_plan = None
-        self.buffers.restore()
+        self.buffers.received()
         self.samples = self.sampler.samples_until(self.committed)
         self.coordinator.feed(StateReceived(self.committed))
         self.reducer.clear()
@@ -453,13 +496,21 @@ class Engine:
             self.slot = None  # the loop was left in the middle of a step, which then never happened
             self.reducer.discard_slot()
         self.end_iteration()
-        self.coordinator.feed(LoopEnded(self.state.digest_model(), self.samples))
+        self.coordinator.feed(LoopEnded(self.state.digest_model(), self.samples, bool(self.on_end)))
         while True:
-            answer = self.coordinator.ask_until(AskWorld(), lambda a: not isinstance(a, Wait | GoOn))
-            if isinstance(answer, Finished):
-                return
-            if isinstance(answer, EnterWorld):
-                self._enter(answer)
+            with self._waiting():
+                answer = self.coordinator.ask_until(AskWorld(), lambda a: not isinstance(a, Wait | GoOn))
+            match answer:
+                case Finished():
+                    return
+                case MustConclude():
+                    for conclude in self.on_end:
+                        conclude()
+                    self.coordinator.feed(HasConcluded())
+                case EnterWorld():
+                    self._enter(answer)
+                case _:
+                    raise ProtocolError(f"{answer} after the loop: a fault of the runtime")
 
     # -- what people see -------------------------------------------------------------------------------------------
 
@@ -470,13 +521,35 @@ class Engine:
                 for callback in self.on_commit:
                     callback(step)
 
-    def on_forward(self, *_: object) -> None:
-        """A forward of a prepared model has ended (a module hook): the process makes progress."""
-        self._beat()
+    def on_forward(self, module: nn.Module, *_: object) -> None:
+        """A forward of a prepared model has ended (a module hook): the process makes progress.
 
-    def _beat(self) -> None:
+        Raises:
+            ConfigError: it lies between the steps of two optimizers.
+        """
+        self.beat()
+        if 0 < len(self._stepped) < len(self.inner_steps) and module.training and torch.is_grad_enabled():
+            raise ConfigError(
+                "a model ran forward after one optimizer's step() and before another's, but all optimizers step together once "
+                "the step is reduced: compute all losses first, or train in one optimizer"
+            )
+
+    def beat(self) -> None:
+        """Count progress."""
         if self._page is not None:
             self._page.beat()
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Show that this worker waits for others meanwhile, which is not a hang of its own."""
+        if self._page is None:
+            yield
+            return
+        self._page.waits(True)
+        try:
+            yield
+        finally:
+            self._page.waits(False)
 
     def _show(self) -> None:
         if self._page is not None:

@@ -6,15 +6,17 @@ Which samples a slot holds is the sampler's word, which slot comes next the engi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler
 
 from elastic.engine import Engine
-from elastic.errors import ConfigError
+from elastic.errors import ConfigError, ProtocolError
 from elastic.seeding import seed_everything
 
 
@@ -57,12 +59,58 @@ class LoaderSpec:
             )
         if type(loader).__iter__ is not DataLoader.__iter__:
             raise ConfigError(f"the loader is a {type(loader).__name__} with an __iter__ of its own: pass a DataLoader")
-        if loader.num_workers > 0:
-            raise ConfigError(
-                f"the loader has num_workers={loader.num_workers}: this version fetches in the training process; "
-                "use num_workers=0"
-            )
         return cls(len(loader.dataset), loader.batch_size, shuffle, loader.drop_last)  # type: ignore[arg-type]
+
+
+Key = tuple[int, int, tuple[int, ...]]
+"""Step, slot and sample ids of one fetch."""
+
+
+class _SeededSlots(Dataset[Any]):
+    """A dataset of slots: reads the samples of one, with everything random seeded by its coordinates alone."""
+
+    def __init__(self, dataset: Any, seed: int) -> None:
+        self._dataset = dataset
+        self._seed = seed
+
+    def __getitems__(self, keys: list[Key]) -> tuple[Key, list[Any]]:
+        ((step, slot, ids),) = keys
+        seed_everything(self._seed, step, slot, "fetch")
+        if hasattr(self._dataset, "__getitems__"):
+            return keys[0], self._dataset.__getitems__(list(ids))
+        return keys[0], [self._dataset[index] for index in ids]
+
+
+@dataclass(frozen=True, slots=True)
+class _Collate:
+    """The user's collation, behind which a batch still knows which slot it is."""
+
+    collate: Callable[[list[Any]], Any]
+
+    def __call__(self, fetched: tuple[Key, list[Any]]) -> tuple[Key, Any]:
+        key, samples = fetched
+        return key, self.collate(samples)
+
+
+class _Foresight:
+    """What the data-loader workers are told to read ahead: this worker's slots, step after step, as dealt now."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self.begin: tuple[int, int] | None = None
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        assert self.begin is not None
+        first_step, first_slot = self.begin
+        mine = self._engine.own_slots()
+        sampler = self._engine.sampler
+        for step in itertools.count(first_step):
+            for slot in mine if step > first_step else [first_slot, *(s for s in mine if s > first_slot)]:
+                if ids := sampler.ids(step, slot):
+                    yield [(step, slot, ids)]
+
+    def __len__(self) -> int:
+        return sys.maxsize  # DataLoader asks; nobody waits for the end
 
 
 class ElasticLoader:
@@ -74,6 +122,11 @@ class ElasticLoader:
         self._loader = loader
         self._engine = engine
         self._seed = seed
+        self._slots = _SeededSlots(loader.dataset, seed)
+        self._collate = _Collate(loader.collate_fn)
+        self._foresight = _Foresight(engine)
+        self._readers: DataLoader[Any] | None = None
+        self._ahead: Iterator[tuple[Key, Any]] | None = None
         self.left_early = False
 
     def __len__(self) -> int:
@@ -87,18 +140,43 @@ class ElasticLoader:
             if slot is None:
                 self.left_early = False
                 return
-            seed_everything(self._seed, slot.step, slot.slot, "fetch")
-            batch = self._fetch(slot.ids)
+            batch = self._fetch((slot.step, slot.slot, slot.ids))
             seed_everything(self._seed, slot.step, slot.slot, "slot")
             yield batch
 
-    def _fetch(self, ids: Sequence[int]) -> Any:
-        dataset: Any = self.dataset
-        if hasattr(dataset, "__getitems__"):
-            samples = dataset.__getitems__(list(ids))
-        else:
-            samples = [dataset[index] for index in ids]
-        batch = self._loader.collate_fn(samples)
+    def _fetch(self, key: Key) -> Any:
+        if self._loader.num_workers > 0:
+            return self._fetch_ahead(key)
+        _, batch = self._collate(self._slots.__getitems__([key]))
         if self._loader.pin_memory and torch.cuda.is_available():
             return torch.utils.data._utils.pin_memory.pin_memory(batch)  # type: ignore[no-untyped-call]
+        return batch
+
+    def _fetch_ahead(self, key: Key) -> Any:
+        """Take a batch from the readers; what they have read of slots that were dealt away is discarded."""
+        while self._ahead is not None:
+            found, batch = next(self._ahead)
+            if found == key:
+                return batch
+            if found[:2] > key[:2]:
+                break  # dealt here after they had gone past it
+        if self._readers is None:
+            given = self._loader
+            self._readers = DataLoader(
+                self._slots,
+                batch_sampler=self._foresight,
+                num_workers=given.num_workers,
+                collate_fn=cast(Any, self._collate),
+                pin_memory=given.pin_memory,
+                timeout=given.timeout,
+                worker_init_fn=given.worker_init_fn,
+                multiprocessing_context=given.multiprocessing_context,
+                prefetch_factor=given.prefetch_factor,
+                persistent_workers=True,
+            )
+        self._foresight.begin = key[:2]
+        self._ahead = iter(self._readers)
+        found, batch = next(self._ahead)
+        if found != key:
+            raise ProtocolError(f"the data-loader workers read {found} where {key} was asked for: a fault of the runtime")
         return batch

@@ -17,19 +17,30 @@ PAGE_SIZE_BYTES = 4096
 _FIELDS = ("progress", "generation", "committed", "samples")
 _OFFSET = {name: 8 * index for index, name in enumerate(_FIELDS)}
 _LOSS_OFFSET = 8 * len(_FIELDS)
+_BUSY_OFFSET = _LOSS_OFFSET + 8
+_WAITS_OFFSET = _BUSY_OFFSET + 8
 _UNSIGNED = struct.Struct("<Q")
 _DOUBLE = struct.Struct("<d")
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """What a progress page showed at one moment."""
+    """What a progress page showed at one moment.
+
+    Attributes:
+        progress: Forwards, backwards, fetches and heartbeats so far.
+        busy_until_s: CLOCK_MONOTONIC until which the user has announced to make no progress.
+        waits: Whether the main thread waits for others (in a reduction, a verdict, a regroup), so that it is not to
+            blame for making no progress.
+    """
 
     progress: int
     generation: int
     committed: int
     samples: int
     loss: float
+    busy_until_s: float
+    waits: bool
 
 
 class ProgressPage:
@@ -58,6 +69,14 @@ class ProgressPage:
         self._count += 1
         _UNSIGNED.pack_into(self._map, _OFFSET["progress"], self._count)
 
+    def busy_until(self, clock_s: float) -> None:
+        """Announce that there will be no progress until then (CLOCK_MONOTONIC)."""
+        _DOUBLE.pack_into(self._map, _BUSY_OFFSET, clock_s)
+
+    def waits(self, waits: bool) -> None:
+        """Say whether the main thread waits for others from now on."""
+        _UNSIGNED.pack_into(self._map, _WAITS_OFFSET, int(waits))
+
     def show(self, *, generation: int, committed: int, samples: int, loss: float) -> None:
         """Write what people see."""
         _UNSIGNED.pack_into(self._map, _OFFSET["generation"], generation)
@@ -74,6 +93,8 @@ class ProgressPage:
             committed=values["committed"],
             samples=values["samples"],
             loss=_DOUBLE.unpack_from(self._map, _LOSS_OFFSET)[0],
+            busy_until_s=_DOUBLE.unpack_from(self._map, _BUSY_OFFSET)[0],
+            waits=bool(_UNSIGNED.unpack_from(self._map, _WAITS_OFFSET)[0]),
         )
 
     def close(self) -> None:

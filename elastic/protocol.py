@@ -23,6 +23,8 @@ from elastic.domain import (
     Admitted,
     CollectiveFailed,
     Commit,
+    Conclude,
+    Concluded,
     Failed,
     Finish,
     Leaving,
@@ -95,10 +97,14 @@ class AskVote:
 
 @dataclass(frozen=True, slots=True)
 class AskCommit:
-    """Main: the verdict on `step` passed; I want to write. `next_generation` is the verdict's minimum."""
+    """Main: the verdict on `step` passed; I want to write.
+
+    `next_generation` is the verdict's minimum, and `stop` whether it says that all leave the loop after this step.
+    """
 
     step: int
     next_generation: int
+    stop: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +139,12 @@ class LoopEnded:
 
     digest: str
     samples: int
+    concludes: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HasConcluded:
+    """Main: what must run once after the loop has run here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +167,7 @@ Event = (
     | StateReceived
     | CollectiveBroke
     | LoopEnded
+    | HasConcluded
     | UserCodeRaised
 )
 
@@ -248,13 +261,18 @@ class EnterWorld:
 
 
 @dataclass(frozen=True, slots=True)
+class MustConclude:
+    """All have left the loop: run what must run once after it, and say HasConcluded."""
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
     """Nothing is left to do here: the job is over, or the world goes on without this worker as planned."""
 
     reason: str
 
 
-Answer = MayVote | MayCommit | MustRegroup | GoOn | Wait | FinishStep | EnterWorld | Finished
+Answer = MayVote | MayCommit | MustRegroup | GoOn | Wait | FinishStep | EnterWorld | MustConclude | Finished
 Effect = Send | BuildGroup | DropGroup | WakeMain | Exit | Answer
 
 
@@ -280,6 +298,8 @@ class WorkerMachine:
         self.warmed = False
         self.left: Leaving | None = None
         self.resumed_in = 0
+        self.stopping = False  # a verdict has said that all leave the loop
+        self.concluding = False  # this worker is to run what must run once after the loop
         self.finished = ""
 
     # -- dispatch --------------------------------------------------------------------------------------------------
@@ -302,8 +322,8 @@ class WorkerMachine:
                 return [Send(Warm()), *self._report_if_ready()]
             case AskVote(step):
                 return self._ask_vote(step)
-            case AskCommit(step, next_generation):
-                return self._ask_commit(step, next_generation)
+            case AskCommit(_, next_generation, stop):
+                return self._ask_commit(next_generation, stop)
             case Applied(step):
                 return self._applied(step)
             case AskWorld():
@@ -313,9 +333,12 @@ class WorkerMachine:
                 return []
             case CollectiveBroke(reason):
                 return self._collective_broke(reason)
-            case LoopEnded(digest, samples):
-                self.left = Leaving(self.committed, digest, samples)
+            case LoopEnded(digest, samples, concludes):
+                self.left = Leaving(self.committed, digest, samples, concludes)
                 return [Send(self.left)]
+            case HasConcluded():
+                self.concluding = False
+                return [Send(Concluded(self.committed))]
             case UserCodeRaised(failure):
                 return [Send(failure)]
 
@@ -335,12 +358,16 @@ class WorkerMachine:
                 if self.pending is None or self.pending.generation != generation or self.order is not None:
                     return []
                 self.order = command
+                self.stopping |= command.stop
                 return [WakeMain()]
             case Abandon(generation):
                 if self.pending is None or self.pending.generation != generation or self.order is not None:
                     return []
                 self._forget_pending()
                 return [DropGroup(generation)]
+            case Conclude():
+                self.concluding = True
+                return [WakeMain()]
             case Finish(reason):
                 self.finished = reason or "the job is over"
                 return [WakeMain()]
@@ -392,7 +419,7 @@ class WorkerMachine:
         if plan.kind is PlanKind.SWITCH and self.world is None and not self.warmed:
             return []  # its first slot would be a slow one, and its peers would wait for it
         self.pending_reported = True
-        return [Send(Prepared(plan.generation, self.committed, self.voted, self.has_state))]
+        return [Send(Prepared(plan.generation, self.committed, self.voted, self.has_state, self.stopping))]
 
     # -- the main thread's side ------------------------------------------------------------------------------------
 
@@ -407,10 +434,11 @@ class WorkerMachine:
             ready = self.pending.generation
         return [MayVote(self.world.generation, ready)]
 
-    def _ask_commit(self, step: int, next_generation: int) -> list[Effect]:
+    def _ask_commit(self, next_generation: int, stop: bool) -> list[Effect]:
         if self.word is not Word.OPEN or self.world is None:
             return [MustRegroup(self.broken or "sealed")]
         self.word = Word.COMMITTING
+        self.stopping |= stop
         if next_generation > self.world.generation:
             self.switch_decided = next_generation
         return [MayCommit()]
@@ -443,6 +471,8 @@ class WorkerMachine:
     def _ask_world(self) -> list[Effect]:
         if self.finished:
             return [Finished(self.finished)]
+        if self.concluding and self.left is not None:
+            return [MustConclude()]
         if self.pending is not None and self.order is not None:
             if self.pending.kind is not PlanKind.SWITCH:
                 return self._adopt_after_fence(self.pending, self.order)

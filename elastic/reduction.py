@@ -80,6 +80,7 @@ class Reducer:
         extras: length of the float64 vector that is folded in the order of the gradients.
         bucket_bytes: the size of the pieces that are exchanged as wholes.
         shared: whether other workers of this node read the sums instead of receiving them; alike on all of them.
+        on_progress: called for each gradient that comes.
     """
 
     def __init__(
@@ -91,9 +92,11 @@ class Reducer:
         extras: int = 0,
         bucket_bytes: int = BUCKET_BYTES,
         shared: bool = False,
+        on_progress: Callable[[], None] | None = None,
     ) -> None:
         self._layout = Layout(parameters, extras, bucket_bytes, shared=shared)
         self._neighbours = Neighbours()
+        self._on_progress = on_progress
         self._parameters = self._layout.parameters
         self._buckets = self._layout.buckets
         self._bucket_of = {i: n for n, b in enumerate(self._buckets) for i in b.parameters}
@@ -177,14 +180,18 @@ class Reducer:
             self._slot = slot
         else:
             self._sums.reserve()  # the first slot that counts then finds its memory ready
+        self.weigh(weight)
+        self._taken = [_Taken.NOT_YET] * len(self._parameters)
+        self._forget_grads()
+
+    def weigh(self, weight: float | None) -> None:
+        """Multiply the gradients of the present slot by a weight, from now on; None is as good as 1."""
         self._weight = weight
         if weight is not None and not self._weight_hooks:
             self._weight_hooks = [
                 p.register_hook(self._weighted)  # type: ignore[no-untyped-call]
                 for p in self._parameters
             ]
-        self._taken = [_Taken.NOT_YET] * len(self._parameters)
-        self._forget_grads()
 
     def arm(self, divisor: float | None = None) -> None:
         """Let the exchange of the step begin inside the next backward pass, if that is the last one here.
@@ -320,6 +327,8 @@ class Reducer:
 
     def _on_gradient(self, index: int, parameter: torch.Tensor) -> None:
         """A gradient is complete (called by autograd, inside the user's backward pass)."""
+        if self._on_progress is not None:
+            self._on_progress()
         if self._into is None or self._failure is not None:
             return
         try:
@@ -355,7 +364,10 @@ class Reducer:
 
     def _weighted(self, gradient: torch.Tensor) -> torch.Tensor:
         """Multiply before anything is added, so that the product is rounded alike wherever the slot is."""
-        return gradient if self._weight is None else gradient * self._weight
+        if self._weight is None:
+            return gradient
+        # The mean over nothing is NaN, and weighs nothing.
+        return gradient * self._weight if self._weight else torch.zeros_like(gradient)
 
     def _count_down(self, bucket: int) -> None:
         self._missing[bucket] -= 1

@@ -6,9 +6,10 @@ agent the session is a world of one, so that a script runs unchanged on a laptop
 
 from __future__ import annotations
 
-import functools
+import hashlib
 import math
 import sys
+import time
 import traceback as traceback_module
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,26 +17,38 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.utils.data import DataLoader
 
+from elastic.binding import (
+    bind_model,
+    bind_optimizer,
+    bind_scaler,
+    bind_scheduler,
+    kind_of,
+    named,
+    refuse_clipping_outside,
+    trainable,
+)
+from elastic.buffers import Rule
 from elastic.config import WorkerConfig
 from elastic.control import Coordinator
-from elastic.domain import Failed, TrainingSpec
+from elastic.domain import Admitted, Failed, TrainingSpec
+from elastic.encoding import flat_bytes, raw_view
 from elastic.engine import Engine, Parts
 from elastic.errors import ConfigError
 from elastic.loader import ElasticLoader, LoaderSpec
+from elastic.measures import Measures
 from elastic.progress import ProgressPage
 from elastic.protocol import Register, UserCodeRaised
 from elastic.records import SampleRecord
 from elastic.reduction import Reduction
 from elastic.sampler import SlotSampler
-from elastic.seeding import seed_everything
-from elastic.state import TrainingState
+from elastic.seeding import preserved, seed_everything
+from elastic.verdict import VoteMismatch
 
 TRACEBACK_SIZE_BYTES_MAX = 16 * 1024
 SAMPLE_IDS_MAX = 1024
 FAREWELL_TIMEOUT_S = 2.0
+_clip_grad_norm_ = nn.utils.clip_grad_norm_
 
 _current: Session | None = None
 
@@ -71,7 +84,10 @@ class Session:
         self._loader: ElasticLoader | None = None
         self._callbacks: list[Callable[[int], None]] = []
         self._norm = torch.tensor(math.nan)
-        self._metrics: dict[str, float] = {}
+        self._more_models: dict[str, nn.Module] = {}
+        self._stateful: dict[str, Any] = {}
+        self._rules: dict[str, Rule] = {}
+        self._on_end: list[Callable[[], None]] = []
         self._page = ProgressPage(settings.progress_fd) if settings.progress_fd >= 0 else None
         self._coordinator = Coordinator(settings)
         self._closed = False
@@ -132,14 +148,14 @@ class Session:
         reduction: str = "ordered",
         seed: int | None = None,
     ) -> Any:
-        """Bind models, optimizers, one training DataLoader and LR schedulers to this session.
+        """Bind models, optimizers, one training DataLoader, LR schedulers and a GradScaler to this session.
 
         The loader yields this worker's slots of each step; `zero_grad`, `step` and the scheduler's `step` act once per
         step, as with gradient accumulation. The gradient is the mean over all samples of the global batch.
 
         Args:
-            things: Any number of nn.Module, Optimizer and LR scheduler objects, and one map-style DataLoader, whose
-                batch_size is one slot.
+            things: Any number of nn.Module, Optimizer, LR scheduler and GradScaler objects, and one map-style
+                DataLoader, whose batch_size is one slot.
             slots: Micro-batches per global batch, for the whole life of the job; 0: the number of workers at the
                 start. More and smaller slots deal better after a loss.
             virtual_replicas: Blocks of slots that are summed as one; 0: the number of workers at the start.
@@ -156,32 +172,21 @@ class Session:
             raise ConfigError("prepare() was called twice: pass everything to one call")
         if seed is not None:
             self._seed = seed
-        models = _named("model", [thing for thing in things if isinstance(thing, nn.Module)])
-        optimizers = _named("optimizer", [thing for thing in things if isinstance(thing, Optimizer)])
-        loaders = [thing for thing in things if isinstance(thing, DataLoader)]
-        schedulers = _named("scheduler", [thing for thing in things if _is_scheduler(thing)])
+        kinds: dict[str, list[Any]] = {kind: [] for kind in ("model", "optimizer", "loader", "scheduler", "scaler")}
         for thing in things:
-            if not isinstance(thing, nn.Module | Optimizer | DataLoader) and not _is_scheduler(thing):
-                raise ConfigError(
-                    f"prepare() does not know what to do with a {type(thing).__name__}: pass models, optimizers, one "
-                    "DataLoader and LR schedulers"
-                )
-        if not models or not optimizers or len(loaders) != 1:
+            kinds[kind_of(thing)].append(thing)
+        models, optimizers = named("model", kinds["model"]), named("optimizer", kinds["optimizer"])
+        if not models or not optimizers or len(kinds["loader"]) != 1:
             raise ConfigError(
                 f"prepare() needs at least one model, one optimizer and exactly one DataLoader, got {len(models)}, "
-                f"{len(optimizers)} and {len(loaders)}: loaders for evaluation need not be prepared"
+                f"{len(optimizers)} and {len(kinds['loader'])}: loaders for evaluation need not be prepared"
             )
-        try:
-            mode = Reduction(reduction)
-        except ValueError:
-            raise ConfigError(f'reduction={reduction!r} is unknown: choose "ordered" or "fast"') from None
-        for name, value in (("slots", slots), ("virtual_replicas", virtual_replicas)):
-            if value < 0:
-                raise ConfigError(f"{name}={value} is negative: give a number, or 0 for as many as workers at the start")
-        parameters = _trainable(models, optimizers)
-        spec = LoaderSpec.of(loaders[0])
-        parts = Parts(models, optimizers, schedulers, parameters)
-        admitted = self._register(parts, spec, slots, virtual_replicas, mode)
+        mode = _checked_numbers(slots, virtual_replicas, reduction)
+        (loader,) = kinds["loader"]
+        spec = LoaderSpec.of(loader)
+        stateful = named("scheduler", kinds["scheduler"]) | named("scaler", kinds["scaler"]) | self._stateful
+        parts = Parts(models, optimizers, stateful, trainable(models, optimizers), self._more_models, self._rules)
+        admitted = self._register(parts, loader, spec, slots, virtual_replicas, mode)
         if admitted.virtual_replicas > admitted.slots:
             raise ConfigError(
                 f"virtual_replicas={admitted.virtual_replicas} exceeds slots={admitted.slots}: give at most as many as slots"
@@ -192,7 +197,7 @@ class Session:
         record = (
             SampleRecord(Path(self._settings.record_dir), self._settings.worker) if self._settings.record_dir else None
         )
-        self._engine = Engine(
+        engine = self._engine = Engine(
             self._coordinator,
             parts,
             sampler,
@@ -202,20 +207,25 @@ class Session:
             page=self._page,
             record=record,
         )
-        self._engine.committed = admitted.committed
-        self._engine.on_commit = self._callbacks
+        engine.committed = admitted.committed
+        engine.on_commit, engine.on_end = self._callbacks, self._on_end
         for index, optimizer in enumerate(optimizers.values()):
-            _bind_optimizer(optimizer, index, self._engine)
-        for scheduler in schedulers.values():
-            _bind_scheduler(scheduler, self._engine)
+            bind_optimizer(optimizer, index, engine)
+        for scaler in kinds["scaler"]:
+            bind_scaler(scaler, optimizers.values(), engine)
+        for scheduler in kinds["scheduler"]:
+            bind_scheduler(scheduler, engine)
         for model in models.values():
-            model.register_forward_hook(self._engine.on_forward)
-        self._loader = ElasticLoader(loaders[0], self._engine, self._seed)
-        prepared = tuple(self._loader if isinstance(thing, DataLoader) else thing for thing in things)
+            bind_model(model, engine)
+        refuse_clipping_outside(engine)
+        self._loader = ElasticLoader(loader, engine, self._seed)
+        prepared = tuple(self._loader if thing is loader else thing for thing in things)
         return prepared[0] if len(prepared) == 1 else prepared
 
-    def _register(self, parts: Parts, loader: LoaderSpec, slots: int, replicas: int, mode: Reduction) -> Any:
-        state = TrainingState(parts.models, parts.optimizers, parts.schedulers)
+    def _register(
+        self, parts: Parts, loader: Any, spec: LoaderSpec, slots: int, replicas: int, mode: Reduction
+    ) -> Admitted:
+        state = parts.state(Measures())
         self._coordinator.feed(
             Register(
                 TrainingSpec(
@@ -223,17 +233,70 @@ class Session:
                     virtual_replicas=replicas,
                     reduction=mode.value,
                     seed=self._seed & (2**64 - 1),
-                    dataset_size=loader.dataset_size,
-                    batch_size=loader.batch_size,
-                    shuffle=loader.shuffle,
-                    drop_last=loader.drop_last,
+                    dataset_size=spec.dataset_size,
+                    batch_size=spec.batch_size,
+                    shuffle=spec.shuffle,
+                    drop_last=spec.drop_last,
                     layout_digest=state.digest_layout(),
                     state_digest=state.digest_model(),
+                    data_digest=_digest_of_sample(loader.dataset, self._seed),
+                    numerics=_numerics(),
                 )
             )
         )
+        self._show_waiting(True)
         self._coordinator.wait_until(lambda: self._coordinator.machine.admitted is not None)
-        return self._coordinator.machine.admitted
+        self._show_waiting(False)
+        admitted = self._coordinator.machine.admitted
+        assert admitted is not None
+        return admitted
+
+    def _show_waiting(self, waits: bool) -> None:
+        if self._page is not None:
+            self._page.waits(waits)
+
+    # -- before prepare() ------------------------------------------------------------------------------------------
+
+    def extra_state(self, name: str, thing: Any) -> None:
+        """Let an object's state belong to the training state, so that a worker that joins is given it.
+
+        Args:
+            name: Any name that is not taken.
+            thing: An nn.Module that is not trained by itself (an average of weights), or anything else with `state_dict()`
+                and `load_state_dict()` whose values are numbers, strings, containers and small tensors. What the loop does
+                to it must be the same on every worker.
+
+        Raises:
+            ConfigError: the name is taken, the object has no state, or prepare() has been called.
+        """
+        self._refuse_after_prepare("extra_state")
+        if name in self._more_models or name in self._stateful or name.startswith("elastic."):
+            raise ConfigError(f"session.extra_state({name!r}, ...): the name is taken, use another")
+        if isinstance(thing, nn.Module):
+            self._more_models[name] = thing
+        else:
+            self._stateful[name] = thing
+
+    def buffer_rule(self, name: str, rule: Rule) -> None:
+        """Say what a commit makes of the values that a step's slots leave in a buffer; each slot starts from the committed one.
+
+        Args:
+            name: "<model>.<buffer>" with "model", "model0", ... as the first part, or a pattern such as "*.queue".
+            rule: "mean" (of the slots; the default for small floating buffers), "first" (slot 0's; for integers), "delta" (the
+                sum of all slots' changes), "constant" (never exchanged), or a function of (committed copy, values of all
+                slots as [slots, *shape]) that returns the new copy.
+
+        Raises:
+            ConfigError: prepare() has been called (which checks the name and the rule).
+        """
+        self._refuse_after_prepare("buffer_rule")
+        self._rules[name] = rule
+
+    def _refuse_after_prepare(self, what: str) -> None:
+        if self._engine is not None:
+            raise ConfigError(f"session.{what}() was called after session.prepare(): call it before")
+
+    # -- in the loop -----------------------------------------------------------------------------------------------
 
     def epochs(self, count: int) -> Iterator[int]:
         """Yield data epochs 0 .. count-1, from the one in which the job is now.
@@ -241,7 +304,7 @@ class Session:
         Leaving the loader early (break) ends the epochs too, since all workers leave at the same step.
         """
         engine, loader = self._prepared("epochs")
-        while (epoch := engine.epoch()) < count:
+        while (epoch := engine.epoch()) < count and not engine.stopping:
             yield epoch
             if loader.left_early:
                 return
@@ -258,23 +321,82 @@ class Session:
         chosen = list(engine.parts.parameters) if parameters is None else list(parameters)
 
         def clip() -> None:
-            self._norm.copy_(nn.utils.clip_grad_norm_(chosen, max_norm, norm_type))
+            self._norm.copy_(_clip_grad_norm_(chosen, max_norm, norm_type))
 
         engine.clip(clip)
         return self._norm
 
     def log(self, **values: float | Tensor) -> None:
-        """Show values to people. `loss` becomes the mean over all slots of the step; others are this worker's own.
+        """Show values to people: each becomes the mean over the samples of the step, as by `mean`.
 
         Raises:
-            ConfigError: `loss` was logged after optimizer.step(), too late for its step.
+            ConfigError: they were logged after optimizer.step(), too late for their step.
         """
-        engine, _ = self._prepared("log")
         for name, value in values.items():
-            number = float(value.detach()) if isinstance(value, Tensor) else float(value)
-            if name == "loss":
-                engine.log_loss(number)
-            self._metrics[name] = number
+            self._measure(name, value, f"session.log({name}=...)")
+
+    def mean(self, name: str, value: float | Tensor | None = None) -> float:
+        """Give a slot's value, and get the mean over all slots of the newest committed step, weighted as gradients are.
+
+        In place of an all-reduce by hand. Every worker must use the same names in the same order; where a slot has nothing to
+        say, give NaN. Without a value it only asks.
+
+        Returns:
+            The mean of the newest committed step that had values, the same bits on every worker; NaN before.
+
+        Raises:
+            ConfigError: the value came after optimizer.step(), too late for its step.
+        """
+        engine, _ = self._prepared("mean")
+        if value is not None:
+            self._measure(name, value, f"session.mean({name!r}, ...)")
+        return engine.measures.mean(name)
+
+    def _measure(self, name: str, value: float | Tensor, call: str) -> None:
+        engine, _ = self._prepared("log")
+        engine.measure(name, float(value.detach()) if isinstance(value, Tensor) else float(value), call)
+
+    def weight(self, weight: float) -> None:
+        """Say what this slot weighs among the slots of the step: the number of its tokens, where losses are token means.
+
+        The gradient is then the mean over all tokens of the global batch. Call it in every slot, before backward().
+
+        Raises:
+            ConfigError: it came too late or is no weight.
+        """
+        engine, _ = self._prepared("weight")
+        engine.weigh(float(weight))
+
+    def stop(self, flag: bool = True) -> bool:
+        """Ask for the end of training after the present step (early stopping); one worker's word is enough.
+
+        The verdict on the step decides it, so that all workers leave their loops after the same step.
+
+        Returns:
+            Whether it is decided.
+        """
+        engine, _ = self._prepared("stop")
+        engine.stop_asked |= bool(flag)
+        return engine.stopping
+
+    def heartbeat(self) -> None:
+        """Count as progress, in a section without forwards, backwards or fetches (see --hang-timeout)."""
+        if self._engine is not None:
+            self._engine.beat()
+        elif self._page is not None:
+            self._page.beat()
+
+    def busy(self, seconds: float) -> None:
+        """Announce a section of at most so many seconds that shows no progress and is no hang."""
+        if self._page is not None:
+            self._page.busy_until(time.monotonic() + seconds)
+
+    def on_end(self, save: Callable[[], None]) -> None:
+        """Call `save()` once after the loop has ended on all workers, on the main worker.
+
+        If that worker dies in it or raises, it is called on another one; the job fails if none finishes it.
+        """
+        self._on_end.append(save)
 
     def on_commit(self, callback: Callable[[int], None]) -> None:
         """Call `callback(step)` on the main worker after each committed step, when the next fetch begins.
@@ -304,16 +426,18 @@ class Session:
         """Tell the controller what user code raised, and in which slot."""
         engine = self._engine
         slot = engine.slot if engine is not None else None
+        # What the vote finds is wrong with the step, whichever slot was computed last here.
+        number = slot.slot if slot is not None and not isinstance(error, VoteMismatch) else -1
         # A ConfigError says by itself what to change.
         text = "" if isinstance(error, ConfigError) else "".join(traceback_module.format_exception(error))
         self._coordinator.feed(
             UserCodeRaised(
                 Failed(
                     step=slot.step if slot is not None else 0,
-                    slot=slot.slot if slot is not None else -1,
+                    slot=number,
                     error=summary.splitlines()[0][:1000] if summary else type(error).__name__,
                     traceback=text[-TRACEBACK_SIZE_BYTES_MAX:],
-                    sample_ids=slot.ids[:SAMPLE_IDS_MAX] if slot is not None else (),
+                    sample_ids=slot.ids[:SAMPLE_IDS_MAX] if slot is not None and number >= 0 else (),
                 )
             )
         )
@@ -334,74 +458,42 @@ def report_failure(error: BaseException, summary: str) -> None:
         print(f"elastic: the failure could not be reported: {problem}", file=sys.stderr)
 
 
-# How the user's objects are bound -----------------------------------------------------------------------------------
+def _checked_numbers(slots: int, virtual_replicas: int, reduction: str) -> Reduction:
+    for name, value in (("slots", slots), ("virtual_replicas", virtual_replicas)):
+        if value < 0:
+            raise ConfigError(f"{name}={value} is negative: give a number, or 0 for as many as workers at the start")
+    try:
+        return Reduction(reduction)
+    except ValueError:
+        raise ConfigError(f'reduction={reduction!r} is unknown: choose "ordered" or "fast"') from None
 
 
-def _named(kind: str, things: list[Any]) -> dict[str, Any]:
-    """Give things names: "model" for a single one, "model0", "model1", ... for several."""
-    if len(things) == 1:
-        return {kind: things[0]}
-    return {f"{kind}{index}": thing for index, thing in enumerate(things)}
+def _digest_of_sample(dataset: Any, seed: int) -> str:
+    """Digest of the tensors and numbers in the first sample; workers that read other data differ in it."""
+    digest = hashlib.sha256()
+
+    def take(value: Any) -> None:
+        if isinstance(value, dict):
+            for key in value:
+                digest.update(repr(key).encode())
+                take(value[key])
+        elif isinstance(value, list | tuple):
+            for item in value:
+                take(item)
+        elif isinstance(value, Tensor):
+            digest.update(raw_view(flat_bytes(value.detach()).cpu()))
+        elif hasattr(value, "tobytes"):  # numpy's
+            digest.update(value.tobytes())
+        elif isinstance(value, str | bytes | bool | int | float):
+            digest.update(repr(value).encode())
+
+    with preserved():  # a sample may be augmented at random
+        seed_everything(seed, 0, 0, "first sample")
+        take(dataset[0])
+    return digest.hexdigest()[:16]
 
 
-def _is_scheduler(thing: object) -> bool:
-    return isinstance(thing, torch.optim.lr_scheduler.LRScheduler | torch.optim.lr_scheduler.ReduceLROnPlateau)
-
-
-def _trainable(models: dict[str, nn.Module], optimizers: dict[str, Optimizer]) -> list[nn.Parameter]:
-    """Return every parameter that is trained, once, in the models' order."""
-    parameters: dict[int, nn.Parameter] = {}
-    for model in models.values():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameters.setdefault(id(parameter), parameter)
-    for name, optimizer in optimizers.items():
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad and id(parameter) not in parameters:
-                    raise ConfigError(
-                        f"{name} holds a parameter of shape {tuple(parameter.shape)} that no prepared model has: pass its "
-                        "model to prepare() too"
-                    )
-    if not parameters:
-        raise ConfigError("the prepared models have no parameter that requires a gradient: nothing could be trained")
-    return list(parameters.values())
-
-
-def _bind_optimizer(optimizer: Optimizer, index: int, engine: Engine) -> None:
-    """Make step() act once per step of the job and zero_grad() leave gradients to the reducer."""
-
-    @functools.wraps(optimizer.step)
-    def step(closure: Callable[[], float] | None = None) -> None:
-        if closure is not None:
-            raise ConfigError(
-                "optimizer.step(closure) would run the model again inside a step: compute the loss in the loop and call "
-                "step() without a closure"
-            )
-        engine.optimizer_step(index)
-
-    @functools.wraps(optimizer.zero_grad)
-    def zero_grad(set_to_none: bool = True) -> None:
-        return None
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # or schedulers made later would wrap it again
-    optimizer.step = step  # type: ignore[method-assign, assignment]
-    optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
-
-
-def _bind_scheduler(scheduler: Any, engine: Engine) -> None:
-    """Make step() inside the loop act once per committed step; outside the loop it acts at once."""
-    inner, inner_state_dict = scheduler.step, scheduler.state_dict
-
-    @functools.wraps(inner)
-    def step(*args: Any, **kwargs: Any) -> None:
-        if engine.slot is None or engine.committed_in_slot:
-            inner(*args, **kwargs)
-
-    @functools.wraps(inner_state_dict)
-    def state_dict(*args: Any, **kwargs: Any) -> Any:
-        # torch's schedulers return every attribute of the object, and these two are ours.
-        state = inner_state_dict(*args, **kwargs)
-        return {key: value for key, value in state.items() if value is not step and value is not state_dict}
-
-    scheduler.step, scheduler.state_dict = step, state_dict
+def _numerics() -> str:
+    """What the bits of a kernel depend on besides the program."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}"

@@ -1,6 +1,6 @@
 """The training state of one replica: what a joiner must receive to train on with the same bits.
 
-Reads models, optimizers and schedulers through their public attributes, addresses an optimizer's state by
+Reads models, optimizers, schedulers and the like through their public attributes, addresses an optimizer's state by
 (optimizer, group, position in the group), and splits everything into large tensors (the manifest) and small
 values (JSON text). Reading must never change what is read: no hidden optimizer step, no state that springs
 into being, no alias of a live tensor in the small part. No rank, no memory address and no order of insertion
@@ -112,29 +112,30 @@ class Entry:
 
 
 class TrainingState:
-    """Models, optimizers and schedulers of one replica, readable as bytes and writable from bytes.
+    """Models, optimizers and what else has a state of one replica, readable as bytes and writable from bytes.
 
     Args:
-        models: by name. Parameters and buffers that several models share count once. optimizers: by name;
-            each may hold only parameters of the models. schedulers: by name; anything with `state_dict()` and
-            `load_state_dict()`. buffers: tensors to read and write in place of the modules' buffers of the
-            same full name ("<model>.<name>"),
-            such as the committed copy. Looked up anew each time; buffers that it lacks are the modules' own.
+        models: by name. Parameters and buffers that several models share count once.
+        optimizers: by name; each may hold only parameters of the models.
+        stateful: by name; anything with `state_dict()` and `load_state_dict()`: schedulers, scalers, the user's own.
+        buffers: tensors to read and write in place of the modules' buffers of the same full name
+            ("<model>.<name>"), such as the committed copy. Looked up anew each time; buffers that it lacks are the
+            modules' own.
 
     Raises:
-        ConfigError: an optimizer or a scheduler of a kind that cannot be moved.
+        ConfigError: an optimizer or a thing of a kind that cannot be moved.
     """
 
     def __init__(
         self,
         models: Mapping[str, nn.Module],
         optimizers: Mapping[str, Optimizer],
-        schedulers: Mapping[str, Any],
+        stateful: Mapping[str, Any],
         buffers: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.models = models
         self.optimizers = optimizers
-        self.schedulers = schedulers
+        self.stateful = stateful
         self.buffers: Mapping[str, Tensor] = {} if buffers is None else buffers
         for name, optimizer in optimizers.items():
             if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
@@ -142,10 +143,10 @@ class TrainingState:
                     f"Optimizer {name!r} is {type(optimizer).__name__}, whose state cannot be moved between "
                     "workers: use another optimizer."
                 )
-        for name, scheduler in schedulers.items():
-            if not hasattr(scheduler, "state_dict") or not hasattr(scheduler, "load_state_dict"):
+        for name, thing in stateful.items():
+            if not hasattr(thing, "state_dict") or not hasattr(thing, "load_state_dict"):
                 raise ConfigError(
-                    f"Scheduler {name!r} ({type(scheduler).__qualname__}) has no state_dict() and "
+                    f"{name!r} ({type(thing).__qualname__}) has no state_dict() and "
                     "load_state_dict(): add them, so that a worker that joins can take over its state."
                 )
 
@@ -184,7 +185,7 @@ class TrainingState:
         return [entry for entry, _ in items], [tensor for _, tensor in items]
 
     def small(self) -> str:
-        """Everything but the manifest's tensors, as JSON text: hyper-parameters, counters, schedulers.
+        """Everything but the manifest's tensors, as JSON text: hyper-parameters, counters, schedulers and the like.
 
         Raises:
             ConfigError: a value cannot be sent; names its path.
@@ -206,7 +207,7 @@ class TrainingState:
             The tensors to write, in the manifest's order.
 
         Raises:
-            ConfigError: models, optimizers or schedulers differ from the donor's; names the first difference.
+            ConfigError: models, optimizers or the others differ from the donor's; names the first difference.
             TransferError: `small` or the manifest contradicts itself.
         """
         model_items = list(self._model_items())
@@ -223,8 +224,8 @@ class TrainingState:
         self._check_same_structure(values)
         entries = manifest[len(described) :]
         state_tensors = [self._state_tensor_for(entry) for entry in entries]
-        for name, scheduler in self.schedulers.items():
-            scheduler.load_state_dict(values["schedulers"][name])
+        for name, thing in self.stateful.items():
+            thing.load_state_dict(values["stateful"][name])
         # After the schedulers, as torch advises: some of them write learning rates when loaded.
         for name, optimizer in self.optimizers.items():
             _load_groups(optimizer, values["optimizers"][name]["groups"])
@@ -270,22 +271,20 @@ class TrainingState:
             "optimizers": {
                 name: _small_of(name, optimizer) for name, optimizer in sorted(self.optimizers.items())
             },
-            "schedulers": {
-                name: scheduler.state_dict() for name, scheduler in sorted(self.schedulers.items())
-            },
+            "stateful": {name: thing.state_dict() for name, thing in sorted(self.stateful.items())},
         }
 
     def _check_same_structure(self, values: Any) -> None:
-        """The donor has the same optimizers, groups and schedulers."""
+        """The donor has the same optimizers, groups and other things with a state."""
         try:
             theirs = {name: value["sizes"] for name, value in values["optimizers"].items()}
-            their_schedulers = sorted(values["schedulers"])
+            their_stateful = sorted(values["stateful"])
         except (KeyError, TypeError, AttributeError) as error:
             raise TransferError(f"The small state has no {error}: ask for the state again.") from error
         mine = {name: _group_sizes(optimizer) for name, optimizer in self.optimizers.items()}
         for words, here, there in (
             ("optimizers", sorted(mine), sorted(theirs)),
-            ("schedulers", sorted(self.schedulers), their_schedulers),
+            ("schedulers, scalers and extra states", sorted(self.stateful), their_stateful),
             *(
                 (f"parameters in the groups of optimizer {name!r}", mine[name], theirs.get(name))
                 for name in mine

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from elastic.errors import CollectiveAborted, ElasticError
+from elastic.errors import CollectiveAborted, ConfigError
 from elastic.group import Group
 
 _DIRECT_SIZE_MAX = 8
@@ -24,11 +24,17 @@ _DIRECT_SIZE_MAX = 8
 _TAG = 1 << 28
 """Above every tag of a reduction."""
 
-_EQUAL = ("step", "generation", "groups_hash")
+_EQUAL = {
+    "step": "the step",
+    "generation": "the generation",
+    "groups_hash": "the optimizers' settings (learning rates, weight decay, ...): derive them from what all workers know alike",
+    "measures_hash": "what is measured: call session.mean() with the same names in the same order on every worker (NaN is as "
+    "good as no value), and session.weight() in every slot or in none",
+}
 
 
-class VoteMismatch(ElasticError):
-    """Workers that should be at the same point of the same job are not: this is a defect, stop the job."""
+class VoteMismatch(ConfigError):
+    """Workers that should do the same do not: the program differs between them; change it and start again."""
 
 
 class Decision(enum.Enum):
@@ -51,6 +57,7 @@ class Vote:
         complete: whether the gradients of all slots of this worker are in the sum.
         finite: whether this worker's chunks of the sum are.
         groups_hash: of the optimizer's param groups, a signed 64-bit integer.
+        measures_hash: of the names of what is measured, a signed 64-bit integer.
         next_generation: the newest generation that this worker is ready to switch to.
         stop: whether this worker was asked to stop after this step.
         presence: for each parameter, whether a slot of this worker gave it a gradient.
@@ -64,6 +71,7 @@ class Vote:
     next_generation: int
     stop: bool
     presence: Sequence[bool] = ()
+    measures_hash: int = 0
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ def cast(group: Group, vote: Vote) -> Outcome:
 
 def _pack(vote: Vote) -> torch.Tensor:
     # The complement reverses the order like a minus sign, but has no value that it overflows on.
-    equal = [vote.step, vote.generation, vote.groups_hash]
+    equal = [vote.step, vote.generation, vote.groups_hash, vote.measures_hash]
     flags = [not vote.complete, not vote.finite, vote.stop]
     head = [*equal, *(~value for value in equal), ~vote.next_generation, *flags]
     return torch.tensor([*head, *vote.presence], dtype=torch.int64)
@@ -112,14 +120,9 @@ def _read(maxima: torch.Tensor, vote: Vote) -> Outcome:
     values = maxima.tolist()
     count = len(_EQUAL)
     highest, lowest = values[:count], [~value for value in values[count : 2 * count]]
-    differing = [
-        f"{name} (from {low} to {high})" for name, low, high in zip(_EQUAL, lowest, highest, strict=True) if low != high
-    ]
+    differing = [words for words, low, high in zip(_EQUAL.values(), lowest, highest, strict=True) if low != high]
     if differing:
-        raise VoteMismatch(
-            f"Workers of generation {vote.generation} do not agree at step {vote.step} on "
-            f"{', '.join(differing)}: they are not training the same thing; compare their scripts."
-        )
+        raise VoteMismatch(f"the workers of generation {vote.generation} do not agree on {'; nor on '.join(differing)}")
     next_generation, incomplete, not_finite, stop = values[2 * count : 2 * count + 4]
     if incomplete:
         decision, reason = Decision.RETRY, "gradients of a worker are missing from the sum"

@@ -68,6 +68,8 @@ class TrainingSpec(_message.Message):
     DROP_LAST_FIELD_NUMBER: _builtins.int
     LAYOUT_DIGEST_FIELD_NUMBER: _builtins.int
     STATE_DIGEST_FIELD_NUMBER: _builtins.int
+    DATA_DIGEST_FIELD_NUMBER: _builtins.int
+    NUMERICS_FIELD_NUMBER: _builtins.int
     slots: _builtins.int
     """Requested micro-batches per global batch; 0: the number of replicas at the start."""
     virtual_replicas: _builtins.int
@@ -88,6 +90,10 @@ class TrainingSpec(_message.Message):
     """Digest over names, shapes and dtypes of parameters and buffers."""
     state_digest: _builtins.str
     """Digest over the initial bits of parameters and buffers."""
+    data_digest: _builtins.str
+    """Digest over the first sample of the dataset."""
+    numerics: _builtins.str
+    """What the bits of a kernel depend on: versions, threads, the processor's capability."""
     def __init__(
         self,
         *,
@@ -101,10 +107,12 @@ class TrainingSpec(_message.Message):
         drop_last: _builtins.bool = ...,
         layout_digest: _builtins.str = ...,
         state_digest: _builtins.str = ...,
+        data_digest: _builtins.str = ...,
+        numerics: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "dataset_size", b"dataset_size", "drop_last", b"drop_last", "layout_digest", b"layout_digest", "reduction", b"reduction", "seed", b"seed", "shuffle", b"shuffle", "slots", b"slots", "state_digest", b"state_digest", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "data_digest", b"data_digest", "dataset_size", b"dataset_size", "drop_last", b"drop_last", "layout_digest", b"layout_digest", "numerics", b"numerics", "reduction", b"reduction", "seed", b"seed", "shuffle", b"shuffle", "slots", b"slots", "state_digest", b"state_digest", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -157,6 +165,7 @@ class Prepared(_message.Message):
     COMMITTED_FIELD_NUMBER: _builtins.int
     VOTED_FIELD_NUMBER: _builtins.int
     HAS_STATE_FIELD_NUMBER: _builtins.int
+    STOPPING_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     committed: _builtins.int
     """Steps committed by this worker."""
@@ -164,6 +173,8 @@ class Prepared(_message.Message):
     """Last step for which this worker holds the whole reduced gradient."""
     has_state: _builtins.bool
     """False: it joins and must be given the state."""
+    stopping: _builtins.bool
+    """The verdict on `committed` said that all leave the loop after it."""
     def __init__(
         self,
         *,
@@ -171,10 +182,11 @@ class Prepared(_message.Message):
         committed: _builtins.int = ...,
         voted: _builtins.int = ...,
         has_state: _builtins.bool = ...,
+        stopping: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "generation", b"generation", "has_state", b"has_state", "voted", b"voted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "generation", b"generation", "has_state", b"has_state", "stopping", b"stopping", "voted", b"voted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -288,25 +300,50 @@ class Leaving(_message.Message):
     COMMITTED_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
     SAMPLES_FIELD_NUMBER: _builtins.int
+    CONCLUDES_FIELD_NUMBER: _builtins.int
     committed: _builtins.int
     digest: _builtins.str
     """Digest of the final parameters and buffers."""
     samples: _builtins.int
     """Samples in the steps committed by the job, as this worker counted them."""
+    concludes: _builtins.bool
+    """It has functions that must run once, after the loop, on one worker."""
     def __init__(
         self,
         *,
         committed: _builtins.int = ...,
         digest: _builtins.str = ...,
         samples: _builtins.int = ...,
+        concludes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "digest", b"digest", "samples", b"samples"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "concludes", b"concludes", "digest", b"digest", "samples", b"samples"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Leaving: _TypeAlias = Leaving  # noqa: Y015
+
+@_typing.final
+class Concluded(_message.Message):
+    """The functions of on_end have run here; an exception of theirs ends the process instead."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMITTED_FIELD_NUMBER: _builtins.int
+    committed: _builtins.int
+    def __init__(
+        self,
+        *,
+        committed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Concluded: _TypeAlias = Concluded  # noqa: Y015
 
 @_typing.final
 class Failed(_message.Message):
@@ -361,6 +398,7 @@ class WorkerMessage(_message.Message):
     LEAVING_FIELD_NUMBER: _builtins.int
     FAILED_FIELD_NUMBER: _builtins.int
     RESUMED_FIELD_NUMBER: _builtins.int
+    CONCLUDED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def registered(self) -> Global___Registered: ...
     @_builtins.property
@@ -379,6 +417,8 @@ class WorkerMessage(_message.Message):
     def failed(self) -> Global___Failed: ...
     @_builtins.property
     def resumed(self) -> Global___Resumed: ...
+    @_builtins.property
+    def concluded(self) -> Global___Concluded: ...
     def __init__(
         self,
         *,
@@ -391,12 +431,13 @@ class WorkerMessage(_message.Message):
         leaving: Global___Leaving | None = ...,
         failed: Global___Failed | None = ...,
         resumed: Global___Resumed | None = ...,
+        concluded: Global___Concluded | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "collective_failed", b"collective_failed", "failed", b"failed", "leaving", b"leaving", "prepare_failed", b"prepare_failed", "prepared", b"prepared", "registered", b"registered", "resumed", b"resumed", "switched", b"switched", "warm", b"warm"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "collective_failed", b"collective_failed", "concluded", b"concluded", "failed", b"failed", "leaving", b"leaving", "prepare_failed", b"prepare_failed", "prepared", b"prepared", "registered", b"registered", "resumed", b"resumed", "switched", b"switched", "warm", b"warm"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "collective_failed", b"collective_failed", "failed", b"failed", "leaving", b"leaving", "prepare_failed", b"prepare_failed", "prepared", b"prepared", "registered", b"registered", "resumed", b"resumed", "switched", b"switched", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "collective_failed", b"collective_failed", "concluded", b"concluded", "failed", b"failed", "leaving", b"leaving", "prepare_failed", b"prepare_failed", "prepared", b"prepared", "registered", b"registered", "resumed", b"resumed", "switched", b"switched", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["registered", "warm", "prepared", "prepare_failed", "switched", "collective_failed", "leaving", "failed", "resumed"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["registered", "warm", "prepared", "prepare_failed", "switched", "collective_failed", "leaving", "failed", "resumed", "concluded"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -564,9 +605,12 @@ class Commit(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     RESTORE_STEP_FIELD_NUMBER: _builtins.int
     JOINER_RANKS_FIELD_NUMBER: _builtins.int
+    STOP_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     restore_step: _builtins.int
     """FENCE and FOUND: everyone continues after this step. SWITCH: unused."""
+    stop: _builtins.bool
+    """All leave the loop after `restore_step`, as its verdict said to some."""
     @_builtins.property
     def joiner_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks without state: every other rank gives it to them."""
@@ -577,14 +621,36 @@ class Commit(_message.Message):
         generation: _builtins.int = ...,
         restore_step: _builtins.int = ...,
         joiner_ranks: _abc.Iterable[_builtins.int] | None = ...,
+        stop: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joiner_ranks", b"joiner_ranks", "restore_step", b"restore_step"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joiner_ranks", b"joiner_ranks", "restore_step", b"restore_step", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Commit: _TypeAlias = Commit  # noqa: Y015
+
+@_typing.final
+class Conclude(_message.Message):
+    """All have left the loop: run the functions of on_end, then say Concluded."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Conclude: _TypeAlias = Conclude  # noqa: Y015
 
 @_typing.final
 class Abandon(_message.Message):
@@ -635,6 +701,7 @@ class WorkerCommand(_message.Message):
     COMMIT_FIELD_NUMBER: _builtins.int
     ABANDON_FIELD_NUMBER: _builtins.int
     FINISH_FIELD_NUMBER: _builtins.int
+    CONCLUDE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def admitted(self) -> Global___Admitted: ...
     @_builtins.property
@@ -645,6 +712,8 @@ class WorkerCommand(_message.Message):
     def abandon(self) -> Global___Abandon: ...
     @_builtins.property
     def finish(self) -> Global___Finish: ...
+    @_builtins.property
+    def conclude(self) -> Global___Conclude: ...
     def __init__(
         self,
         *,
@@ -653,12 +722,13 @@ class WorkerCommand(_message.Message):
         commit: Global___Commit | None = ...,
         abandon: Global___Abandon | None = ...,
         finish: Global___Finish | None = ...,
+        conclude: Global___Conclude | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "admitted", b"admitted", "body", b"body", "commit", b"commit", "finish", b"finish", "prepare", b"prepare"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "admitted", b"admitted", "body", b"body", "commit", b"commit", "conclude", b"conclude", "finish", b"finish", "prepare", b"prepare"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "admitted", b"admitted", "body", b"body", "commit", b"commit", "finish", b"finish", "prepare", b"prepare"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["abandon", b"abandon", "admitted", b"admitted", "body", b"body", "commit", b"commit", "conclude", b"conclude", "finish", b"finish", "prepare", b"prepare"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["admitted", "prepare", "commit", "abandon", "finish"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["admitted", "prepare", "commit", "abandon", "finish", "conclude"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -685,6 +755,7 @@ class WorkerStatus(_message.Message):
     EXITED_FIELD_NUMBER: _builtins.int
     EXIT_REASON_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     local_rank: _builtins.int
     pid: _builtins.int
@@ -700,6 +771,8 @@ class WorkerStatus(_message.Message):
     """Samples in committed steps."""
     exited: _builtins.bool
     exit_reason: _builtins.str
+    waits: _builtins.bool
+    """Its main thread waits for others (a reduction, a verdict, a regroup)."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerMessage]:
         """Hello only: what the controller may have missed."""
@@ -718,10 +791,11 @@ class WorkerStatus(_message.Message):
         exited: _builtins.bool = ...,
         exit_reason: _builtins.str = ...,
         messages: _abc.Iterable[Global___WorkerMessage] | None = ...,
+        waits: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "exit_reason", b"exit_reason", "exited", b"exited", "generation", b"generation", "local_rank", b"local_rank", "loss", b"loss", "messages", b"messages", "pid", b"pid", "progress", b"progress", "samples", b"samples", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "exit_reason", b"exit_reason", "exited", b"exited", "generation", b"generation", "local_rank", b"local_rank", "loss", b"loss", "messages", b"messages", "pid", b"pid", "progress", b"progress", "samples", b"samples", "waits", b"waits", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -929,6 +1003,7 @@ class AgentMessage(_message.Message):
     EXITED_FIELD_NUMBER: _builtins.int
     FROM_WORKER_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
+    PROBED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___AgentHello: ...
     @_builtins.property
@@ -941,6 +1016,8 @@ class AgentMessage(_message.Message):
     def from_worker(self) -> Global___FromWorker: ...
     @_builtins.property
     def goodbye(self) -> Global___Goodbye: ...
+    @_builtins.property
+    def probed(self) -> Global___PeersProbed: ...
     def __init__(
         self,
         *,
@@ -950,12 +1027,13 @@ class AgentMessage(_message.Message):
         exited: Global___WorkerExited | None = ...,
         from_worker: Global___FromWorker | None = ...,
         goodbye: Global___Goodbye | None = ...,
+        probed: Global___PeersProbed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "exited", b"exited", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "exited", b"exited", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "exited", b"exited", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "exited", b"exited", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "started", "exited", "from_worker", "goodbye"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "started", "exited", "from_worker", "goodbye", "probed"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -981,6 +1059,33 @@ class Goodbye(_message.Message):
 Global___Goodbye: _TypeAlias = Goodbye  # noqa: Y015
 
 @_typing.final
+class PeersProbed(_message.Message):
+    """Answer to ProbePeers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    @_builtins.property
+    def unreachable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes that did not answer in time."""
+
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        unreachable: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "unreachable", b"unreachable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PeersProbed: _TypeAlias = PeersProbed  # noqa: Y015
+
+@_typing.final
 class Welcome(_message.Message):
     """Answer to Hello."""
 
@@ -989,8 +1094,14 @@ class Welcome(_message.Message):
     KEEP_FIELD_NUMBER: _builtins.int
     FAILURE_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     HIGHEST_GENERATION_FIELD_NUMBER: _builtins.int
+    HANG_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    START_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     failure_timeout_ms: _builtins.int
     highest_generation: _builtins.int
+    hang_timeout_ms: _builtins.int
+    """Longest time without progress in user code; 0: five times the longest step, at least 10 s."""
+    start_timeout_ms: _builtins.int
+    """The same before a process has committed its first step."""
     @_builtins.property
     def keep(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Workers that still belong to the job; the agent kills every other one."""
@@ -1001,14 +1112,68 @@ class Welcome(_message.Message):
         keep: _abc.Iterable[_builtins.str] | None = ...,
         failure_timeout_ms: _builtins.int = ...,
         highest_generation: _builtins.int = ...,
+        hang_timeout_ms: _builtins.int = ...,
+        start_timeout_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure_timeout_ms", b"failure_timeout_ms", "highest_generation", b"highest_generation", "keep", b"keep"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure_timeout_ms", b"failure_timeout_ms", "hang_timeout_ms", b"hang_timeout_ms", "highest_generation", b"highest_generation", "keep", b"keep", "start_timeout_ms", b"start_timeout_ms"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class Peer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    address: _builtins.str
+    """HOST:PORT of its agent's peer service."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Peer: _TypeAlias = Peer  # noqa: Y015
+
+@_typing.final
+class ProbePeers(_message.Message):
+    """Find out which of these nodes answer, at once and side by side."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    generation: _builtins.int
+    """That is in doubt; it comes back in the answer."""
+    timeout_ms: _builtins.int
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]: ...
+    def __init__(
+        self,
+        *,
+        generation: _builtins.int = ...,
+        peers: _abc.Iterable[Global___Peer] | None = ...,
+        timeout_ms: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "peers", b"peers", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbePeers: _TypeAlias = ProbePeers  # noqa: Y015
 
 @_typing.final
 class Refused(_message.Message):
@@ -1137,6 +1302,7 @@ class ControllerMessage(_message.Message):
     TO_WORKER_FIELD_NUMBER: _builtins.int
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     ACK_FIELD_NUMBER: _builtins.int
+    PROBE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -1151,6 +1317,8 @@ class ControllerMessage(_message.Message):
     def shutdown(self) -> Global___Shutdown: ...
     @_builtins.property
     def ack(self) -> Global___HeartbeatAck: ...
+    @_builtins.property
+    def probe(self) -> Global___ProbePeers: ...
     def __init__(
         self,
         *,
@@ -1161,12 +1329,13 @@ class ControllerMessage(_message.Message):
         to_worker: Global___ToWorker | None = ...,
         shutdown: Global___Shutdown | None = ...,
         ack: Global___HeartbeatAck | None = ...,
+        probe: Global___ProbePeers | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "body", b"body", "kill", b"kill", "refused", b"refused", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "body", b"body", "kill", b"kill", "probe", b"probe", "refused", b"refused", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "body", b"body", "kill", b"kill", "refused", b"refused", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "body", b"body", "kill", b"kill", "probe", b"probe", "refused", b"refused", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refused", "start", "kill", "to_worker", "shutdown", "ack"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refused", "start", "kill", "to_worker", "shutdown", "ack", "probe"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1364,6 +1533,41 @@ class StoreGetReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StoreGetReply: _TypeAlias = StoreGetReply  # noqa: Y015
+
+@_typing.final
+class ProbeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    """Who is thought to answer here."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeRequest: _TypeAlias = ProbeRequest  # noqa: Y015
+
+@_typing.final
+class ProbeReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeReply: _TypeAlias = ProbeReply  # noqa: Y015
 
 @_typing.final
 class StatusRequest(_message.Message):

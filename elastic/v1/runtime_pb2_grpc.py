@@ -180,6 +180,11 @@ class StoreStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Probe = channel.unary_unary(
+                '/elastic.v1.Store/Probe',
+                request_serializer=elastic_dot_v1_dot_runtime__pb2.ProbeRequest.SerializeToString,
+                response_deserializer=elastic_dot_v1_dot_runtime__pb2.ProbeReply.FromString,
+                _registered_method=True)
         self.Set = channel.unary_unary(
                 '/elastic.v1.Store/Set',
                 request_serializer=elastic_dot_v1_dot_runtime__pb2.StoreSetRequest.SerializeToString,
@@ -194,6 +199,13 @@ class StoreStub:
 
 class StoreServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def Probe(self, request, context):
+        """Whether this agent is there, for its peers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Set(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -210,6 +222,11 @@ class StoreServicer:
 
 def add_StoreServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Probe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Probe,
+                    request_deserializer=elastic_dot_v1_dot_runtime__pb2.ProbeRequest.FromString,
+                    response_serializer=elastic_dot_v1_dot_runtime__pb2.ProbeReply.SerializeToString,
+            ),
             'Set': grpc.unary_unary_rpc_method_handler(
                     servicer.Set,
                     request_deserializer=elastic_dot_v1_dot_runtime__pb2.StoreSetRequest.FromString,
@@ -230,6 +247,33 @@ def add_StoreServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Store:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Probe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/elastic.v1.Store/Probe',
+            elastic_dot_v1_dot_runtime__pb2.ProbeRequest.SerializeToString,
+            elastic_dot_v1_dot_runtime__pb2.ProbeReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Set(request,

@@ -85,16 +85,28 @@ class StoreStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> StoreAsyncStub: ...
+    Probe: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.ProbeRequest, _runtime_pb2.ProbeReply]
+    """Whether this agent is there, for its peers."""
     Set: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.StoreSetRequest, _runtime_pb2.StoreSetReply]
     Get: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.StoreGetRequest, _runtime_pb2.StoreGetReply]
 
 @_typing.type_check_only
 class StoreAsyncStub(StoreStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
+    Probe: _aio.UnaryUnaryMultiCallable[_runtime_pb2.ProbeRequest, _runtime_pb2.ProbeReply]  # type: ignore[assignment]
+    """Whether this agent is there, for its peers."""
     Set: _aio.UnaryUnaryMultiCallable[_runtime_pb2.StoreSetRequest, _runtime_pb2.StoreSetReply]  # type: ignore[assignment]
     Get: _aio.UnaryUnaryMultiCallable[_runtime_pb2.StoreGetRequest, _runtime_pb2.StoreGetReply]  # type: ignore[assignment]
 
 class StoreServicer(metaclass=_abc_1.ABCMeta):
+    @_abc_1.abstractmethod
+    def Probe(
+        self,
+        request: _runtime_pb2.ProbeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runtime_pb2.ProbeReply, _abc.Awaitable[_runtime_pb2.ProbeReply]]:
+        """Whether this agent is there, for its peers."""
+
     @_abc_1.abstractmethod
     def Set(
         self,

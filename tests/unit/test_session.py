@@ -164,7 +164,7 @@ def test_a_loss_that_is_logged_too_late_for_its_step_is_an_error() -> None:
         loss = F.cross_entropy(run.model(x), y)
         loss.backward()
         run.optimizer.step()
-        with pytest.raises(ConfigError, match=r"log the loss before optimizer.step\(\)"):
+        with pytest.raises(ConfigError, match=r"log\(loss=...\) came after optimizer.step\(\)"):
             run.session.log(loss=loss)
         break
 

@@ -109,7 +109,7 @@ def train(state: TrainingState, first_step: int, steps: int) -> None:
         loss = state.models["main"](images).square().mean()
         loss.backward()
         optimizer.step()
-        for name, scheduler in state.schedulers.items():
+        for name, scheduler in state.stateful.items():
             scheduler.step(*([1.0] if name == "plateau" else []))
 
 
@@ -422,7 +422,7 @@ def split_groups() -> TrainingState:
             "The model has parameter 'n.weight' where the donors have",
         ),
         (TrainingState({"m": nn.Linear(2, 3)}, {}, {}), "The optimizers are [] here and ['o'] on the donors"),
-        (two_step_lr(), "The schedulers are ['s'] here and [] on the donors"),
+        (two_step_lr(), "The schedulers, scalers and extra states are ['s'] here and [] on the donors"),
         (
             split_groups(),
             "The parameters in the groups of optimizer 'o' are [1, 1] here and [2] on the donors",
