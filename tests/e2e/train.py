@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 import elastic
@@ -63,6 +64,46 @@ class Network(nn.Module):
         return self.layers(x)
 
 
+class Odd(nn.Module):
+    """A network with everything that a reducer may stumble over: a frozen layer, a parameter that is never used, one that
+    only some samples use, two layers that share their weights, and a buffer of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.second.weight = self.first.weight
+        self.frozen = nn.Linear(FEATURES, FEATURES).requires_grad_(False)
+        self.unused = nn.Parameter(torch.ones(3))
+        self.sometimes = nn.Linear(FEATURES, FEATURES)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        x = self.frozen(torch.tanh(self.second(torch.tanh(self.first(x)))))
+        return self.sometimes(x) if x[0, 0] > 0 else x
+
+
+class Average:
+    """A running average of weights, as an object of the user's own with a state."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.values = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+    def update(self) -> None:
+        for name, tensor in self.model.named_parameters():
+            self.values[name].lerp_(tensor.detach(), 0.1)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.values
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.values = {name: tensor.clone() for name, tensor in state.items()}
+
+
+FEATURES_OF_LOOPS = ("amp", "readers", "compile", "checkpoint", "odd", "weights", "average", "evaluate")
+
+
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser()
@@ -86,6 +127,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--stubborn", action="store_true", help="Ignore SIGTERM, and start a process that does too.")
     parser.add_argument("--uneven", action="store_true", help="Begin with other weights on every worker.")
     parser.add_argument("--rotten", type=int, default=-1, help="Id of a sample that cannot be read.")
+    parser.add_argument("--with", dest="features", nargs="*", default=[], choices=FEATURES_OF_LOOPS)
+    parser.add_argument("--stop-at", type=int, default=0, help="Step in which worker 0 asks all to stop.")
+    parser.add_argument("--save", type=Path, help="File that on_end writes; it first waits for --go.")
     return parser.parse_args()
 
 
@@ -113,6 +157,24 @@ def flat(value: Any) -> Iterator[bytes]:
         yield repr(value).encode()
 
 
+def evaluate(model: nn.Module) -> None:
+    """Look at the model in the middle of training, which must change nothing."""
+    model.eval()
+    with torch.no_grad():
+        model(torch.randn(8, FEATURES))
+    model.train()
+
+
+def save(args: argparse.Namespace, session: elastic.Session, model: nn.Module) -> None:
+    """Write what was trained, once."""
+    (args.save.parent / f"saving-{os.getpid()}").touch()
+    while args.go is not None and not args.go.exists():
+        time.sleep(0.02)
+    partial = args.save.with_suffix(f".{os.getpid()}")
+    torch.save({"step": session.step, "model": model.state_dict()}, partial)
+    partial.replace(args.save)
+
+
 def main() -> None:
     """Train as the command line says."""
     args = arguments()
@@ -129,21 +191,50 @@ def main() -> None:
     else:
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
     scheduler: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
-    loader: Any = DataLoader(Samples(args.samples, args.rotten), batch_size=args.batch_size, shuffle=True)
-    model, optimizer, loader, scheduler = session.prepare(
+    features = set(args.features)
+    odd = Odd()
+    odd_optimizer = torch.optim.SGD([p for p in odd.parameters() if p.requires_grad], lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7, enabled="amp" in features)
+    average = Average(model)
+    if "average" in features:
+        session.extra_state("average", average)
+    if "odd" in features:
+        session.buffer_rule("*.seen", "delta")
+    if args.save is not None:
+        session.on_end(lambda: save(args, session, model))
+    loader: Any = DataLoader(
+        Samples(args.samples, args.rotten),
+        batch_size=args.batch_size,
+        shuffle=True,
+        num_workers=2 if "readers" in features else 0,
+    )
+    (loader,) = session.prepare(
         model,
         optimizer,
-        loader,
         scheduler,
+        scaler,
+        *((odd, odd_optimizer) if "odd" in features else ()),
+        loader,
         slots=args.slots,
         virtual_replicas=args.virtual_replicas,
         reduction=args.reduction,
-    )
+    )[-1:]
+    network = torch.compile(model) if "compile" in features else model
     steps = args.epochs * len(loader)
     fail_step, _, fail_rank = args.fail.partition(":")
 
     def going() -> bool:
         return args.go is None or args.go.exists()
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        if "odd" in features:
+            x = odd(x)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled="amp" in features):
+            if "checkpoint" in features:
+                out = checkpoint(network, x, use_reentrant=False)
+            else:
+                out = network(x)
+        return F.cross_entropy(out.float(), y)
 
     for _ in session.epochs(args.epochs):
         for x, y in loader:
@@ -157,18 +248,32 @@ def main() -> None:
                 else:
                     raise RuntimeError("a fault of user code")
             while not going() and session.step >= steps - HELD_STEPS:
+                session.heartbeat()
                 time.sleep(0.02)
             if not going():
                 time.sleep(args.pause_ms / 1000)
             optimizer.zero_grad()
-            loss = F.cross_entropy(model(x), y)
+            loss = loss_of(x, y)
             session.log(loss=loss)
-            loss.backward()
+            session.mean("zeros", (y == 0).float().mean())
+            if "weights" in features:
+                session.weight(1 + int((y != 0).sum()))
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
             if args.clip:
                 session.clip_grad_norm_(args.clip)
-            optimizer.step()
+            scaler.step(optimizer)
+            if "odd" in features:
+                scaler.step(odd_optimizer)
+            scaler.update()
             if not args.no_scheduler and not args.per_epoch:
                 scheduler.step()
+            if session.committed:
+                average.update()
+                if "evaluate" in features and session.step % 20 == 0:
+                    evaluate(model)
+            if args.stop_at and session.is_main and session.step >= args.stop_at:
+                session.stop()
         if args.per_epoch:
             scheduler.step()
     session.close()
@@ -176,8 +281,9 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         ended = {
             "step": session.step,
-            "fingerprint": fingerprint(model, optimizer, scheduler),
+            "fingerprint": fingerprint(model, optimizer, scheduler, scaler, odd, average),
             "loss": session.loss,
+            "zeros": session.mean("zeros"),
         }
         partial = args.out / f"{os.getpid()}.part"
         partial.write_text(json.dumps(ended))
