@@ -23,6 +23,8 @@ from agent.machine import (
     Heard,
     Looked,
     OpenGeneration,
+    Probe,
+    Probed,
     ProcessEnded,
     Report,
     Signal,
@@ -40,9 +42,12 @@ from elastic.domain import (
     Heartbeat,
     KillWorker,
     Leaving,
+    Peer,
+    PeersProbed,
     Plan,
     Prepare,
     Prepared,
+    ProbePeers,
     Refused,
     Registered,
     Shutdown,
@@ -85,8 +90,10 @@ class Node:
         return self
 
 
-def looked(state: str, committed: int = 0) -> Looked:
-    return Looked("n/0.1", state, 1, committed, 0, 0.5, 2 * committed)
+def looked(
+    state: str, committed: int = 0, progress: int = 0, *, busy_until_s: float = 0.0, waits: bool = False
+) -> Looked:
+    return Looked("n/0.1", state, 1, committed, progress, 0.5, 2 * committed, busy_until_s, waits)
 
 
 def exited(
@@ -290,3 +297,71 @@ def test_a_controller_that_was_never_there_is_given_up_sooner() -> None:
     assert node.feed(Tick(), at=3.9) == []
     (effect,) = node.feed(Tick(), at=4.1)
     assert isinstance(effect, EndAgent) and effect.code == 1 and "--connect-timeout" in effect.reason
+
+
+# -- hangs ---------------------------------------------------------------------------------------------------------
+
+
+def is_lost(node: Node, look: Looked, at: float) -> bool:
+    effects = node.feed(look, at=at)
+    exits = [e.message for e in effects if isinstance(e, Report) and isinstance(e.message, WorkerExited)]
+    assert all((e.detected_by, e.blameless) == ("progress", False) for e in exits)
+    assert all("no progress for" in e.reason for e in exits)
+    return bool(exits) and Signal("n/0.1", KILL, exits[0].reason) in effects
+
+
+def worker_that_trains(**timeouts: int) -> Node:
+    node = Node().with_worker()
+    node.feed(Heard(Welcome(keep=("n/0.1",), **timeouts)))
+    for step in range(1, 5):
+        node.feed(looked("R", step, step), at=6.0 + step)
+    return node
+
+
+def test_no_progress_in_user_code_for_ten_seconds_is_a_hang() -> None:
+    node = worker_that_trains()
+    assert not is_lost(node, looked("R", 4, 4), at=19.9)
+    assert is_lost(node, looked("R", 4, 4), at=20.1)
+    assert node.feed(looked("R", 4, 4), at=40.0) == []
+
+
+def test_a_long_step_earns_five_times_its_length() -> None:
+    node = worker_that_trains()
+    node.feed(looked("R", 5, 5), at=14.0)
+    assert not is_lost(node, looked("R", 5, 5), at=33.9)
+    assert is_lost(node, looked("R", 5, 5), at=34.1)
+
+
+def test_the_hang_timeout_that_was_given_counts() -> None:
+    assert is_lost(worker_that_trains(hang_timeout_ms=3000), looked("R", 4, 4), at=13.1)
+
+
+@pytest.mark.parametrize(
+    "look",
+    [looked("R", 4, 5), looked("R", 4, 4, waits=True), looked("R", 4, 4, busy_until_s=30.0)],
+    ids=["an evaluation makes progress", "it waits for others", "it has announced to be busy"],
+)
+def test_what_is_no_hang(look: Looked) -> None:
+    node = worker_that_trains()
+    assert not is_lost(node, look, at=19.9)
+    assert not is_lost(node, looked("R", 4, look.progress, busy_until_s=look.busy_until_s), at=25.0)
+    assert is_lost(node, looked("R", 4, look.progress, busy_until_s=look.busy_until_s), at=50.0)
+
+
+def test_before_its_first_commit_and_after_its_loop_a_worker_has_the_start_timeout() -> None:
+    node = Node().with_worker()
+    node.feed(Heard(Welcome(keep=("n/0.1",), start_timeout_ms=60_000)))
+    node.feed(looked("R", 0, 1), at=1.0)
+    assert not is_lost(node, looked("R", 0, 1), at=60.9)
+    assert is_lost(node, looked("R", 0, 1), at=61.1)
+    node = worker_that_trains(start_timeout_ms=60_000)
+    node.feed(WorkerSaid("n/0.1", Leaving(4)))
+    assert not is_lost(node, looked("R", 4, 4), at=69.9)
+    assert is_lost(node, looked("R", 4, 4), at=70.1)
+
+
+def test_peers_are_probed_and_the_answer_is_passed_on() -> None:
+    order = ProbePeers(3, (Peer("m", "m:1"),), 500)
+    node = Node()
+    assert node.feed(Heard(order)) == [Probe(order)]
+    assert node.feed(Probed(PeersProbed(3, ("m",)))) == [Report(PeersProbed(3, ("m",)))]
