@@ -6,6 +6,7 @@ agent the session is a world of one, so that a script runs unchanged on a laptop
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import math
 import sys
@@ -63,8 +64,16 @@ def join() -> Session:
     """
     global _current
     if _current is None:
-        _current = Session(WorkerConfig.from_environ())
+        settings = WorkerConfig.from_environ()
+        _current = Session(settings)
+        if not settings.agent:
+            atexit.register(_close_alone)  # otherwise the worker's own end does
     return _current
+
+
+def _close_alone() -> None:
+    if not hasattr(sys, "last_value"):  # the script has not ended by an exception
+        close_current()
 
 
 class Session:

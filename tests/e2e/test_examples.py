@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES_MAX = 150
@@ -69,7 +70,20 @@ def test_gpt_trains_and_its_main_worker_tells_of_every_step(tmp_path: Path) -> N
     assert "step 12: loss" in printed
 
 
-@pytest.mark.parametrize("name", ["digits", "gpt"])
+def test_careful_stops_early_and_saves_once(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    saved = [tmp_path / "alone.pt", tmp_path / "two.pt"]
+    script = ("-m", "examples.careful", "--patience", "1", "--epochs", "8")
+    alone = execute(*script, "--save", str(saved[0]))
+    summary, printed = train(tmp_path, 2, *script, "--save", str(saved[1]))
+    assert alone.count("saved after step") == printed.count(f"saved after step {summary['step']}") == 1
+    assert accuracy(alone) == accuracy(printed) > 90
+    first, second = (torch.load(path, weights_only=True) for path in saved)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ["digits", "gpt", "careful"])
 def test_an_example_fits_on_a_few_screens(name: str) -> None:
     assert len((ROOT / "examples" / f"{name}.py").read_text().splitlines()) < LINES_MAX
 
