@@ -31,8 +31,8 @@ from controller.events import (
     Tick,
     ToAgent,
 )
-from controller.incidents import IncidentBook, describe
-from controller.state import Attempt, JobSettings, Node, Suspicion, Worker, natural
+from controller.job import Job
+from controller.state import Attempt, Node, Suspicion, Worker, natural
 from elastic.domain import (
     PROTOCOL_VERSION,
     Abandon,
@@ -47,8 +47,6 @@ from elastic.domain import (
     Goodbye,
     Heartbeat,
     HeartbeatAck,
-    Incident,
-    KillWorker,
     Leaving,
     Member,
     Plan,
@@ -62,17 +60,14 @@ from elastic.domain import (
     Shutdown,
     StartWorker,
     Switched,
-    ToWorker,
     TrainingSpec,
     Warm,
     Welcome,
-    WorkerCommand,
     WorkerExited,
     WorkerMessage,
     WorkerStarted,
     WorkerStatus,
 )
-from monitoring.goodput import StepClock
 from recovery.plan import Candidate, make_plan
 
 FRUITLESS_LIMIT = 5  # generations in a row that failed although nobody was lost
@@ -80,50 +75,16 @@ SWITCH_RETRIES = 3  # attempts to take a joiner in before it is replaced
 GRACE_S = 0.25  # how long a broken collective waits for the loss that explains it
 
 
-class ControllerMachine:
-    """State of one job; see the module's docstring."""
+class ControllerMachine(Job):
+    """The job as it takes events in; it has no state beyond the `Job`'s."""
 
-    def __init__(self, settings: JobSettings, *, unix_offset_s: float = 0.0) -> None:
-        self.settings = settings
-        self.unix_offset_s = unix_offset_s  # unix time minus the clock of `now`: for display only
-        self.nodes: dict[str, Node] = {}
-        self.workers: dict[str, Worker] = {}
-        self.spec: TrainingSpec | None = None  # as fixed at the founding: slots and replicas filled in
-        self.requested: TrainingSpec | None = None  # as the founders said it
-        self.plan: Plan | None = None  # of the newest committed generation
-        self.leavers: tuple[Member, ...] = ()  # who leaves with it, until all others have adopted it
-        self.joiners: frozenset[str] = frozenset()  # who was without the state when it was committed
-        self.attempt: Attempt | None = None
-        self.newest_generation = 0
-        self.step_committed = 0
-        self.samples = 0
-        self.loss = float("nan")
-        self.fruitless = 0
-        self.incidents = IncidentBook()
-        self.steps = StepClock()
-        self.started_at: float | None = None
-        self.first_commit_at: float | None = None
-        self.ended_at: float | None = None
-        self.enough_since: float | None = None
-        self.suspicion: Suspicion | None = None
-        self.serials: dict[tuple[str, int], int] = {}
-        self.draining: dict[str, str] = {}  # node -> incarnation of the agent that was asked to leave
-        self.founding_since: float | None = None
-        self.recovering_until: float | None = None  # while not None, nothing is decided: agents may come back
-        self.outcome = ""
-        self.reason = ""
-        self.finishing = False
-        self.digest = ""
-        self.last_tick: float | None = None
-        self.restarted = False
-        self.returned_at: float | None = None  # when the first member came back in that time
-        self._out: list[ControllerEffect] = []
+    __slots__ = ()
 
     # -- events ----------------------------------------------------------------------------------------------------
 
     def step(self, event: ControllerEvent, now: float) -> list[ControllerEffect]:
         """Take one event in and return its effects, in the order in which they must happen."""
-        self._out = []
+        self.effects = []
         if self.started_at is None:
             self.started_at = self.founding_since = now
         match event:
@@ -132,7 +93,7 @@ class ControllerMachine:
             case AgentSaid(incarnation, message):
                 self._agent_said(incarnation, message, now)
             case AgentGone(incarnation, reason):
-                node = self._node_of(incarnation)
+                node = self.node_of(incarnation)
                 if node is not None:
                     self._node_lost(node, f"its stream ended: {reason}", "stream", now)
             case DrainAsked(node_id):
@@ -141,17 +102,17 @@ class ControllerMachine:
                 self._end("stopped", reason or "stopped on request", now)
             case Tick():
                 self._tick(now)
-        out, self._out = self._out, []
-        return out
+        effects, self.effects = self.effects, []
+        return effects
 
     def _agent_said(self, incarnation: str, message: AgentMessage, now: float) -> None:
-        node = self._node_of(incarnation)
+        node = self.node_of(incarnation)
         if node is None:
             return  # a stream that was given up
         node.heard_at = now
         match message:
             case Heartbeat(sequence, statuses):
-                self._emit(ToAgent(incarnation, HeartbeatAck(sequence)))
+                self.emit(ToAgent(incarnation, HeartbeatAck(sequence)))
                 for status in statuses:
                     self._note_status(status, now)
             case WorkerStarted(worker_id, _, pid):
@@ -166,34 +127,15 @@ class ControllerMachine:
             case Goodbye(reason):
                 self._node_said_goodbye(node, reason, now)
             case AgentHello():
-                self._emit(CloseAgent(incarnation, "a second Hello on one stream"))
-
-    def _emit(self, effect: ControllerEffect) -> None:
-        self._out.append(effect)
-
-    def _tell(self, worker: Worker, command: WorkerCommand) -> None:
-        node = self.nodes.get(worker.node)
-        if node is not None and node.attached:
-            self._emit(ToAgent(node.incarnation, ToWorker(worker.id, command)))
-
-    def _kill(self, worker: Worker, reason: str) -> None:
-        node = self.nodes.get(worker.node)
-        if node is not None and node.attached:
-            self._emit(ToAgent(node.incarnation, KillWorker(worker.id, reason)))
-
-    def _node_of(self, incarnation: str) -> Node | None:
-        for node in self.nodes.values():
-            if node.incarnation == incarnation and node.attached:
-                return node
-        return None
+                self.emit(CloseAgent(incarnation, "a second Hello on one stream"))
 
     # -- nodes -----------------------------------------------------------------------------------------------------
 
     def _agent_attached(self, hello: AgentHello, now: float) -> None:
         refusal = self._refusal(hello, now)
         if refusal:
-            self._emit(ToAgent(hello.incarnation, Refused(refusal)))
-            self._emit(CloseAgent(hello.incarnation, refusal))
+            self.emit(ToAgent(hello.incarnation, Refused(refusal)))
+            self.emit(CloseAgent(hello.incarnation, refusal))
             return
         known = self.nodes.get(hello.node)
         if known is not None and known.attached:
@@ -212,7 +154,7 @@ class ControllerMachine:
         )
         self.nodes[hello.node] = node
         keep = self._recognise(node, hello)
-        self._emit(
+        self.emit(
             Persist(
                 "node-attached",
                 f"node {node.id} attached with {node.nproc} worker(s)"
@@ -220,7 +162,7 @@ class ControllerMachine:
                 {"node": node.id, "pid": node.pid, "nproc": node.nproc},
             )
         )
-        self._emit(
+        self.emit(
             ToAgent(
                 node.incarnation,
                 Welcome(keep, int(self.settings.failure_timeout_s * 1000), self.newest_generation),
@@ -266,7 +208,7 @@ class ControllerMachine:
         """
         keep: list[str] = []
         if self.recovering_until is not None:
-            members = {member.worker for member in self._last_members()}
+            members = {member.worker for member in self.last_members()}
             for status in hello.workers:
                 known = self.workers.get(status.worker)
                 if status.exited or (known is not None and known.state != "lost"):
@@ -300,23 +242,23 @@ class ControllerMachine:
         expected = self.plan.world_size if self.plan is not None else self.settings.nodes_max * node.nproc
         order = sorted(w.id for w in self.workers.values() if w.alive)
         hint = order.index(worker.id) if self.plan is None else expected
-        self._emit(
+        self.emit(
             Persist(
                 "worker-started",
                 f"starting worker {worker.id}",
                 {"worker": worker.id, "node": node.id, "local_rank": local_rank, "serial": serial},
             )
         )
-        self._emit(ToAgent(node.incarnation, StartWorker(worker.id, local_rank, hint, max(expected, hint + 1))))
+        self.emit(ToAgent(node.incarnation, StartWorker(worker.id, local_rank, hint, max(expected, hint + 1))))
 
     def _node_lost(self, node: Node, reason: str, detected_by: str, now: float) -> None:
         if not node.attached:
             return
         node.state = "lost"
         lost = [w for w in self.workers.values() if w.node == node.id and w.alive]
-        self._emit(Persist("node-lost", f"node {node.id} lost: {reason}", {"node": node.id, "detected_by": detected_by}))
+        self.emit(Persist("node-lost", f"node {node.id} lost: {reason}", {"node": node.id, "detected_by": detected_by}))
         if detected_by != "stream":  # otherwise it has ended, or its agent has opened another
-            self._emit(CloseAgent(node.incarnation, reason))
+            self.emit(CloseAgent(node.incarnation, reason))
         silent_s = now - node.heard_at if detected_by == "lease" else 0.0
         self._workers_lost(
             lost, "node lost", f"node {node.id}", reason, detected_by, now, state="lost", silent_s=silent_s
@@ -325,10 +267,10 @@ class ControllerMachine:
 
     def _node_said_goodbye(self, node: Node, reason: str, now: float) -> None:
         lost = [w for w in self.workers.values() if w.node == node.id and w.alive]
-        drained = node.state == "draining" and not any(self._is_member(w) for w in lost)
+        drained = node.state == "draining" and not any(self.is_member(w) for w in lost)
         node.state = "left"
         self.draining.pop(node.id, None)
-        self._emit(Persist("node-left", f"node {node.id} left: {reason}", {"node": node.id}))
+        self.emit(Persist("node-left", f"node {node.id} left: {reason}", {"node": node.id}))
         if drained or self.outcome or self.finishing:
             for worker in lost:
                 worker.state = "left"
@@ -345,10 +287,10 @@ class ControllerMachine:
         node = self.nodes[worker.node]
         if exited.code == 0 and (self.finishing or worker.leaving is not None or worker.spec is None):
             worker.state = "finished"
-            self._emit(Persist("worker-finished", f"worker {worker.id} finished", {"worker": worker.id}))
+            self.emit(Persist("worker-finished", f"worker {worker.id} finished", {"worker": worker.id}))
             self._check_finished(now)
             return
-        if exited.code == 0 and node.state == "draining" and not self._is_member(worker):
+        if exited.code == 0 and node.state == "draining" and not self.is_member(worker):
             worker.state = "left"
             return
         if exited.code == 0 and not exited.blameless:
@@ -367,7 +309,7 @@ class ControllerMachine:
         )
         self._fill(node)
         if node.restarts.get(worker.local_rank, 0) > self.settings.max_restarts:
-            self._emit(
+            self.emit(
                 Persist(
                     "worker-given-up",
                     f"local rank {worker.local_rank} of node {node.id} failed more than --max-restarts "
@@ -406,7 +348,7 @@ class ControllerMachine:
         silent_s: float = 0.0,
     ) -> None:
         lost = [worker for worker in lost if worker.alive]
-        involved = [worker for worker in lost if self._is_member(worker)]
+        involved = [worker for worker in lost if self.is_member(worker)]
         for worker in lost:
             worker.state = state
         if self.outcome:
@@ -415,7 +357,7 @@ class ControllerMachine:
             self._finish_recovering(now)
             return
         if lost:
-            self._emit(
+            self.emit(
                 Persist(
                     "workers-lost",
                     f"{subject}: {reason}",
@@ -429,22 +371,8 @@ class ControllerMachine:
             return
         if self.finishing or self._check_finished(now):
             return
-        self._open_incident(kind, subject, detected_by, reason, now, silent_s)
+        self.open_incident(kind, subject, detected_by, reason, now, silent_s)
         self._fence(f"{subject}: {reason}", now, loss=True)
-
-    def _is_member(self, worker: Worker) -> bool:
-        return worker.id in self._membership()
-
-    def _membership(self) -> tuple[str, ...]:
-        """Workers that the newest world cannot lose unnoticed, in order of rank; leavers of an unfinished switch last."""
-        attempt = self.attempt
-        if attempt is not None and self._membership_from_attempt():
-            return tuple(m.worker for m in (*attempt.plan.members, *attempt.leavers))
-        return tuple(m.worker for m in self._last_members())
-
-    def _last_members(self) -> tuple[Member, ...]:
-        """Who may hold the state as of the newest committed generation."""
-        return (*self.plan.members, *self.leavers) if self.plan is not None else ()
 
     def _note_status(self, status: WorkerStatus, now: float) -> None:
         worker = self.workers.get(status.worker)
@@ -452,19 +380,10 @@ class ControllerMachine:
             return
         worker.pid, worker.status = status.pid or worker.pid, replace(status, messages=())
         if worker.state == "member":
-            self._note_step(status.committed, now)
+            self.note_step(status.committed, now)
             if status.committed >= self.step_committed:
                 self.samples = max(self.samples, status.samples)
                 self.loss = status.loss
-
-    def _note_step(self, committed: int, now: float) -> None:
-        if committed > self.step_committed:
-            if self.step_committed == 0:
-                self._emit(Persist("training-began", f"step {committed} is committed", {"step": committed}))
-            self.step_committed = committed
-            self.steps.note(now, committed)
-            if self.first_commit_at is None:
-                self.first_commit_at = now
 
     # -- what workers say ------------------------------------------------------------------------------------------
 
@@ -489,18 +408,18 @@ class ControllerMachine:
                 self._switched(worker, generation, now)
             case Resumed(generation, committed):
                 worker.holds_state = True
-                self._note_step(committed, now)
+                self.note_step(committed, now)
                 if self.plan is not None and generation == self.plan.generation:
                     self.fruitless = 0
-                    self._close_incidents(now)
+                    self.close_incidents(now)
             case CollectiveFailed(generation, step, reason):
                 if generation in self._worlds_in_use():
                     self._suspect(generation, f"worker {worker.id}: a collective of step {step} broke ({reason})", now)
             case Leaving():
                 worker.leaving, worker.holds_state = message, True
-                self._note_step(message.committed, now)
+                self.note_step(message.committed, now)
                 self.samples = max(self.samples, message.samples)
-                if self.attempt is not None and self.attempt.plan.kind is PlanKind.SWITCH and not self.attempt.committed:
+                if self.attempt is not None and self.attempt.may_be_abandoned:
                     self._abandon("the training loop has ended")
                 self._check_finished(now)
             case Failed():
@@ -509,7 +428,7 @@ class ControllerMachine:
     def _worlds_in_use(self) -> tuple[int, ...]:
         """Generations in which workers may be training: a broken collective of another one says nothing new."""
         attempt = self.attempt
-        if attempt is None or (attempt.plan.kind is PlanKind.SWITCH and not attempt.committed):
+        if attempt is None or attempt.may_be_abandoned:
             return (self.plan.generation,) if self.plan is not None else ()
         if not attempt.committed:
             return ()
@@ -541,13 +460,13 @@ class ControllerMachine:
     def _refuse_worker(self, worker: Worker, sentence: str) -> None:
         worker.state = "dead"
         self.nodes[worker.node].restarts[worker.local_rank] = self.settings.max_restarts + 1
-        self._emit(Persist("worker-refused", sentence, {"worker": worker.id}))
-        self._kill(worker, sentence)
+        self.emit(Persist("worker-refused", sentence, {"worker": worker.id}))
+        self.kill(worker, sentence)
 
     def _admit(self, worker: Worker) -> None:
         assert self.spec is not None
         worker.state = "warming"
-        self._tell(
+        self.tell(
             worker,
             Admitted(
                 self.spec.slots,
@@ -599,7 +518,7 @@ class ControllerMachine:
             worker.holds_state = worker.state == "registered"
             worker.state = "member"
             if worker.holds_state:
-                self._tell(worker, Admitted(fixed.slots, fixed.virtual_replicas, fixed.reduction, fixed.seed, 0))
+                self.tell(worker, Admitted(fixed.slots, fixed.virtual_replicas, fixed.reduction, fixed.seed, 0))
         self._open(PlanKind.FOUND, [w.id for w in order], f"first world of {len(order)} worker(s)", now)
 
     def _fix_job(self, spec: TrainingSpec, workers: int, now: float) -> bool:
@@ -620,7 +539,7 @@ class ControllerMachine:
             self._end("failed", problem, now)
             return False
         self.requested, self.spec = spec, replace(spec, slots=slots, virtual_replicas=replicas)
-        self._emit(
+        self.emit(
             Persist(
                 "job-fixed",
                 f"{slots} slots of {spec.batch_size} samples, {replicas} virtual replicas, {spec.reduction} reduction",
@@ -635,7 +554,7 @@ class ControllerMachine:
         self, kind: PlanKind, members: list[str], reason: str, now: float, *, leavers: Iterable[Member] = ()
     ) -> None:
         assert self.spec is not None
-        before = self.attempt.plan if self.attempt is not None and self._membership_from_attempt() else self.plan
+        before = self.attempt.plan if self.attempt is not None and self.membership_from_attempt() else self.plan
         self.newest_generation += 1
         plan = make_plan(
             generation=self.newest_generation,
@@ -653,7 +572,7 @@ class ControllerMachine:
             leavers=tuple(leavers),
             replaces=self.plan.generation if self.plan is not None else 0,
         )
-        self._emit(
+        self.emit(
             Persist(
                 "generation-opened",
                 f"generation {plan.generation} ({kind.name.lower()}) with {plan.world_size} worker(s): {reason}",
@@ -661,12 +580,7 @@ class ControllerMachine:
             )
         )
         for worker_id in sorted(self.attempt.participants):
-            self._tell(self.workers[worker_id], Prepare(plan))
-
-    def _membership_from_attempt(self) -> bool:
-        """Whether the generation on its way decides already who belongs to the job."""
-        attempt = self.attempt
-        return attempt is not None and (attempt.committed or attempt.plan.kind is not PlanKind.SWITCH)
+            self.tell(self.workers[worker_id], Prepare(plan))
 
     def _candidate(self, worker_id: str) -> Candidate:
         worker = self.workers[worker_id]
@@ -682,7 +596,7 @@ class ControllerMachine:
         if self.fruitless > FRUITLESS_LIMIT:
             self._end("failed", f"{FRUITLESS_LIMIT} generations in a row failed with nobody lost; last: {reason}", now)
             return
-        survivors = [w for w in self._membership() if self.workers[w].alive]
+        survivors = [w for w in self.membership() if self.workers[w].alive]
         self._abandon(reason)
         if self.plan is None:
             self._unfound(survivors, now)
@@ -708,12 +622,9 @@ class ControllerMachine:
         members = [w for w in survivors if w in seated]
         for worker_id in survivors:
             if worker_id not in members:
-                self._kill(self.workers[worker_id], "the world goes on without it")
+                self.kill(self.workers[worker_id], "the world goes on without it")
                 self.workers[worker_id].state = "dead"
         return members
-
-    def _known(self, members: Iterable[Member]) -> list[Worker]:
-        return [self.workers[m.worker] for m in members if m.worker in self.workers]
 
     def _unfound(self, survivors: list[str], now: float) -> None:
         """A member was lost before the first world stood: nothing was trained, so found it anew when all are back."""
@@ -726,19 +637,19 @@ class ControllerMachine:
     def _state_lost(self, reason: str, now: float) -> None:
         """Nobody who holds the state can be reached. Wait for nodes that may come back with it, else give it up."""
         self.attempt, self.suspicion = None, None
-        if self.recovering_until is None and any(w.state == "lost" for w in self._known(self._last_members())):
+        if self.recovering_until is None and any(w.state == "lost" for w in self.known(self.last_members())):
             self.recovering_until = now + self.settings.start_timeout_s
-            self._emit(
+            self.emit(
                 Persist("job-waits", f"no worker that holds the state can be reached ({reason}): waiting for its node", {})
             )
             return
-        last = next((w.failure for w in reversed(self.workers.values()) if w.failure is not None), None)
+        last = self.last_failure()
         if self.step_committed == 0:
             self.plan, self.leavers, self.founding_since = None, (), now
-            self._emit(Persist("job-unfounded", f"nothing was trained yet, so the first world forms anew: {reason}", {}))
+            self.emit(Persist("job-unfounded", f"nothing was trained yet, so the first world forms anew: {reason}", {}))
             for worker in self.workers.values():
                 if worker.alive and worker.spec is not None:
-                    self._kill(worker, "the first world forms anew")
+                    self.kill(worker, "the first world forms anew")
             return
         self._end(
             "failed",
@@ -754,10 +665,10 @@ class ControllerMachine:
             return
         plan = attempt.plan
         nodes = len({m.node for m in plan.members})
-        ending = any(worker.leaving for worker in self._known(plan.members))
+        ending = any(worker.leaving for worker in self.known(plan.members))
         if nodes < self.settings.nodes_min and plan.kind is PlanKind.FENCE and not ending:
             attempt.waits_for_nodes, attempt.deadline = True, now + self.settings.start_timeout_s
-            self._emit(
+            self.emit(
                 Persist(
                     "job-waits",
                     f"waiting for nodes: {nodes} left, --nnodes asks for at least {self.settings.nodes_min}",
@@ -787,9 +698,9 @@ class ControllerMachine:
             self.workers[member.worker].holds_state = reports[member.worker].has_state and member.worker not in given
         redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
         if plan.kind is not PlanKind.SWITCH:
-            self._note_step(restore, now)
+            self.note_step(restore, now)
             self.incidents.regrouped(plan.generation, restore, redone)
-        self._emit(
+        self.emit(
             Persist(
                 "generation-committed",
                 f"generation {plan.generation} committed"
@@ -800,7 +711,7 @@ class ControllerMachine:
         )
         command = Commit(plan.generation, restore, joiners)
         for worker_id in sorted(attempt.participants):
-            self._tell(self.workers[worker_id], command)
+            self.tell(self.workers[worker_id], command)
 
     def _switched(self, worker: Worker, generation: int, now: float) -> None:
         attempt = self.attempt
@@ -814,7 +725,7 @@ class ControllerMachine:
         if self.suspicion is not None and self.suspicion.generation < generation:
             self.suspicion = None  # nobody needs the world that broke any more
         if attempt.plan.kind is PlanKind.SWITCH:
-            self._emit(
+            self.emit(
                 Persist(
                     "generation-adopted",
                     f"generation {generation} is adopted by all",
@@ -822,7 +733,7 @@ class ControllerMachine:
                 )
             )
         for member in attempt.leavers:
-            self._tell(self.workers[member.worker], Finish("drained"))
+            self.tell(self.workers[member.worker], Finish("drained"))
             self.workers[member.worker].state = "left"
         self._consider_switch(now)
 
@@ -844,23 +755,23 @@ class ControllerMachine:
 
     def _abandon(self, reason: str) -> None:
         attempt = self.attempt
-        if attempt is None or attempt.plan.kind is not PlanKind.SWITCH or attempt.committed:
+        if attempt is None or not attempt.may_be_abandoned:
             return
         self.attempt = None
         generation = attempt.plan.generation
-        self._emit(
+        self.emit(
             Persist("generation-abandoned", f"generation {generation} abandoned: {reason}", {"generation": generation})
         )
         for worker_id in sorted(attempt.participants):
             if self.workers[worker_id].alive:
-                self._tell(self.workers[worker_id], Abandon(generation))
+                self.tell(self.workers[worker_id], Abandon(generation))
 
     def _retry_switch_later(self) -> None:
         for worker in self.workers.values():
             if worker.state == "warm":
                 worker.switch_failures += 1
                 if worker.switch_failures > SWITCH_RETRIES:
-                    self._kill(worker, "it could not be taken in")
+                    self.kill(worker, "it could not be taken in")
 
     def _consider_switch(self, now: float) -> None:
         """Take warm workers in and let leavers go, if nothing else is on its way."""
@@ -877,7 +788,7 @@ class ControllerMachine:
         joining = self._joiners(len(members) - len(leaving))
         staying = [m for m in members if m not in leaving]
         nodes = {m.node for m in staying} | {self.workers[w].node for w in joining}
-        holders = [w for w in self._known(staying) if w.holds_state]
+        holders = [w for w in self.known(staying) if w.holds_state]
         if leaving and (not holders or len(nodes) < self.settings.nodes_min):
             # They go once others hold the state, and enough others are there.
             staying, leaving = list(members), []
@@ -902,7 +813,7 @@ class ControllerMachine:
             for w in self.workers.values()
             if (w.state == "warm" or (w.state == "warming" and not (warm_only or w.warms_slowly)))
             and self.nodes[w.node].state == "attached"
-            and not self._is_member(w)
+            and not self.is_member(w)
         ]
         ready.sort(key=lambda w: (w.state != "warm", w.switch_failures, natural(w.node), w.local_rank))
         return [w.id for w in ready][: max(0, self.spec.slots - seats_taken)]
@@ -932,7 +843,7 @@ class ControllerMachine:
         node = self.nodes[node_id]
         node.state = "draining"
         self.draining[node_id] = node.incarnation
-        self._emit(
+        self.emit(
             Persist(
                 "node-draining",
                 f"node {node_id} is asked to leave",
@@ -946,13 +857,13 @@ class ControllerMachine:
         for node in self.nodes.values():
             if node.state != "draining" or node.shut_down:
                 continue
-            idle = [w for w in self.workers.values() if w.node == node.id and w.alive and not self._is_member(w)]
+            idle = [w for w in self.workers.values() if w.node == node.id and w.alive and not self.is_member(w)]
             for worker in idle:
-                self._kill(worker, "its node is drained")
+                self.kill(worker, "its node is drained")
             self._workers_lost(idle, "drain", f"node {node.id}", "drained", "a person", now, state="left")
             if not any(w.alive and w.node == node.id for w in self.workers.values()):
                 node.shut_down = True
-                self._emit(ToAgent(node.incarnation, Shutdown("drained", 0)))
+                self.emit(ToAgent(node.incarnation, Shutdown("drained", 0)))
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -962,7 +873,7 @@ class ControllerMachine:
             return True
         if self.recovering_until is not None:
             return self.finishing
-        members = [self.workers[w] for w in self._membership()]
+        members = [self.workers[w] for w in self.membership()]
         # A joiner that was never given the state has nothing to end; the others need not wait for it.
         holders = [w for w in members if w.alive and w.holds_state]
         if not self.finishing and holders and all(w.leaving is not None for w in holders):
@@ -983,9 +894,9 @@ class ControllerMachine:
         if len(digests) > 1:
             self._end("failed", "the replicas' final parameters differ: " + ", ".join(sorted(digests)), now)
             return
-        self._close_incidents(now)
+        self.close_incidents(now)
         self.finishing, self.digest, self.attempt = True, digests.pop(), None
-        self._emit(
+        self.emit(
             Persist(
                 "loop-ended",
                 f"all workers left the loop after step {self.step_committed}",
@@ -1000,9 +911,9 @@ class ControllerMachine:
             if not worker.alive:
                 continue
             if worker.leaving is not None:
-                self._tell(worker, Finish("the job is done"))
+                self.tell(worker, Finish("the job is done"))
             else:
-                self._kill(worker, "the job is done")
+                self.kill(worker, "the job is done")
                 worker.state = "left"
 
     def _check_outcome(self, now: float) -> None:
@@ -1018,7 +929,7 @@ class ControllerMachine:
             and any(n.restarts.get(r, 0) <= self.settings.max_restarts for r in range(n.nproc))
         ]
         if not hopeful and any(n.state == "attached" for n in self.nodes.values()):
-            failure = next((w.failure for w in reversed(self.workers.values()) if w.failure is not None), None)
+            failure = self.last_failure()
             detail = f": {failure.error}" if failure is not None else ""
             self._end(
                 "failed", f"every worker failed more than --max-restarts {self.settings.max_restarts} times{detail}", now, failure
@@ -1038,33 +949,11 @@ class ControllerMachine:
         if failure is not None:
             data["traceback"] = failure.traceback
             data["sample_ids"] = list(failure.sample_ids)
-        self._emit(Persist("job-ended", f"{outcome}: {reason}", data))
+        self.emit(Persist("job-ended", f"{outcome}: {reason}", data))
         for node in self.nodes.values():
             if node.state in ("attached", "draining"):
-                self._emit(ToAgent(node.incarnation, Shutdown(reason, 0 if outcome == "succeeded" else 1)))
-        self._emit(EndJob(outcome, reason))
-
-    # -- incidents -------------------------------------------------------------------------------------------------
-
-    def _open_incident(
-        self, kind: str, subject: str, detected_by: str, reason: str, now: float, silent_s: float = 0.0
-    ) -> None:
-        self.incidents.open(
-            Incident(
-                kind=kind,
-                subject=subject,
-                detected_by=detected_by,
-                reason=reason,
-                generation=self.newest_generation + 1,
-                step=self.step_committed,
-                at_unix_s=now - silent_s + self.unix_offset_s,
-            ),
-            now - silent_s,
-        )
-
-    def _close_incidents(self, now: float) -> None:
-        for incident in self.incidents.close(now, self.steps.median_s()):
-            self._emit(Persist("incident", describe(incident), {"incident": incident}))
+                self.emit(ToAgent(node.incarnation, Shutdown(reason, 0 if outcome == "succeeded" else 1)))
+        self.emit(EndJob(outcome, reason))
 
     # -- time ------------------------------------------------------------------------------------------------------
 
@@ -1089,7 +978,7 @@ class ControllerMachine:
         if attempt is not None and not attempt.committed and now > attempt.deadline:
             self._attempt_expired(attempt, now)
         elif self.suspicion is not None and now - self.suspicion.since > GRACE_S:
-            self._open_incident("collective broken", "the world", "worker report", self.suspicion.reason, now)
+            self.open_incident("collective broken", "the world", "worker report", self.suspicion.reason, now)
             self._fence(self.suspicion.reason, now, loss=False)
         self._found_if_complete(now)
         since = self.founding_since if self.founding_since is not None else now
@@ -1106,7 +995,7 @@ class ControllerMachine:
                 worker = self.workers[worker_id]
                 worker.warms_slowly |= worker.state == "warming"
                 if worker.state == "warm":
-                    self._kill(worker, "it was not prepared in time")
+                    self.kill(worker, "it was not prepared in time")
             return
         if not missing:
             self._end("failed", f"fewer nodes than --nnodes MIN ({self.settings.nodes_min}) for too long", now)
@@ -1116,7 +1005,7 @@ class ControllerMachine:
             return
         silent = [self.workers[w] for w in missing]
         for worker in silent:
-            self._kill(worker, "it was not prepared in time")
+            self.kill(worker, "it was not prepared in time")
         self._workers_lost(
             silent, "not prepared", ", ".join(f"worker {w}" for w in missing), "not prepared in time", "deadline", now
         )
@@ -1186,7 +1075,7 @@ class ControllerMachine:
         worker = self.workers.get(status.worker)
         if worker is None:
             return
-        member = any(m.worker == worker.id for m in self._last_members())
+        member = any(m.worker == worker.id for m in self.last_members())
         if member:
             worker.state = "member"
             worker.holds_state = status.committed > 0 or worker.id not in self.joiners
@@ -1204,21 +1093,21 @@ class ControllerMachine:
                         self._suspect(generation, f"worker {worker.id}: {message.reason}", now)
                 case Leaving():
                     worker.leaving = message
-                    self._note_step(message.committed, now)
+                    self.note_step(message.committed, now)
                     self.samples = max(self.samples, message.samples)
                 case Failed():
                     worker.failure = message
                 case _:
                     pass
-        self._note_step(status.committed, now)
+        self.note_step(status.committed, now)
 
     def _finish_recovering(self, now: float) -> None:
         """Act again once every member's node has spoken, or its time is up."""
         assert self.recovering_until is not None
-        members = self._last_members()
+        members = self.last_members()
         here = {node.id for node in self.nodes.values() if node.attached}
         until = self.recovering_until
-        if any(worker.alive and worker.holds_state for worker in self._known(members)):
+        if any(worker.alive and worker.holds_state for worker in self.known(members)):
             # With one of them here, the others have as long as a lease.
             self.returned_at = now if self.returned_at is None else self.returned_at
             until = min(until, self.returned_at + self.settings.failure_timeout_s)
@@ -1235,7 +1124,7 @@ class ControllerMachine:
                 worker.state = "lost" if member.node not in here and now < self.recovering_until else "dead"
         why = "the controller restarted" if self.restarted else "nodes that hold the state came back"
         if self.restarted:
-            self._emit(
+            self.emit(
                 Persist("controller-restarted", f"controller restarted at generation {self.newest_generation}", {})
             )
         self.restarted = False
@@ -1255,7 +1144,7 @@ class ControllerMachine:
         self._consider_switch(now)
 
     def _regroup_recovered(self, why: str, now: float) -> None:
-        plan, members = self.plan, self._known(self._last_members())
+        plan, members = self.plan, self.known(self.last_members())
         if plan is None:
             return
         gone = [w.id for w in members if not w.alive]
@@ -1269,22 +1158,5 @@ class ControllerMachine:
         ):
             reason = why + (f"; lost meanwhile: {', '.join(gone)}" if gone else "")
             if not self.incidents.has_open:
-                self._open_incident("controller restarted", "controller", "ledger", reason, now)
+                self.open_incident("controller restarted", "controller", "ledger", reason, now)
             self._fence(reason, now, loss=True)
-
-    # -- views -----------------------------------------------------------------------------------------------------
-
-    @property
-    def state(self) -> str:
-        """One word for people."""
-        if self.outcome:
-            return self.outcome
-        if self.finishing:
-            return "ending"
-        if self.recovering_until is not None:
-            return "recovering"
-        if self.plan is None:
-            return "founding"
-        if self._membership_from_attempt() or self.suspicion is not None:
-            return "regrouping"
-        return "running"

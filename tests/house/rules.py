@@ -39,6 +39,7 @@ PURE = (
     "agent/machine.py",
     "controller/events.py",
     "controller/incidents.py",
+    "controller/job.py",
     "controller/machine.py",
     "controller/state.py",
     "controller/views.py",
