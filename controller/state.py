@@ -1,10 +1,13 @@
-"""What the controller knows of a job, its nodes and its workers: plain values that only the machine changes."""
+"""What the controller knows of nodes, workers and generations: plain values that only the machine's parts change.
+
+Each kind of value says what it means, and answers what follows from itself alone; `job.py` holds them together.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from elastic.domain import Failed, Leaving, Member, Plan, Prepared, TrainingSpec, WorkerStatus
+from elastic.domain import Failed, Leaving, Member, Plan, PlanKind, Prepared, TrainingSpec, WorkerStatus
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +98,11 @@ class Attempt:
     @property
     def participants(self) -> frozenset[str]:
         return self.plan.workers() | {member.worker for member in self.leavers}
+
+    @property
+    def may_be_abandoned(self) -> bool:
+        """Whether giving it up costs nothing: the members train on in their world until a switch is committed."""
+        return self.plan.kind is PlanKind.SWITCH and not self.committed
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,91 @@
+"""A generation on its way: how one is opened, given up, or suspected of being broken.
+
+Who belongs to it and why it is needed is decided by those who open it (`founding.py`, `fencing.py`, `switching.py`); what
+becomes of it by `commits.py`. Here is only what all of them do alike. Nothing here commits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from controller.events import Persist
+from controller.job import Job
+from controller.state import Attempt, Suspicion
+from elastic.domain import Abandon, Member, PlanKind, Prepare
+from recovery.plan import Candidate, make_plan
+
+
+def open_generation(
+    job: Job, kind: PlanKind, members: list[str], reason: str, now: float, *, leavers: Iterable[Member] = ()
+) -> None:
+    """Make the plan of the next generation, write it down, and have everybody concerned prepare for it.
+
+    `members` are in order of rank; `leavers` are members of the world before, who leave with this switch.
+    """
+    assert job.spec is not None
+    before = job.attempt.plan if job.attempt is not None and job.membership_from_attempt() else job.plan
+    job.newest_generation += 1
+    plan = make_plan(
+        generation=job.newest_generation,
+        kind=kind,
+        members=[_candidate(job, worker_id) for worker_id in members],
+        slots=job.spec.slots,
+        virtual_replicas=job.spec.virtual_replicas,
+        prepare_timeout_ms=int(job.settings.failure_timeout_s * 1000),
+        reason=reason,
+        before=before if kind is PlanKind.FENCE else None,
+    )
+    job.attempt = Attempt(
+        plan,
+        now + job.settings.prepare_timeout_s,
+        leavers=tuple(leavers),
+        replaces=job.plan.generation if job.plan is not None else 0,
+    )
+    job.emit(
+        Persist(
+            "generation-opened",
+            f"generation {plan.generation} ({kind.name.lower()}) with {plan.world_size} worker(s): {reason}",
+            {"plan": plan, "leavers": [member.worker for member in job.attempt.leavers]},
+        )
+    )
+    for worker_id in sorted(job.attempt.participants):
+        job.tell(job.workers[worker_id], Prepare(plan))
+
+
+def _candidate(job: Job, worker_id: str) -> Candidate:
+    worker = job.workers[worker_id]
+    node = job.nodes[worker.node]
+    return Candidate(worker.id, node.id, worker.local_rank, node.worker_address, node.peer_address)
+
+
+def abandon_switch(job: Job, reason: str) -> None:
+    """Give up a switch that is not committed; a generation of another kind is replaced only by a newer one."""
+    attempt = job.attempt
+    if attempt is None or not attempt.may_be_abandoned:
+        return
+    job.attempt = None
+    generation = attempt.plan.generation
+    job.emit(
+        Persist("generation-abandoned", f"generation {generation} abandoned: {reason}", {"generation": generation})
+    )
+    for worker_id in sorted(attempt.participants):
+        if job.workers[worker_id].alive:
+            job.tell(job.workers[worker_id], Abandon(generation))
+
+
+def suspect(job: Job, generation: int, reason: str, now: float) -> None:
+    """Note that a generation broke; `fencing.py` acts on it unless a loss that explains it is found first."""
+    if job.suspicion is None or generation > job.suspicion.generation:
+        job.suspicion = Suspicion(generation, reason, now)
+
+
+def worlds_in_use(job: Job) -> tuple[int, ...]:
+    """Generations in which workers may be training: a broken collective of another one says nothing new."""
+    attempt = job.attempt
+    if attempt is None or attempt.may_be_abandoned:
+        return (job.plan.generation,) if job.plan is not None else ()
+    if not attempt.committed:
+        return ()
+    if attempt.plan.kind is PlanKind.SWITCH:
+        return (attempt.replaces, attempt.plan.generation)
+    return (attempt.plan.generation,)

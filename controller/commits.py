@@ -1,0 +1,132 @@
+"""What becomes of a generation that was opened: prepared by all, committed, adopted by all; or not to be had.
+
+    all Prepared -> restore step = the newest committed anywhere -> ledger -> Commit g -> all Switched: it is the world
+
+From the commit on there is no way back to the world before: the ledger has it before the first worker hears of it. Nothing
+is committed that not every participant has prepared, and nobody's absence is judged here (`losses.py` does).
+"""
+
+from __future__ import annotations
+
+from controller.attempts import abandon_switch, suspect
+from controller.events import Persist
+from controller.fencing import state_lost
+from controller.job import Job
+from controller.state import Attempt, Worker
+from controller.switching import consider_switch, retry_switch_later
+from elastic.domain import Commit, Finish, PlanKind, Prepared
+
+
+def worker_prepared(job: Job, worker: Worker, report: Prepared, now: float) -> None:
+    """One more participant is prepared; the last one brings the commit about."""
+    attempt = job.attempt
+    if attempt is None or attempt.committed or report.generation != attempt.plan.generation:
+        return
+    attempt.prepared[worker.id] = report
+    if not attempt.participants <= set(attempt.prepared):
+        return
+    plan = attempt.plan
+    nodes = len({m.node for m in plan.members})
+    ending = any(member.leaving for member in job.known(plan.members))
+    if nodes < job.settings.nodes_min and plan.kind is PlanKind.FENCE and not ending:
+        attempt.waits_for_nodes, attempt.deadline = True, now + job.settings.start_timeout_s
+        job.emit(
+            Persist(
+                "job-waits",
+                f"waiting for nodes: {nodes} left, --nnodes asks for at least {job.settings.nodes_min}",
+                {},
+            )
+        )
+        consider_switch(job, now)
+        return
+    holders = [report for report in _reports(attempt).values() if report.has_state]
+    if not holders:
+        state_lost(job, "no survivor holds the state", now)
+        return
+    _commit(job, attempt, holders, now)
+
+
+def _reports(attempt: Attempt) -> dict[str, Prepared]:
+    """What the members of the new world said, in order of rank."""
+    return {member.worker: attempt.prepared[member.worker] for member in attempt.plan.members}
+
+
+def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> None:
+    """Commit a generation that all have prepared; `holders` are the reports of those who hold the state."""
+    plan, reports = attempt.plan, _reports(attempt)
+    restore = _restore_step(job, holders)
+    if plan.kind is PlanKind.SWITCH and job.plan is not None:
+        given = plan.workers() - job.plan.workers()  # all others have it by the step that decides the switch
+    else:
+        given = frozenset(w for w, r in reports.items() if not (r.has_state and restore in (r.committed, r.voted)))
+    joiners = tuple(m.rank for m in plan.members if m.worker in given)
+    attempt.committed = True
+    attempt.deadline = float("inf")
+    job.plan, job.leavers, job.joiners = plan, attempt.leavers, given
+    for member in plan.members:
+        job.workers[member.worker].state = "member"
+        job.workers[member.worker].holds_state = reports[member.worker].has_state and member.worker not in given
+    redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
+    if plan.kind is not PlanKind.SWITCH:
+        job.note_step(restore, now)
+        job.incidents.regrouped(plan.generation, restore, redone)
+    job.emit(
+        Persist(
+            "generation-committed",
+            f"generation {plan.generation} committed"
+            + (f", continuing after step {restore}" if plan.kind is PlanKind.FENCE else "")
+            + (f", {len(joiners)} joiner(s) receive the state" if joiners else ""),
+            {"generation": plan.generation, "restore_step": restore, "joiner_ranks": list(joiners)},
+        )
+    )
+    command = Commit(plan.generation, restore, joiners)
+    for worker_id in sorted(attempt.participants):
+        job.tell(job.workers[worker_id], command)
+
+
+def _restore_step(job: Job, holders: list[Prepared]) -> int:
+    """Return the step after which all go on: the newest that anybody has committed."""
+    restore = max(report.committed for report in holders)
+    if restore < job.step_committed <= min(report.voted for report in holders):
+        return job.step_committed  # whoever committed it is lost, but all the others can
+    return restore
+
+
+def worker_switched(job: Job, worker: Worker, generation: int, now: float) -> None:
+    """One more member is in the new world; with the last one, whoever leaves may go."""
+    attempt = job.attempt
+    if attempt is None or not attempt.committed or attempt.plan.generation != generation:
+        return
+    attempt.switched.add(worker.id)
+    if not attempt.plan.workers() <= attempt.switched:
+        return
+    # All who stay are past the step that decided the switch, so nothing is needed from those who leave.
+    job.attempt, job.leavers = None, ()
+    if job.suspicion is not None and job.suspicion.generation < generation:
+        job.suspicion = None  # nobody needs the world that broke any more
+    if attempt.plan.kind is PlanKind.SWITCH:
+        job.emit(
+            Persist(
+                "generation-adopted",
+                f"generation {generation} is adopted by all",
+                {"generation": generation},
+            )
+        )
+    for member in attempt.leavers:
+        job.tell(job.workers[member.worker], Finish("drained"))
+        job.workers[member.worker].state = "left"
+    consider_switch(job, now)
+
+
+def prepare_failed(job: Job, worker: Worker, generation: int, reason: str, now: float) -> None:
+    """A participant could not build its group: a switch waits for another time, any other generation is suspect."""
+    attempt = job.attempt
+    if attempt is None or attempt.committed or attempt.plan.generation != generation:
+        return
+    if attempt.plan.kind is PlanKind.SWITCH:
+        abandon_switch(job, f"worker {worker.id} could not build its group: {reason}")
+        retry_switch_later(job)
+    else:
+        suspect(
+            job, generation, f"worker {worker.id} could not build the group of generation {generation}: {reason}", now
+        )

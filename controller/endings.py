@@ -1,0 +1,109 @@
+"""How a job ends: well, once every loop and every script has ended; badly, when nothing is left that could go on.
+
+    all who hold the state have left the loop with one digest -> loop-ended: scripts run on to their end
+    -> no worker is alive -> job-ended: succeeded
+
+An end is final: once `outcome` is set, no part decides anything any more. Nothing here opens a generation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from controller.events import EndJob, Persist, ToAgent
+from controller.job import Job
+from controller.state import Worker
+from elastic.domain import Failed, Finish, Shutdown
+
+
+def check_finished(job: Job, now: float) -> bool:
+    """Whether the job is ending well; starts or completes that end."""
+    if job.outcome:
+        return True
+    if job.recovering_until is not None:
+        return job.finishing
+    members = [job.workers[w] for w in job.membership()]
+    # A joiner that was never given the state has nothing to end; the others need not wait for it.
+    holders = [w for w in members if w.alive and w.holds_state]
+    if not job.finishing and holders and all(w.leaving is not None for w in holders):
+        _begin_finish(job, holders, now)
+    if not members and not job.finishing:
+        ran = [w for w in job.workers.values() if w.state == "finished"]
+        expected = sum(n.nproc for n in job.nodes.values() if n.state == "attached")
+        if not ran or len(ran) < expected or any(w.alive for w in job.workers.values()):
+            return False
+        end_job(job, "succeeded", "every worker's script ended", now)
+        return True
+    if job.finishing and not any(w.alive for w in job.workers.values()):
+        end_job(job, "succeeded", f"finished after step {job.step_committed}", now)
+    return job.finishing
+
+
+def _begin_finish(job: Job, members: list[Worker], now: float) -> None:
+    digests = {w.leaving.digest for w in members if w.leaving is not None}
+    if len(digests) > 1:
+        end_job(job, "failed", "the replicas' final parameters differ: " + ", ".join(sorted(digests)), now)
+        return
+    job.close_incidents(now)
+    job.finishing, job.digest, job.attempt = True, digests.pop(), None
+    job.emit(
+        Persist(
+            "loop-ended",
+            f"all workers left the loop after step {job.step_committed}",
+            {"digest": job.digest, "step": job.step_committed, "samples": job.samples},
+        )
+    )
+    let_finish(job)
+
+
+def let_finish(job: Job) -> None:
+    """The loop is over everywhere: scripts run to their end, whatever else there is goes."""
+    for worker in job.workers.values():
+        if not worker.alive:
+            continue
+        if worker.leaving is not None:
+            job.tell(worker, Finish("the job is done"))
+        else:
+            job.kill(worker, "the job is done")
+            worker.state = "left"
+
+
+def check_outcome(job: Job, now: float) -> None:
+    """End the job when nothing is left that could go on."""
+    if check_finished(job, now) or job.recovering_until is not None:
+        return
+    if any(w.alive for w in job.workers.values()):
+        return
+    hopeful = [
+        n
+        for n in job.nodes.values()
+        if n.state == "attached" and any(n.restarts.get(r, 0) <= job.settings.max_restarts for r in range(n.nproc))
+    ]
+    if not hopeful and any(n.state == "attached" for n in job.nodes.values()):
+        failure = job.last_failure()
+        detail = f": {failure.error}" if failure is not None else ""
+        end_job(
+            job, "failed", f"every worker failed more than --max-restarts {job.settings.max_restarts} times{detail}", now, failure
+        )
+
+
+def end_job(job: Job, outcome: str, reason: str, now: float, failure: Failed | None = None) -> None:
+    """End the job now: succeeded, failed or stopped. `failure` is the exception that explains it, if there is one."""
+    if job.outcome:
+        return
+    job.outcome, job.reason, job.ended_at = outcome, reason, now
+    data: dict[str, Any] = {
+        "outcome": outcome,
+        "reason": reason,
+        "digest": job.digest,
+        "step": job.step_committed,
+        "samples": job.samples,
+    }
+    if failure is not None:
+        data["traceback"] = failure.traceback
+        data["sample_ids"] = list(failure.sample_ids)
+    job.emit(Persist("job-ended", f"{outcome}: {reason}", data))
+    for node in job.nodes.values():
+        if node.attached:
+            job.emit(ToAgent(node.incarnation, Shutdown(reason, 0 if outcome == "succeeded" else 1)))
+    job.emit(EndJob(outcome, reason))

@@ -1,0 +1,98 @@
+"""Fences: after a fault the survivors seal at once, and go on in a new generation from the newest step that they can have.
+
+    fault -> FENCE g: Prepare to all survivors -> all Prepared (sealed, group built, what they hold) -> `commits.py`
+
+Here is decided who is in that generation, and what is done when nobody is left who holds the state. A fence replaces
+whatever generation is on its way, and takes in nobody new unless it is told to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from controller.attempts import abandon_switch, open_generation
+from controller.endings import end_job
+from controller.events import Persist
+from controller.founding import found_anew
+from controller.job import Job
+from elastic.domain import PlanKind
+
+FRUITLESS_LIMIT = 5  # generations in a row that failed although nobody was lost
+GRACE_S = 0.25  # how long a broken collective waits for the loss that explains it
+
+
+def fence(job: Job, reason: str, now: float, *, loss: bool, joining: Iterable[str] = ()) -> None:
+    """Open a generation of the survivors, and of `joining`; everybody seals at once."""
+    if job.outcome or job.finishing:
+        return
+    job.suspicion = None
+    job.fruitless = 0 if loss else job.fruitless + 1
+    if job.fruitless > FRUITLESS_LIMIT:
+        end_job(job, "failed", f"{FRUITLESS_LIMIT} generations in a row failed with nobody lost; last: {reason}", now)
+        return
+    survivors = [w for w in job.membership() if job.workers[w].alive]
+    abandon_switch(job, reason)
+    if job.plan is None:
+        found_anew(job, survivors, now)
+        return
+    members = _seats(job, survivors)
+    if not members:
+        state_lost(job, reason, now)
+        return
+    open_generation(job, PlanKind.FENCE, [*members, *joining], reason, now)
+
+
+def _seats(job: Job, survivors: list[str]) -> list[str]:
+    """Return who of the survivors is in the next world, in order of rank; the others are ended.
+
+    Whoever holds the state comes first: with leavers of an unfinished switch there may be more workers than slots, and a
+    worker whose loop has ended gives the state to nobody.
+    """
+    assert job.spec is not None
+    holders = [w for w in survivors if job.workers[w].holds_state]
+    others = [w for w in survivors if w not in holders]
+    if any(job.workers[w].leaving for w in holders):
+        others = []
+    seated = [*holders, *others][: job.spec.slots]
+    members = [w for w in survivors if w in seated]
+    for worker_id in survivors:
+        if worker_id not in members:
+            job.kill(job.workers[worker_id], "the world goes on without it")
+            job.workers[worker_id].state = "dead"
+    return members
+
+
+def fence_if_unexplained(job: Job, now: float) -> None:
+    """Fence a world that broke, once the loss that would explain it has had its time to be found."""
+    suspicion = job.suspicion
+    if suspicion is None or now - suspicion.since <= GRACE_S:
+        return
+    job.open_incident("collective broken", "the world", "worker report", suspicion.reason, now)
+    fence(job, suspicion.reason, now, loss=False)
+
+
+def state_lost(job: Job, reason: str, now: float) -> None:
+    """Nobody who holds the state can be reached. Wait for nodes that may come back with it, else give it up."""
+    job.attempt, job.suspicion = None, None
+    if job.recovering_until is None and any(w.state == "lost" for w in job.known(job.last_members())):
+        job.recovering_until = now + job.settings.start_timeout_s
+        job.emit(
+            Persist("job-waits", f"no worker that holds the state can be reached ({reason}): waiting for its node", {})
+        )
+        return
+    last = job.last_failure()
+    if job.step_committed == 0:
+        job.plan, job.leavers, job.founding_since = None, (), now
+        job.emit(Persist("job-unfounded", f"nothing was trained yet, so the first world forms anew: {reason}", {}))
+        for worker in job.workers.values():
+            if worker.alive and worker.spec is not None:
+                job.kill(worker, "the first world forms anew")
+        return
+    end_job(
+        job,
+        "failed",
+        f"every copy of the training state was lost after step {job.step_committed} ({reason}); "
+        "no checkpoint exists, so the job must be started again from step 0",
+        now,
+        last,
+    )

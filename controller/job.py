@@ -1,0 +1,174 @@
+"""The state of one job, and the hands by which its parts act: everything that a decision depends on lives here.
+
+A `Job` is handed from part to part. They read and change its fields, and put what must happen into `effects`. It answers
+questions about itself (who belongs to the world, who is known), notes progress and costs, and decides nothing. What is
+not one of its fields must not influence any decision. Pure: no clock, I/O, randomness or logging; `now` is an argument, in
+seconds of any monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import KW_ONLY, dataclass, field
+
+from controller.events import ControllerEffect, Persist, ToAgent
+from controller.incidents import IncidentBook, describe
+from controller.state import Attempt, JobSettings, Node, Suspicion, Worker
+from elastic.domain import Failed, Incident, KillWorker, Member, Plan, ToWorker, TrainingSpec, WorkerCommand
+from monitoring.goodput import StepClock
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """State of one job; see the module's docstring."""
+
+    settings: JobSettings
+    _: KW_ONLY
+    unix_offset_s: float = 0.0  # unix time minus the clock of `now`: for display only
+    effects: list[ControllerEffect] = field(default_factory=list)  # of the event in hand, in order
+
+    # Who is here.
+    nodes: dict[str, Node] = field(default_factory=dict)
+    workers: dict[str, Worker] = field(default_factory=dict)
+    serials: dict[tuple[str, int], int] = field(default_factory=dict)  # (node, local rank) -> its newest worker's number
+    draining: dict[str, str] = field(default_factory=dict)  # node -> incarnation of the agent that was asked to leave
+
+    # What is trained.
+    spec: TrainingSpec | None = None  # as fixed at the founding: slots and replicas filled in
+    requested: TrainingSpec | None = None  # as the founders said it
+
+    # In which world.
+    plan: Plan | None = None  # of the newest committed generation
+    leavers: tuple[Member, ...] = ()  # who leaves with it, until all others have adopted it
+    joiners: frozenset[str] = frozenset()  # who was without the state when it was committed
+    attempt: Attempt | None = None
+    newest_generation: int = 0
+    suspicion: Suspicion | None = None
+    fruitless: int = 0  # generations in a row that failed although nobody was lost
+
+    # How far it is, and what it has cost.
+    step_committed: int = 0
+    samples: int = 0
+    loss: float = float("nan")
+    steps: StepClock = field(default_factory=StepClock)
+    incidents: IncidentBook = field(default_factory=IncidentBook)
+    started_at: float | None = None
+    first_commit_at: float | None = None
+    last_tick: float | None = None
+
+    # Before the first world.
+    founding_since: float | None = None
+    enough_since: float | None = None  # since when enough nodes for a first world are ready
+
+    # While agents may come back with what they hold.
+    recovering_until: float | None = None  # while not None, nothing is decided: agents may come back
+    returned_at: float | None = None  # when the first member came back in that time
+    restarted: bool = False  # it is the controller itself that was away
+
+    # The end.
+    finishing: bool = False  # the training loop is over everywhere
+    digest: str = ""
+    outcome: str = ""
+    reason: str = ""
+    ended_at: float | None = None
+
+    # -- acting ----------------------------------------------------------------------------------------------------
+
+    def emit(self, effect: ControllerEffect) -> None:
+        """Let this happen, after all that was emitted before."""
+        self.effects.append(effect)
+
+    def tell(self, worker: Worker, command: WorkerCommand) -> None:
+        """Give a worker a command, if its agent is here to pass it on."""
+        node = self.nodes.get(worker.node)
+        if node is not None and node.attached:
+            self.emit(ToAgent(node.incarnation, ToWorker(worker.id, command)))
+
+    def kill(self, worker: Worker, reason: str) -> None:
+        """Have a worker ended by its agent, if that is here."""
+        node = self.nodes.get(worker.node)
+        if node is not None and node.attached:
+            self.emit(ToAgent(node.incarnation, KillWorker(worker.id, reason)))
+
+    # -- who is who ------------------------------------------------------------------------------------------------
+
+    def node_of(self, incarnation: str) -> Node | None:
+        """Return the node at the other end of a stream that has not been given up."""
+        for node in self.nodes.values():
+            if node.incarnation == incarnation and node.attached:
+                return node
+        return None
+
+    def is_member(self, worker: Worker) -> bool:
+        return worker.id in self.membership()
+
+    def membership(self) -> tuple[str, ...]:
+        """Workers that the newest world cannot lose unnoticed, in order of rank; leavers of an unfinished switch last."""
+        attempt = self.attempt
+        if attempt is not None and self.membership_from_attempt():
+            return tuple(m.worker for m in (*attempt.plan.members, *attempt.leavers))
+        return tuple(m.worker for m in self.last_members())
+
+    def membership_from_attempt(self) -> bool:
+        """Whether the generation on its way decides already who belongs to the job."""
+        return self.attempt is not None and not self.attempt.may_be_abandoned
+
+    def last_members(self) -> tuple[Member, ...]:
+        """Who may hold the state as of the newest committed generation."""
+        return (*self.plan.members, *self.leavers) if self.plan is not None else ()
+
+    def known(self, members: Iterable[Member]) -> list[Worker]:
+        return [self.workers[m.worker] for m in members if m.worker in self.workers]
+
+    def last_failure(self) -> Failed | None:
+        """Return the exception of the newest worker that raised one."""
+        return next((w.failure for w in reversed(self.workers.values()) if w.failure is not None), None)
+
+    @property
+    def state(self) -> str:
+        """One word for people."""
+        if self.outcome:
+            return self.outcome
+        if self.finishing:
+            return "ending"
+        if self.recovering_until is not None:
+            return "recovering"
+        if self.plan is None:
+            return "founding"
+        if self.membership_from_attempt() or self.suspicion is not None:
+            return "regrouping"
+        return "running"
+
+    # -- progress and its costs ------------------------------------------------------------------------------------
+
+    def note_step(self, committed: int, now: float) -> None:
+        """Note that a worker has committed this step."""
+        if committed > self.step_committed:
+            if self.step_committed == 0:
+                self.emit(Persist("training-began", f"step {committed} is committed", {"step": committed}))
+            self.step_committed = committed
+            self.steps.note(now, committed)
+            if self.first_commit_at is None:
+                self.first_commit_at = now
+
+    def open_incident(
+        self, kind: str, subject: str, detected_by: str, reason: str, now: float, silent_s: float = 0.0
+    ) -> None:
+        """Begin an incident that was found now, `silent_s` after it happened."""
+        self.incidents.open(
+            Incident(
+                kind=kind,
+                subject=subject,
+                detected_by=detected_by,
+                reason=reason,
+                generation=self.newest_generation + 1,
+                step=self.step_committed,
+                at_unix_s=now - silent_s + self.unix_offset_s,
+            ),
+            now - silent_s,
+        )
+
+    def close_incidents(self, now: float) -> None:
+        """A step was committed again: close what is open, each with what it has cost."""
+        for incident in self.incidents.close(now, self.steps.median_s()):
+            self.emit(Persist("incident", describe(incident), {"incident": incident}))
