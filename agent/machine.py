@@ -43,6 +43,7 @@ from elastic.domain import (
 STICKY = (Registered, Warm, CollectiveFailed, Leaving, Concluded, Failed)  # what a returning controller must be told
 STEPS_OF_SILENCE = 5  # a hang is this many times the longest step seen ...
 HANG_TIMEOUT_S_MIN = 10.0  # ... but no shorter than this
+STOPPED = ("T", "t")  # process states: by a signal, by a tracer
 OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # not the program's own fault
 
 
@@ -472,11 +473,11 @@ class AgentMachine:
             progress=look.progress,
             loss=look.loss,
             samples=look.samples,
-            waits=look.waits,
+            waits=look.waits and look.process_state not in STOPPED,
         )
         if worker.end_reason:
             return
-        if look.process_state in ("T", "t"):
+        if look.process_state in STOPPED:
             if worker.stopped_since is None:
                 worker.stopped_since = now
             stopped_s = now - worker.stopped_since

@@ -12,6 +12,7 @@ from controller.attempts import abandon_switch, suspect
 from controller.events import Persist
 from controller.fencing import state_lost
 from controller.job import Job
+from controller.probing import begin_probing
 from controller.state import Attempt, Worker
 from controller.switching import consider_switch, retry_switch_later
 from elastic.domain import Commit, Finish, PlanKind, Prepared
@@ -79,7 +80,8 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
             {"generation": plan.generation, "restore_step": restore, "joiner_ranks": list(joiners)},
         )
     )
-    command = Commit(plan.generation, restore, joiners)
+    # Whoever has seen the verdict knows whether it ends the loop, and all others do what it said.
+    command = Commit(plan.generation, restore, joiners, any(report.stopping for report in holders))
     for worker_id in sorted(attempt.participants):
         job.tell(job.workers[worker_id], command)
 
@@ -124,8 +126,10 @@ def prepare_failed(job: Job, worker: Worker, generation: int, reason: str, now: 
     if attempt is None or attempt.committed or attempt.plan.generation != generation:
         return
     if attempt.plan.kind is PlanKind.SWITCH:
+        nodes = {member.node for member in attempt.plan.members}
         abandon_switch(job, f"worker {worker.id} could not build its group: {reason}")
         retry_switch_later(job)
+        begin_probing(job, nodes, f"the group of generation {generation} could not be built", now, then_fence=False)
     else:
         suspect(
             job, generation, f"worker {worker.id} could not build the group of generation {generation}: {reason}", now

@@ -1,7 +1,7 @@
 """How a job ends: well, once every loop and every script has ended; badly, when nothing is left that could go on.
 
-    all who hold the state have left the loop with one digest -> loop-ended: scripts run on to their end
-    -> no worker is alive -> job-ended: succeeded
+    all who hold the state have left the loop with one digest -> loop-ended: one of them does what must be done once, if
+    there is anything -> job-concluded: scripts run on to their end -> no worker is alive -> job-ended: succeeded
 
 An end is final: once `outcome` is set, no part decides anything any more. Nothing here opens a generation.
 """
@@ -13,7 +13,7 @@ from typing import Any
 from controller.events import EndJob, Persist, ToAgent
 from controller.job import Job
 from controller.state import Worker
-from elastic.domain import Failed, Finish, Shutdown
+from elastic.domain import Conclude, Failed, Finish, Shutdown
 
 
 def check_finished(job: Job, now: float) -> bool:
@@ -46,18 +46,22 @@ def _begin_finish(job: Job, members: list[Worker], now: float) -> None:
         return
     job.close_incidents(now)
     job.finishing, job.digest, job.attempt = True, digests.pop(), None
+    job.concludes = any(w.leaving.concludes for w in members if w.leaving is not None)
     job.emit(
         Persist(
             "loop-ended",
             f"all workers left the loop after step {job.step_committed}",
-            {"digest": job.digest, "step": job.step_committed, "samples": job.samples},
+            {"digest": job.digest, "step": job.step_committed, "samples": job.samples, "concludes": job.concludes},
         )
     )
-    let_finish(job)
+    let_finish(job, now)
 
 
-def let_finish(job: Job) -> None:
-    """The loop is over everywhere: scripts run to their end, whatever else there is goes."""
+def let_finish(job: Job, now: float) -> None:
+    """The loop is over everywhere: what must be done once is done, then scripts run to their end; all else goes."""
+    if job.concludes and not job.concluded:
+        _conclude(job, now)
+        return
     for worker in job.workers.values():
         if not worker.alive:
             continue
@@ -66,6 +70,40 @@ def let_finish(job: Job) -> None:
         else:
             job.kill(worker, "the job is done")
             worker.state = "left"
+
+
+def _conclude(job: Job, now: float) -> None:
+    """Have the first worker that can do it do what must be done once."""
+    ranks = {member.worker: member.rank for member in job.last_members()}
+    able = [w for w in job.workers.values() if w.alive and w.leaving is not None and w.leaving.concludes]
+    if not able and job.recovering_until is None and any(w.state == "lost" and w.leaving for w in job.workers.values()):
+        job.recovering_until = now + job.settings.start_timeout_s
+        job.emit(Persist("job-waits", "no worker that could do what on_end asks for can be reached: waiting for its node", {}))
+        return
+    if not able:
+        failure = job.last_failure()
+        detail = f": {failure.error}" if failure is not None else ""
+        end_job(job, "failed", f"no worker finished what session.on_end() asked for{detail}", now, failure)
+        return
+    chosen = min(able, key=lambda worker: ranks.get(worker.id, len(ranks)))
+    if job.concluder != chosen.id:
+        job.concluder = chosen.id
+        job.emit(Persist("concluding", f"worker {chosen.id} does what on_end asks for", {"worker": chosen.id}))
+    job.tell(chosen, Conclude("the loop is over"))
+
+
+def conclude_elsewhere(job: Job, worker: Worker, now: float) -> None:
+    """A worker is lost after the loop: if it was the one that had to conclude, another one does it."""
+    if job.concluder == worker.id and not job.concluded and not job.outcome:
+        _conclude(job, now)
+
+
+def worker_concluded(job: Job, worker: Worker, now: float) -> None:
+    """What had to be done once is done."""
+    if job.finishing and not job.concluded:
+        job.concluded = True
+        job.emit(Persist("job-concluded", f"worker {worker.id} did what on_end asks for", {"worker": worker.id}))
+        let_finish(job, now)
 
 
 def check_outcome(job: Job, now: float) -> None:

@@ -62,15 +62,6 @@ def _seats(job: Job, survivors: list[str]) -> list[str]:
     return members
 
 
-def fence_if_unexplained(job: Job, now: float) -> None:
-    """Fence a world that broke, once the loss that would explain it has had its time to be found."""
-    suspicion = job.suspicion
-    if suspicion is None or now - suspicion.since <= GRACE_S:
-        return
-    job.open_incident("collective broken", "the world", "worker report", suspicion.reason, now)
-    fence(job, suspicion.reason, now, loss=False)
-
-
 def state_lost(job: Job, reason: str, now: float) -> None:
     """Nobody who holds the state can be reached. Wait for nodes that may come back with it, else give it up."""
     job.attempt, job.suspicion = None, None

@@ -21,7 +21,7 @@ def found_if_complete(job: Job, now: float) -> None:
     """Found the first world once everybody who is expected has registered."""
     if job.plan is not None or job.attempt is not None or job.outcome or job.recovering_until is not None:
         return
-    nodes = [n for n in job.nodes.values() if n.state == "attached"]
+    nodes = [n for n in job.nodes.values() if n.state == "attached" and not n.cut_from]
     here = {n.id for n in nodes}
     # Those who came while an earlier attempt was on its way count too, although they were told to join it.
     ready = [w for w in job.workers.values() if w.state in ("registered", "warming", "warm") and w.node in here]

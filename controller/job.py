@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from controller.events import ControllerEffect, Persist, ToAgent
 from controller.incidents import IncidentBook, describe
-from controller.state import Attempt, JobSettings, Node, Suspicion, Worker
+from controller.state import Attempt, JobSettings, Node, Probing, Standstill, Suspicion, Worker
 from elastic.domain import Failed, Incident, KillWorker, Member, Plan, ToWorker, TrainingSpec, WorkerCommand
 from monitoring.goodput import StepClock
 
@@ -44,6 +44,9 @@ class Job:
     attempt: Attempt | None = None
     newest_generation: int = 0
     suspicion: Suspicion | None = None
+    standstill: Standstill | None = None
+    probing: Probing | None = None
+    probed_cut_at: float = float("-inf")  # when nodes that were left out for a dead link were last probed
     fruitless: int = 0  # generations in a row that failed although nobody was lost
 
     # How far it is, and what it has cost.
@@ -68,6 +71,9 @@ class Job:
     # The end.
     finishing: bool = False  # the training loop is over everywhere
     digest: str = ""
+    concludes: bool = False  # something must run once after the loop, on one worker ...
+    concluder: str = ""  # ... on this one now ...
+    concluded: bool = False  # ... and it has
     outcome: str = ""
     reason: str = ""
     ended_at: float | None = None

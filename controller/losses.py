@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from controller.attempts import abandon_switch
-from controller.endings import check_finished, check_outcome, end_job
+from controller.endings import check_finished, check_outcome, conclude_elsewhere, end_job
 from controller.events import Persist
 from controller.fencing import fence
 from controller.job import Job
@@ -55,11 +55,14 @@ def workers_lost(
                 {"workers": [w.id for w in lost], "detected_by": detected_by},
             )
         )
-    if not involved:
+    if not involved and not job.finishing:
         attempt = job.attempt
         if attempt is not None and any(w.id in attempt.participants for w in lost):
             abandon_switch(job, f"{subject}: {reason}")
         return
+    if job.finishing:
+        for worker in lost:
+            conclude_elsewhere(job, worker, now)
     if job.finishing or check_finished(job, now):
         return
     job.open_incident(kind, subject, detected_by, reason, now, silent_s)
@@ -72,7 +75,8 @@ def worker_exited(job: Job, exited: WorkerExited, now: float) -> None:
     if worker is None or not worker.alive:
         return
     node = job.nodes[worker.node]
-    if exited.code == 0 and (job.finishing or worker.leaving is not None or worker.spec is None):
+    unfinished = job.concluder == worker.id and not job.concluded  # it left in the middle of on_end
+    if exited.code == 0 and not unfinished and (job.finishing or worker.leaving is not None or worker.spec is None):
         worker.state = "finished"
         job.emit(Persist("worker-finished", f"worker {worker.id} finished", {"worker": worker.id}))
         check_finished(job, now)
@@ -94,7 +98,8 @@ def worker_exited(job: Job, exited: WorkerExited, now: float) -> None:
     workers_lost(
         job, [worker], kind, f"worker {worker.id}", reason, exited.detected_by, now, silent_s=exited.silent_s
     )
-    fill_places(job, node)
+    if job.recovering_until is None:
+        fill_places(job, node)
     if node.restarts.get(worker.local_rank, 0) > job.settings.max_restarts:
         job.emit(
             Persist(
@@ -119,7 +124,8 @@ def _seen_before(job: Job, worker: Worker, failure: Failed) -> bool:
 
 
 def _twice(failure: Failed) -> str:
-    where = f"step {failure.step}, slot {failure.slot}" if failure.slot >= 0 else "the same place before training"
+    where = f"step {failure.step}" if failure.step else "the same place before training"
+    where += f", slot {failure.slot}" if failure.slot >= 0 else ""
     ids = f"; sample ids {list(failure.sample_ids)}" if failure.sample_ids else ""
     return f"two workers raised the same exception at {where}, so it is the data or the code: {failure.error}{ids}"
 

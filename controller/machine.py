@@ -6,6 +6,7 @@ and hands it the `Job` (`job.py`), which is all the state there is. Parts call e
 
     nodes.py       how nodes come, are lost, and leave
     workers.py     what workers say, and which of them may train
+    links.py       worlds that stand still, dead links between nodes
     losses.py      what the loss of a worker means
     recovering.py  the ledger, and the wait for agents that may come back with what they hold
     commits.py     what becomes of a generation that was opened
@@ -13,6 +14,7 @@ and hands it the `Job` (`job.py`), which is all the state there is. Parts call e
     fencing.py     who goes on after a fault
     founding.py    the first world
     endings.py     the end of the job
+    probing.py     which nodes cannot reach each other
     attempts.py    how a generation is opened, given up, or suspected
     places.py      where a worker is started
 
@@ -42,11 +44,12 @@ from controller.events import (
     Tick,
     ToAgent,
 )
-from controller.fencing import fence_if_unexplained
 from controller.founding import check_start_timeout, found_if_complete
 from controller.job import Job
+from controller.links import check_probing, check_standstill, fence_if_unexplained, probe_left_out
 from controller.losses import attempt_expired, worker_exited
 from controller.nodes import agent_attached, drain, drain_refusal, let_drained_go, node_lost, node_said_goodbye
+from controller.probing import take_answer
 from controller.recovering import finish_recovering, restore_from_ledger
 from controller.state import Node
 from controller.switching import consider_switch
@@ -58,6 +61,7 @@ from elastic.domain import (
     Goodbye,
     Heartbeat,
     HeartbeatAck,
+    PeersProbed,
     WorkerExited,
     WorkerStarted,
 )
@@ -120,6 +124,9 @@ class ControllerMachine(Job):
                 worker = self.workers.get(worker_id)
                 if worker is not None and worker.alive and worker.node == node.id:
                     worker_said(self, worker, inner, now)
+            case PeersProbed():
+                take_answer(self, node.id, message)
+                check_probing(self, now)
             case Goodbye(reason):
                 node_said_goodbye(self, node, reason, now)
             case AgentHello():
@@ -147,8 +154,11 @@ class ControllerMachine(Job):
         if attempt is not None and not attempt.committed and now > attempt.deadline:
             attempt_expired(self, attempt, now)
         else:
+            check_probing(self, now)
             fence_if_unexplained(self, now)
-        found_if_complete(self, now)
-        check_start_timeout(self, now)
-        consider_switch(self, now)
-        let_drained_go(self, now)
+        check_standstill(self, now)
+        probe_left_out(self, now)
+        for look in (found_if_complete, check_start_timeout, consider_switch, let_drained_go):
+            if self.outcome or self.recovering_until is not None:
+                return
+            look(self, now)

@@ -54,7 +54,16 @@ def agent_attached(job: Job, hello: AgentHello, now: float) -> None:
         )
     )
     job.emit(
-        ToAgent(node.incarnation, Welcome(keep, int(job.settings.failure_timeout_s * 1000), job.newest_generation))
+        ToAgent(
+            node.incarnation,
+            Welcome(
+                keep,
+                int(job.settings.failure_timeout_s * 1000),
+                job.newest_generation,
+                int(job.settings.hang_timeout_s * 1000),
+                int(job.settings.start_timeout_s * 1000),
+            ),
+        )
     )
     for status in hello.workers:
         if status.worker in keep:

@@ -14,7 +14,7 @@ from elastic.domain import StartWorker
 
 def fill_places(job: Job, node: Node) -> None:
     """Start a worker in every empty place of a node."""
-    if node.state != "attached" or job.finishing or job.outcome:
+    if node.state != "attached" or node.cut_from or job.finishing or job.outcome:
         return
     taken = {w.local_rank for w in job.workers.values() if w.node == node.id and (w.alive or w.state == "finished")}
     for local_rank in range(node.nproc):

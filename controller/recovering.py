@@ -25,6 +25,7 @@ from controller.switching import consider_switch
 from elastic.domain import (
     AgentHello,
     CollectiveFailed,
+    Concluded,
     Failed,
     Leaving,
     Member,
@@ -72,11 +73,17 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
             case "loop-ended":
                 job.finishing, job.digest = True, data["digest"]
                 job.step_committed, job.samples = data["step"], data["samples"]
+                job.concludes = data["concludes"]
+            case "concluding":
+                job.concluder = data["worker"]
+            case "job-concluded":
+                job.concluded = True
             case "job-ended":
                 job.outcome, job.reason = data["outcome"], data["reason"]
     job.started_at = job.founding_since = now
     job.restarted = True
-    patience_s = job.settings.failure_timeout_s if job.finishing else job.settings.start_timeout_s
+    all_is_done = job.finishing and (job.concluded or not job.concludes)
+    patience_s = job.settings.failure_timeout_s if all_is_done else job.settings.start_timeout_s
     job.recovering_until = now + patience_s
 
 
@@ -129,6 +136,8 @@ def replay(job: Job, status: WorkerStatus, now: float) -> None:
                 worker.leaving = message
                 job.note_step(message.committed, now)
                 job.samples = max(job.samples, message.samples)
+            case Concluded():
+                job.concluded = job.finishing
             case Failed():
                 worker.failure = message
             case _:
@@ -163,7 +172,7 @@ def finish_recovering(job: Job, now: float) -> None:
     job.restarted = False
     job.recovering_until = None
     if job.finishing:
-        let_finish(job)
+        let_finish(job, now)
     if check_finished(job, now):
         return
     _regroup(job, why, now)

@@ -20,6 +20,7 @@ class JobSettings:
         max_restarts: Restarts of one worker place (node, local rank) that ended by its own fault.
         failure_timeout_s: Longest silence that is believed; every other protocol deadline derives from it.
         start_timeout_s: Longest wait for the first world.
+        hang_timeout_s: Longest time without progress in the user's code; 0: derived from the steps seen.
         join_timeout_s: With nodes_min present, how long the first world waits for nodes_max.
         token: What agents must show; empty where none is required.
     """
@@ -30,6 +31,7 @@ class JobSettings:
     max_restarts: int = 3
     failure_timeout_s: float = 2.0
     start_timeout_s: float = 600.0
+    hang_timeout_s: float = 0.0
     join_timeout_s: float = 30.0
     token: str = field(default="", repr=False)
 
@@ -53,6 +55,7 @@ class Node:
     state: str = "attached"  # attached, draining, lost, left
     restarts: dict[int, int] = field(default_factory=dict)
     shut_down: bool = False  # its agent was told that it has left
+    cut_from: frozenset[str] = frozenset()  # nodes that it cannot reach, for which it was left out until it can
 
     @property
     def attached(self) -> bool:
@@ -103,6 +106,41 @@ class Attempt:
     def may_be_abandoned(self) -> bool:
         """Whether giving it up costs nothing: the members train on in their world until a switch is committed."""
         return self.plan.kind is PlanKind.SWITCH and not self.committed
+
+
+@dataclass(slots=True)
+class Probing:
+    """Nodes were asked which of their peers answer.
+
+    Attributes:
+        generation: That is in doubt.
+        reason: Why it is.
+        asked: Node -> the peers that it was to ask.
+        answers: Node -> the peers that did not answer it.
+        deadline: When those that have not answered by then are no longer waited for.
+        then_fence: Whether the world is fenced anew if no pair is found that explains the doubt.
+    """
+
+    generation: int
+    reason: str
+    asked: dict[str, frozenset[str]]
+    deadline: float
+    then_fence: bool
+    answers: dict[str, frozenset[str]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Standstill:
+    """All members wait for others and nothing moves.
+
+    Attributes:
+        seen: What their statuses said, which must stay as it is.
+        since, probed_at: Seconds.
+    """
+
+    seen: tuple[tuple[str, int, int], ...]
+    since: float
+    probed_at: float
 
 
 @dataclass(frozen=True, slots=True)

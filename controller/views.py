@@ -40,7 +40,7 @@ def status(job: Job, now: float) -> StatusReply:
         reason=job.reason,
         generation=plan.generation if plan is not None else 0,
         step=job.step_committed,
-        world_size=sum(1 for m in plan.members if job.workers[m.worker].alive) if plan is not None else 0,
+        world_size=sum(worker.alive for worker in job.known(plan.members)) if plan is not None else 0,
         nodes=tuple(views),
         slots=job.spec.slots if job.spec is not None else 0,
         virtual_replicas=job.spec.virtual_replicas if job.spec is not None else 0,

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from controller.attempts import abandon_switch, suspect, worlds_in_use
 from controller.commits import prepare_failed, worker_prepared, worker_switched
-from controller.endings import check_finished, end_job
+from controller.endings import check_finished, end_job, worker_concluded
 from controller.events import Persist
 from controller.founding import admit_joiner, found_if_complete
 from controller.job import Job
@@ -18,6 +18,7 @@ from controller.state import Worker
 from controller.switching import consider_switch
 from elastic.domain import (
     CollectiveFailed,
+    Concluded,
     Failed,
     Leaving,
     Prepared,
@@ -64,6 +65,8 @@ def worker_said(job: Job, worker: Worker, message: WorkerMessage, now: float) ->
             job.samples = max(job.samples, message.samples)
             abandon_switch(job, "the training loop has ended")
             check_finished(job, now)
+        case Concluded():
+            worker_concluded(job, worker, now)
         case Failed():
             worker.failure = message
 

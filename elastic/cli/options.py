@@ -76,6 +76,8 @@ job_settings = together(
                  help="Longest silence that is believed, in seconds; the protocol's deadlines derive from it."),
     click.option("--start-timeout", type=click.FloatRange(1), default=600.0, show_default=True,
                  help="Longest wait for the first world, in seconds."),
+    click.option("--hang-timeout", type=click.FloatRange(0), default=0.0, show_default="five steps, at least 10",
+                 help="Longest time without progress in the script, in seconds."),
     click.option("--join-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
                  help="With MIN nodes present, seconds that the first world waits for MAX."),
 )  # fmt: skip

@@ -68,6 +68,7 @@ def run(
     max_restarts: int,
     failure_timeout: float,
     start_timeout: float,
+    hang_timeout: float,
     join_timeout: float,
     **given: Any,
 ) -> None:
@@ -87,6 +88,7 @@ def run(
         max_restarts=max_restarts,
         failure_timeout=failure_timeout,
         start_timeout=start_timeout,
+        hang_timeout=hang_timeout,
         join_timeout=join_timeout,
         ledger=folder / "ledger.sqlite",
         host=host,

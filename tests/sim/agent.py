@@ -21,13 +21,15 @@ from agent.machine import (
     Heard,
     Looked,
     OpenGeneration,
+    Probe,
+    Probed,
     ProcessEnded,
     Report,
     Signal,
     Tick,
     WorkerSaid,
 )
-from elastic.domain import AgentHello, StartWorker
+from elastic.domain import AgentHello, PeersProbed, ProbePeers, StartWorker
 from tests.sim.links import Stream
 from tests.sim.process import Process
 from tests.sim.worker import Worker
@@ -145,6 +147,8 @@ class Agent(Process):
                         worker.stream.send(self, command)
                 case OpenGeneration():
                     pass  # no rendezvous store here: groups.py builds by itself
+                case Probe(order):
+                    self.post(self.random.uniform(0.002, 0.05), self._answer_probe, order)
                 case DropConnection(reason):
                     self.world.note("agent %s drops its stream: %s", self.incarnation, reason)
                     self.post(0.0, self._drop_stream, reason)
@@ -191,8 +195,22 @@ class Agent(Process):
     def _look(self, worker: Worker) -> None:
         state = "T" if worker.stopped else "S" if worker.alive else "Z"
         self.handle(
-            Looked(worker.id, state, worker.page_generation, worker.page_committed, 0, 0.0, worker.page_committed)
+            Looked(
+                worker.id,
+                state,
+                worker.page_generation,
+                worker.page_committed,
+                worker.page_progress,
+                0.0,
+                worker.page_committed,
+                waits=worker.page_waits,
+            )
         )
+
+    def _answer_probe(self, order: ProbePeers) -> None:
+        dead = self.world.groups.dead_links
+        silent = tuple(peer.node for peer in order.peers if frozenset((self.node.name, peer.node)) in dead)
+        self.handle(Probed(PeersProbed(order.generation, silent)))
 
     def on_message(self, stream: Stream, message: Any) -> None:
         if stream is self.stream:

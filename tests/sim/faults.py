@@ -93,6 +93,9 @@ RESTARTS = {
 }
 ENDING = {
     "said:Leaving": 4,
+    "concluding": 2,
+    "said:Concluded": 1,
+    "ledger:concluding": 2,
     "left the loop": 4,
     "ledger:loop-ended": 1,
     "ledger:worker-finished": 2,
@@ -132,6 +135,7 @@ WEIGHTS = {
     "node partitioned": 2,
     "controller partitioned": 1.5,
     "collectives glitch": 2,
+    "link dead": 3,
     "drain": 3,
     "node added": 3,
     "job stopped": 0.2,

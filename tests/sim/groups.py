@@ -55,9 +55,11 @@ class Group:
     group, every other notices, each in its own time, and its pending operation fails: some may have the result, others not.
     """
 
-    def __init__(self, random: Random, plan: Plan) -> None:
+    def __init__(self, random: Random, plan: Plan, dead_links: set[frozenset[str]]) -> None:
         self.random = random
         self.plan = plan
+        self.dead_links = dead_links
+        self.nodes = {member.node for member in plan.members}
         self.members = plan.workers()
         self.building: dict[str, Builder] = {}
         self.standing: set[str] = set()
@@ -74,12 +76,27 @@ class Group:
         worker.post(self.plan.prepare_timeout_ms / 1000, self._give_up, worker)
         if self.gone:
             worker.post(self.random.uniform(0.0, 0.2), self._notice, worker)
-        elif len(self.building) == len(self.members):
+        else:
+            self._connect()
+
+    def _connect(self) -> None:
+        if len(self.building) == len(self.members) and not self._is_parted():
             for member in self.building.values():
                 member.post(self.random.uniform(0.002, 0.08), self._stand, member)
 
+    def _is_parted(self) -> bool:
+        """Whether a link between two of its nodes is dead: then nothing completes, and nobody notices anything."""
+        return any(link <= self.nodes for link in self.dead_links)
+
+    def mended(self) -> None:
+        """A link carries again what was on its way."""
+        if not self.gone and not self.standing:
+            self._connect()
+        for operation in self.operations:
+            self._hand_out(operation)
+
     def _stand(self, worker: Builder) -> None:
-        if worker.id not in self.gone:
+        if worker.id not in self.gone and worker.id not in self.standing:
             self.standing.add(worker.id)
             worker.group_stands(self.plan.generation)
 
@@ -136,6 +153,9 @@ class Group:
             )
         operation.values[worker.id] = value
         self.pending[worker.id] = operation
+        self._hand_out(operation)
+
+    def _hand_out(self, operation: Operation) -> None:
         for member in self.building.values():
             if (
                 member.id in operation.values
@@ -147,6 +167,8 @@ class Group:
 
     def _may_complete(self, member: Builder, operation: Operation) -> bool:
         """Whether all that this member waits for has come: everybody, or all who take where it only gives."""
+        if self._is_parted():
+            return False
         name, joiners = operation.what
         if name == TRANSFER and operation.values[member.id] is not None:
             return sum(value is None for value in operation.values.values()) == joiners
@@ -168,11 +190,23 @@ class Groups:
     def __init__(self, random: Random) -> None:
         self._random = random
         self._by_generation: dict[int, Group] = {}
+        self.dead_links: set[frozenset[str]] = set()
+
+    def part(self, link: frozenset[str]) -> None:
+        """Let a link between two nodes die."""
+        self.dead_links.add(link)
+
+    def mend(self, link: frozenset[str]) -> None:
+        """Let it live again."""
+        if link in self.dead_links:
+            self.dead_links.remove(link)
+            for group in self._by_generation.values():
+                group.mended()
 
     def begin(self, worker: Builder, plan: Plan) -> None:
         group = self._by_generation.get(plan.generation)
         if group is None:
-            group = self._by_generation[plan.generation] = Group(self._random, plan)
+            group = self._by_generation[plan.generation] = Group(self._random, plan, self.dead_links)
         if group.plan != plan:
             raise Violation(f"two plans for generation {plan.generation}: {group.plan} and {plan}")
         group.begin(worker)

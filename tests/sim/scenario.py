@@ -36,6 +36,8 @@ class Scenario:
         quits_early: How many workers end with code 3 before they say anything.
         failed_forks: How many forks fail.
         never_prepares: Whether the script is one that never asks for a session.
+        stops_at: From which step on the worker of rank 0 asks all to stop; 0 for never.
+        concludes: Whether something must run once after the loop.
         late_spec: What workers train that are started again; None for the same as the first.
     """
 
@@ -56,6 +58,8 @@ class Scenario:
     failed_forks: int = 0
     never_prepares: bool = False
     late_spec: TrainingSpec | None = None
+    stops_at: int = 0
+    concludes: bool = False
     controller_timeout_s: float = 25.0
     initial_digest: int = INITIAL_DIGEST
     user_error: str = field(default="ValueError: bad sample")
@@ -103,6 +107,12 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
         network=network,
         local=LinkQuality(delay_s=0.0005, spike=0.01, garbled=garbled),
         slot_s=random.choice((0.01, 0.03, 0.08)),
+    )
+    ends = Random(f"ends {seed}")
+    scenario = replace(
+        scenario,
+        stops_at=ends.randint(1, scenario.steps) if ends.random() < 0.2 else 0,
+        concludes=ends.random() < 0.3,
     )
     faults = draw_faults(random)
     scenario = replace(scenario, faults=faults, quiet_at_s=random.uniform(8.0, 14.0) if faults else 0.0)

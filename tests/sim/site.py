@@ -83,6 +83,8 @@ class Site(World):
         for process in (self.controller, *self.agents, *self.workers):
             process.dies_after_effects = None
             process.go_on()
+        for link in tuple(self.groups.dead_links):
+            self.groups.mend(link)
         self.note("QUIET: from here on nothing goes wrong")
 
     def all_ended(self) -> bool:

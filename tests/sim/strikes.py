@@ -166,6 +166,14 @@ def _glitch(site: Site, worker: Worker | None) -> None:
         groups[site.random.choice(sorted(groups)[-2:])].glitch()
 
 
+def _part_link(site: Site, worker: Worker | None) -> None:
+    nodes = sorted(name for name, node in site.nodes.items() if node.agent is not None and node.agent.alive)
+    if len(nodes) > 1:
+        link = frozenset(site.random.sample(nodes, 2))
+        site.groups.part(link)
+        site.clock.after(site.random.choice((0.3, 1.5, 3.0, 6.0, 15.0)), site.groups.mend, link)
+
+
 def _drain(site: Site, worker: Worker | None) -> None:
     node = _some_node(site, worker)
     if node is not None and site.controller.alive:
@@ -207,6 +215,7 @@ DEEDS: dict[str, Callable[[Site, Worker | None], None]] = {
     "node partitioned": _partition_node,
     "controller partitioned": _partition_controller,
     "collectives glitch": _glitch,
+    "link dead": _part_link,
     "drain": _drain,
     "node added": _add_node,
     "job stopped": _stop_job,

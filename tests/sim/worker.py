@@ -29,10 +29,12 @@ from elastic.protocol import (
     GoOn,
     GroupFell,
     GroupStands,
+    HasConcluded,
     Heard,
     LoopEnded,
     MayCommit,
     MayVote,
+    MustConclude,
     Register,
     Send,
     StateReceived,
@@ -102,6 +104,8 @@ class Worker(Process):
         self.stream: Stream = world.connect(self, keeper)
         self.page_generation = 0
         self.page_committed = 0
+        self.page_progress = 0
+        self.page_waits = False
         # What the engine holds.
         self.plan: Plan | None = None
         self.rank = 0
@@ -196,6 +200,8 @@ class Worker(Process):
         except StopIteration as end:
             self.die(end.value)
             return
+        self.page_progress += 1
+        self.page_waits = not isinstance(request, Sleep)
         match request:
             case Sleep(seconds):
                 self.post(seconds, self._resume, None)
@@ -229,7 +235,7 @@ class Worker(Process):
         while True:
             if (yield from self._settle()):
                 return 0
-            if self.committed >= scenario.steps:
+            if self.committed >= scenario.steps or self.machine.stopping:
                 break
             remaining = self._remaining()
             if remaining:
@@ -243,12 +249,17 @@ class Worker(Process):
             if not self._remaining() and (yield from self._commit_step()):
                 return 0
         self.world.moment("left the loop", self)
-        self.feed(LoopEnded(f"{self.digest:x}", self.committed))
+        self.feed(LoopEnded(f"{self.digest:x}", self.committed, scenario.concludes))
         while True:
             answer = yield from self._ask_until(Wait, GoOn)
             match answer:
                 case Finished():
                     return 0
+                case MustConclude():
+                    self.world.moment("concluding", self)
+                    yield Sleep(self.random.uniform(0.0, 0.05))
+                    self.world.observe("concluded", self)
+                    self.feed(HasConcluded())
                 case EnterWorld():
                     self._enter(answer)  # a loop that has ended gives the state to nobody
                 case _:
@@ -271,7 +282,9 @@ class Worker(Process):
         while True:
             if (yield from self._regroup()) is None:
                 return True
-            if self.rank not in self.donate and self.committed >= self.world.scenario.steps:
+            if self.rank not in self.donate and (
+                self.committed >= self.world.scenario.steps or self.machine.stopping
+            ):
                 return False
             if not self.donate or (yield from self._pass_state()):
                 return False
@@ -346,6 +359,7 @@ class Worker(Process):
 
     def _try_commit(self) -> Generator[Request, Any, str | Broken]:
         assert self.plan is not None
+        scenario = self.world.scenario
         step, generation = self.committed + 1, self.plan.generation
         mine = tuple(self.slots_done[s] for s, owner in enumerate(self.plan.owners) if owner == self.rank)
         values = yield Collective(("reduce", step), mine)
@@ -360,13 +374,18 @@ class Worker(Process):
             return "sealed"
         self.world.observe("voted", self, step, answer)
         self.world.moment("voted", self)
-        votes = yield Collective(("verdict", step), (step, answer.generation, answer.next_generation))
+        stop = self.rank == 0 and 0 < scenario.stops_at <= step
+        votes = yield Collective(("verdict", step), (step, answer.generation, answer.next_generation, stop))
         if isinstance(votes, Broken):
             return votes
-        if len({(s, g) for s, g, _ in votes.values()}) != 1:
+        if len({(s, g) for s, g, _, _ in votes.values()}) != 1:
             raise Violation(f"generation {generation}, step {step}: votes differ: {votes}")
         yield Sleep(self._moment_s())
-        answer = self.ask(AskCommit(step, min(following for _, _, following in votes.values())))
+        following = min(newest for _, _, newest, _ in votes.values())
+        stops = any(asked for *_, asked in votes.values())
+        if stops:
+            self.world.observe("stop_decided", step)
+        answer = self.ask(AskCommit(step, following, stops))
         if not isinstance(answer, MayCommit):
             return "sealed"
         yield from self._apply(step)

@@ -32,6 +32,8 @@ from elastic.domain import (
     AgentHello,
     CollectiveFailed,
     Commit,
+    Conclude,
+    Concluded,
     Failed,
     Finish,
     FromWorker,
@@ -40,9 +42,11 @@ from elastic.domain import (
     HeartbeatAck,
     KillWorker,
     Leaving,
+    PeersProbed,
     Prepare,
     Prepared,
     PrepareFailed,
+    ProbePeers,
     Refused,
     Registered,
     Resumed,
@@ -103,6 +107,15 @@ class Job:
         return lines
 
     silent: frozenset[str] = frozenset()
+
+    def probed(self, **unreachable: tuple[str, ...]) -> list[str]:
+        """All nodes answer the newest probe; by node whom it did not reach."""
+        lines: list[str] = []
+        assert self.machine.probing is not None
+        for node in sorted(self.machine.probing.asked):
+            answer = PeersProbed(self.machine.probing.generation, unreachable.get(node, ()))
+            lines += self.feed(AgentSaid(self.machine.nodes[node].incarnation, answer))
+        return lines
 
     def attach(self, node: str, *workers: WorkerStatus, nproc: int = 1, number: int = 1) -> list[str]:
         hello = AgentHello(
@@ -181,6 +194,8 @@ def short(effect: ControllerEffect) -> str:
             return f"{incarnation}: shut down with {code}, {reason}"
         case ToAgent(_, HeartbeatAck()):
             return ""
+        case ToAgent(incarnation, ProbePeers(_, peers)):
+            return f"{incarnation}: probe {' '.join(peer.node for peer in peers)}"
         case CloseAgent(incarnation):
             return f"close {incarnation}"
         case EndJob(outcome):
@@ -195,8 +210,10 @@ def _short_command(command: WorkerCommand) -> str:
             return "join" if command.joins_running_world else "found"
         case Prepare(plan):
             return f"prepare {plan.generation} {plan.kind.name} [{' '.join(m.worker for m in plan.members)}]"
-        case Commit(generation, restore_step, joiner_ranks):
-            return f"commit {generation} after {restore_step}, joiners {list(joiner_ranks)}"
+        case Commit(generation, restore_step, joiner_ranks, stop):
+            return f"commit {generation} after {restore_step}, {'stop' if stop else f'joiners {list(joiner_ranks)}'}"
+        case Conclude():
+            return "conclude"
         case Abandon(generation):
             return f"abandon {generation}"
         case Finish(reason):
@@ -414,7 +431,8 @@ def test_a_broken_collective_that_nothing_explains_is_fenced() -> None:
     job = Job()
     job.running("n0", "n1")
     job.say(A, CollectiveFailed(1, 4, "reset"))
-    assert job.tick(0.5) == [
+    assert job.tick(0.5) == ["n0#1: probe n1", "n1#1: probe n0"]
+    assert job.probed() == [
         "ledger generation-opened",
         f"{A}: prepare 2 FENCE [{A} {B}]",
         f"{B}: prepare 2 FENCE [{A} {B}]",
@@ -422,7 +440,101 @@ def test_a_broken_collective_that_nothing_explains_is_fenced() -> None:
     job.prepare(2, 3, A, B)
     job.switch(2, 3, A)
     job.say(A, CollectiveFailed(2, 4, "again"))
-    assert f"{A}: prepare 3 FENCE [{A} {B}]" in job.tick(0.5), "also before all have adopted it"
+    job.tick(0.5)
+    assert f"{A}: prepare 3 FENCE [{A} {B}]" in job.probed(), "also before all have adopted it"
+
+
+def test_a_broken_collective_that_a_dead_link_explains_costs_one_of_its_nodes() -> None:
+    job = Job(nodes_max=3)
+    job.running("n0", "n1", "n2")
+    job.say(A, CollectiveFailed(1, 4, "reset"))
+    job.tick(0.5)
+    assert job.probed(n0=("n2",)) == [
+        "ledger link-dead",
+        "n2#1: kill n2/0.1, it cannot reach n0",
+        "ledger workers-lost",
+        "ledger generation-opened",
+        f"{A}: prepare 2 FENCE [{A} {B}]",
+        f"{B}: prepare 2 FENCE [{A} {B}]",
+    ]
+    job.prepare(2, 3, A, B)
+    job.switch(2, 3, A, B)
+    assert job.tick(0.5) == ["n0#1: probe n1 n2", "n1#1: probe n0 n2", "n2#1: probe n0 n1"]
+    assert job.probed(n2=("n0",)) == [], "it is still dead"
+    job.tick(2.5)
+    assert job.probed() == ["ledger link-healed", "ledger worker-started", "n2#1: start n2/0.2"]
+
+
+def waiting(job: Job, generation: int, committed: int, *workers: str) -> None:
+    """All say by their heartbeats that they wait."""
+    for worker in workers:
+        node = job.machine.nodes[worker.split("/")[0]]
+        status = WorkerStatus(worker, generation=generation, committed=committed, progress=9, waits=True)
+        job.feed(AgentSaid(node.incarnation, Heartbeat(1, (status,))))
+
+
+def test_a_world_that_stands_still_is_probed_and_left_alone_unless_a_link_is_dead() -> None:
+    job = Job()
+    job.running("n0", "n1")
+    waiting(job, 1, 3, A)
+    assert job.tick(5.0) == [], "B computes"
+    waiting(job, 1, 3, B)
+    assert job.tick(1.5) == ["n0#1: probe n1", "n1#1: probe n0"]
+    assert job.probed() == []
+    assert job.tick(1.0) == ["n0#1: probe n1", "n1#1: probe n0"]
+    assert f"{A}: prepare 2 FENCE [{A}]" in job.probed(n1=("n0",))
+
+
+def test_a_world_that_stands_still_for_too_long_is_fenced_anew() -> None:
+    job = Job(hang_timeout_s=6.0)
+    job.running("n0", "n1")
+    waiting(job, 1, 3, A, B)
+    lines: list[str] = []
+    for _ in range(10):
+        lines += job.tick(1.0)
+        if job.machine.probing is not None:
+            lines += job.probed()
+    assert f"{A}: prepare 2 FENCE [{A} {B}]" in lines
+
+
+def test_a_rank_that_leaves_the_loop_alone_is_named() -> None:
+    job = Job()
+    job.running("n0", "n1")
+    waiting(job, 1, 3, A, B)
+    job.say(B, Leaving(3, "d", 12))
+    assert "END failed" in job.tick(1.5)
+    assert f"worker {B} left the training loop after step 3 while {A} went on" in job.machine.reason
+
+
+def test_what_must_run_once_runs_on_the_first_worker_and_elsewhere_if_that_one_is_lost() -> None:
+    job = Job()
+    job.running("n0", "n1")
+    job.say(A, Leaving(9, "d", 36, concludes=True))
+    assert job.say(B, Leaving(9, "d", 36, concludes=True)) == [
+        "ledger loop-ended",
+        "ledger concluding",
+        f"{A}: conclude",
+    ]
+    assert job.exits(A) == ["ledger workers-lost", "ledger concluding", f"{B}: conclude"]
+    assert job.say(B, Concluded(9)) == ["ledger job-concluded", f"{B}: finish, the job is done"]
+    assert "END succeeded" in job.exits(B, 0)
+
+
+def test_a_job_fails_if_nobody_finishes_what_must_run_once() -> None:
+    job = Job()
+    job.running("n0")
+    job.say(A, Leaving(9, "d", 36, concludes=True))
+    job.say(A, Failed(9, -1, "OSError: disk full", "trace"))
+    assert job.exits(A, 1, blameless=False)[-1] == "END failed"
+    assert "on_end() asked for: OSError: disk full" in job.machine.reason
+
+
+def test_who_has_seen_the_verdict_knows_whether_the_loop_ends() -> None:
+    job = Job(nodes_max=3)
+    job.running("n0", "n1", "n2")
+    job.exits(C)
+    job.say(A, Prepared(2, 4, 4, True, True))
+    assert job.say(B, Prepared(2, 3, 4, True))[-1] == f"{B}: commit 2 after 4, stop"
 
 
 def test_generations_that_fail_with_nobody_lost_end_the_job() -> None:
@@ -431,8 +543,10 @@ def test_generations_that_fail_with_nobody_lost_end_the_job() -> None:
     job.say(A, CollectiveFailed(1, 4, "reset"))
     for generation in range(2, 7):
         job.tick(0.5)
+        job.probed()
         job.say(B, PrepareFailed(generation, "no route"))
-    assert "END failed" in job.tick(0.5)
+    job.tick(0.5)
+    assert "END failed" in job.probed()
     assert "5 generations in a row failed with nobody lost" in job.machine.reason
 
 
@@ -690,7 +804,8 @@ def test_a_world_that_breaks_while_it_is_being_left_is_fenced() -> None:
     job.feed(DrainAsked("n1"))
     job.prepare(2, 3, A, B)
     job.say(A, CollectiveFailed(1, 4, "reset"))
-    assert f"{B}: prepare 3 FENCE [{A} {B}]" in job.tick(0.5)
+    job.tick(0.5)
+    assert f"{B}: prepare 3 FENCE [{A} {B}]" in job.probed()
 
 
 def test_the_last_node_is_not_drained() -> None:

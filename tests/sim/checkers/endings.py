@@ -18,6 +18,16 @@ class Endings:
     def __init__(self, site: Site) -> None:
         self.site = site
         self.loop_ended = False
+        self.conclusions = 0
+        self.stop_decided: set[int] = set()
+
+    def on_concluded(self, worker: Worker) -> None:
+        self.conclusions += 1
+        if not self.loop_ended and not self.site.scenario.hostile:
+            raise Violation(f"worker {worker.id} concludes before all have left the loop")
+
+    def on_stop_decided(self, step: int) -> None:
+        self.stop_decided.add(step)
 
     def _holders(self) -> list[Worker]:
         """Workers that live and hold a trained state, wherever they are."""
@@ -53,8 +63,15 @@ class Endings:
             without_session = scenario.never_prepares or "script ends early" in self.site.faults_struck
             if reason == "every worker's script ended" and without_session:
                 return
-            if reason != f"finished after step {scenario.steps}":
-                raise Violation(f"succeeded before the last step {scenario.steps}: {reason}")
+            if scenario.concludes and not self.conclusions:
+                raise Violation("succeeded although nobody has done what must be done once")
+            last = {scenario.steps, *self.stop_decided}
+            if reason not in {f"finished after step {step}" for step in last}:
+                raise Violation(f"succeeded after none of the steps {sorted(last)}: {reason}")
+            return
+        if self.loop_ended and reason.startswith("no worker finished") and scenario.concludes:
+            if any(w.alive and w.machine.left and not w.machine.finished for w in self.site.workers):
+                raise Violation(f"{reason}; but a worker that could do it lives")
             return
         if self.loop_ended and outcome == "failed":
             raise Violation(f"failed although the loop had ended everywhere: {reason}")
