@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from elastic.cli.people import People
 from elastic.errors import Unreachable
 from elastic.wire.convert import to_plain
+from tests.netlab import Lab
 
 ELASTIC = Path(sys.executable).parent / "elastic"
 TRAIN = Path(__file__).with_name("train.py")
@@ -151,6 +152,30 @@ class Job:
             script,
             *train,
         )
+
+    def lab_start(
+        self, lab: Lab, host: str, port: int, nodes: Sequence[str], *options: object, train: Sequence[object] = ()
+    ) -> None:
+        """Start a controller on one host of a lab, and an agent with one worker on each of the others."""
+        port_file = self.folder / "controller.port"
+        process = self.start(
+            "controller",
+            *lab.inside(host),
+            *(ELASTIC, "controller", "--host", lab.address(host), "--port", port, "--port-file", port_file),
+            *("--ledger", self.folder / "ledger.sqlite", "--summary", self.folder / "summary.json"),
+            *options,
+        )
+        for node in nodes:
+            self.start(
+                f"agent-{node}",
+                *lab.inside(node),
+                *(ELASTIC, "agent", "--controller", f"{lab.address(host)}:{port}", "--node-id", node),
+                *("--local-addr", lab.address(node), "--log-dir", self.folder / "logs" / node),
+                TRAIN,
+                *train,
+            )
+        self.eventually(lambda: port_file.exists() or process.poll() is not None, "a controller that listens")
+        self.connect(lab.door(host, port))
 
     def _wait_for_port(self, port_file: Path, process: subprocess.Popen[bytes]) -> None:
         def ready() -> bool:
