@@ -7,7 +7,6 @@ Which samples a slot holds is the sampler's word, which slot comes next the engi
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -104,13 +103,10 @@ class _Foresight:
         first_step, first_slot = self.begin
         mine = self._engine.own_slots()
         sampler = self._engine.sampler
-        for step in itertools.count(first_step):
+        for step in itertools.count(first_step) if mine else (first_step,):  # a joiner has one slot, to warm up
             for slot in mine if step > first_step else [first_slot, *(s for s in mine if s > first_slot)]:
                 if ids := sampler.ids(step, slot):
                     yield [(step, slot, ids)]
-
-    def __len__(self) -> int:
-        return sys.maxsize  # DataLoader asks; nobody waits for the end
 
 
 class ElasticLoader:
@@ -126,7 +122,7 @@ class ElasticLoader:
         self._collate = _Collate(loader.collate_fn)
         self._foresight = _Foresight(engine)
         self._readers: DataLoader[Any] | None = None
-        self._ahead: Iterator[tuple[Key, Any]] | None = None
+        self._ahead: Iterator[tuple[Key, Any]] = iter(())
         self.left_early = False
 
     def __len__(self) -> int:
@@ -154,8 +150,7 @@ class ElasticLoader:
 
     def _fetch_ahead(self, key: Key) -> Any:
         """Take a batch from the readers; what they have read of slots that were dealt away is discarded."""
-        while self._ahead is not None:
-            found, batch = next(self._ahead)
+        for found, batch in self._ahead:
             if found == key:
                 return batch
             if found[:2] > key[:2]:
@@ -164,7 +159,7 @@ class ElasticLoader:
             given = self._loader
             self._readers = DataLoader(
                 self._slots,
-                batch_sampler=self._foresight,
+                batch_sampler=cast(Any, self._foresight),
                 num_workers=given.num_workers,
                 collate_fn=cast(Any, self._collate),
                 pin_memory=given.pin_memory,

@@ -128,8 +128,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--uneven", action="store_true", help="Begin with other weights on every worker.")
     parser.add_argument("--rotten", type=int, default=-1, help="Id of a sample that cannot be read.")
     parser.add_argument("--with", dest="features", nargs="*", default=[], choices=FEATURES_OF_LOOPS)
+    parser.add_argument("--hang", default="", help="STEP:RANK at which to loop for ever, once (--failed remembers that).")
+    parser.add_argument("--leave", default="", help="STEP:RANK after which to leave the loop alone.")
+    parser.add_argument("--long", nargs="*", default=[], help="STEP:HOW at which the first rank does nothing else for 3 s.")
+    parser.add_argument("--differ", default="", help="What the odd local ranks do otherwise.")
     parser.add_argument("--stop-at", type=int, default=0, help="Step in which worker 0 asks all to stop.")
-    parser.add_argument("--save", type=Path, help="File that on_end writes; it first waits for --go.")
+    parser.add_argument("--save", type=Path, help="File that on_end writes ...")
+    parser.add_argument("--hold-save", type=Path, help="... once this one exists.")
     return parser.parse_args()
 
 
@@ -157,6 +162,44 @@ def flat(value: Any) -> Iterator[bytes]:
         yield repr(value).encode()
 
 
+def left(place: str) -> tuple[int, int]:
+    """Read STEP:RANK."""
+    step, _, rank = place.partition(":")
+    return int(step), int(rank)
+
+
+def comes(place: str, session: elastic.Session) -> bool:
+    """Whether STEP:RANK is what this worker computes now."""
+    return left(place) == (session.step + 1, session.rank)
+
+
+def once(file: Path) -> bool:
+    """Whether nobody has been here before."""
+    try:
+        file.touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+def linger(places: list[str], session: elastic.Session, model: nn.Module) -> None:
+    """Do something for three seconds that is no hang."""
+    for place in places:
+        step, _, how = place.partition(":")
+        if session.step + 1 != int(step):
+            continue
+        if how == "busy":
+            session.busy(10)
+        until = time.monotonic() + 3
+        while time.monotonic() < until:
+            if how == "evaluate":
+                evaluate(model)
+            elif how == "heartbeat":
+                session.heartbeat()
+            time.sleep(0.1)
+        session.busy(0)
+
+
 def evaluate(model: nn.Module) -> None:
     """Look at the model in the middle of training, which must change nothing."""
     model.eval()
@@ -168,7 +211,7 @@ def evaluate(model: nn.Module) -> None:
 def save(args: argparse.Namespace, session: elastic.Session, model: nn.Module) -> None:
     """Write what was trained, once."""
     (args.save.parent / f"saving-{os.getpid()}").touch()
-    while args.go is not None and not args.go.exists():
+    while args.hold_save is not None and not args.hold_save.exists():
         time.sleep(0.02)
     partial = args.save.with_suffix(f".{os.getpid()}")
     torch.save({"step": session.step, "model": model.state_dict()}, partial)
@@ -182,6 +225,8 @@ def main() -> None:
     if args.stubborn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         subprocess.Popen(["sleep", "600"])
+    if args.differ == "threads" and session.local_rank % 2:
+        torch.set_num_threads(2)
     if args.uneven:
         torch.manual_seed(os.getpid())
     model: Any = Network(dropout=0.0 if args.plain_model else 0.2, norm=not args.plain_model)
@@ -202,8 +247,11 @@ def main() -> None:
         session.buffer_rule("*.seen", "delta")
     if args.save is not None:
         session.on_end(lambda: save(args, session, model))
+    samples = Samples(args.samples, args.rotten)
+    if args.differ == "data" and session.local_rank % 2:
+        samples.x[0] += 1
     loader: Any = DataLoader(
-        Samples(args.samples, args.rotten),
+        samples,
         batch_size=args.batch_size,
         shuffle=True,
         num_workers=2 if "readers" in features else 0,
@@ -221,7 +269,6 @@ def main() -> None:
     )[-1:]
     network = torch.compile(model) if "compile" in features else model
     steps = args.epochs * len(loader)
-    fail_step, _, fail_rank = args.fail.partition(":")
 
     def going() -> bool:
         return args.go is None or args.go.exists()
@@ -240,18 +287,22 @@ def main() -> None:
         for x, y in loader:
             if session.local_rank == args.fail_worker and session.step >= 5:
                 raise RuntimeError(f"this worker cannot train ({time.monotonic_ns()})")
-            if fail_step and (session.step + 1, session.rank) == (int(fail_step), int(fail_rank)):
-                try:
-                    args.failed.touch(exist_ok=False)
-                except FileExistsError:
-                    pass
-                else:
-                    raise RuntimeError("a fault of user code")
+            if args.fail and comes(args.fail, session) and once(args.failed):
+                raise RuntimeError("a fault of user code")
             while not going() and session.step >= steps - HELD_STEPS:
                 session.heartbeat()
                 time.sleep(0.02)
             if not going():
                 time.sleep(args.pause_ms / 1000)
+            if args.hang and comes(args.hang, session) and once(args.failed):
+                while True:
+                    pass
+            if args.long and session.rank == 0:
+                linger(args.long, session, model)
+            if args.differ == "lr" and session.step == 9 and session.local_rank % 2:
+                optimizer.param_groups[0]["lr"] *= 2
+            if args.differ == "mean" and session.step == 9 and session.local_rank % 2:
+                session.mean("only here", 1.0)
             optimizer.zero_grad()
             loss = loss_of(x, y)
             session.log(loss=loss)
@@ -272,6 +323,8 @@ def main() -> None:
                 average.update()
                 if "evaluate" in features and session.step % 20 == 0:
                     evaluate(model)
+            if args.leave and session.committed and left(args.leave) == (session.step, session.rank):
+                break
             if args.stop_at and session.is_main and session.step >= args.stop_at:
                 session.stop()
         if args.per_epoch:
@@ -281,7 +334,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         ended = {
             "step": session.step,
-            "fingerprint": fingerprint(model, optimizer, scheduler, scaler, odd, average),
+            "fingerprint": fingerprint(model, optimizer, scheduler, scaler, odd, *([average] if "average" in features else [])),
             "loss": session.loss,
             "zeros": session.mean("zeros"),
         }
