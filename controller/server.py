@@ -38,7 +38,8 @@ from controller.ledger import Ledger
 from controller.machine import ControllerMachine
 from controller.state import JobSettings
 from controller.views import status
-from elastic.domain import AgentHello, ControllerMessage, Event
+from elastic.domain import AgentHello, Commit, ControllerMessage, Event, ToWorker
+from elastic.failpoints import FailPoint, reach
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
 from elastic.wire.convert import to_plain, to_proto, unwrap, wrap
@@ -189,6 +190,8 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
                 if message is None:
                     return
                 yield wrap("ControllerMessage", message)
+                if isinstance(message, ToWorker) and isinstance(message.command, Commit):
+                    reach(FailPoint.COMMIT_HALF_SENT)
                 if stream.closed and stream.queue.empty():
                     return
         finally:

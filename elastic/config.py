@@ -22,6 +22,7 @@ ENV_PROGRESS_FD = "ELASTIC_PROGRESS_FD"
 ENV_RECORD_DIR = "ELASTIC_RECORD_SAMPLES"
 ENV_SEED = "ELASTIC_SEED"
 ENV_SHARES_MEMORY = "ELASTIC_SHARES_MEMORY"
+ENV_FAIL_POINTS = "ELASTIC_FAIL_POINTS"  # for tests; see elastic.failpoints
 ENV_TOKEN = "ELASTIC_TOKEN"  # join token, kept out of command lines
 
 
@@ -80,6 +81,11 @@ def _number(source: Mapping[str, str], name: str, default: int) -> int:
 def join_token() -> str:
     """Return the job's join token; "" where none is required."""
     return os.environ.get(ENV_TOKEN, "")
+
+
+def fail_points() -> str:
+    """Return the folder in which tests ask for deaths; "" for none."""
+    return os.environ.get(ENV_FAIL_POINTS, "")
 
 
 def current_environment() -> dict[str, str]:

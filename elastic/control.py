@@ -32,6 +32,7 @@ from elastic.domain import (
     WorkerMessage,
 )
 from elastic.errors import BuildCancelled, CollectiveAborted, ProtocolError
+from elastic.failpoints import FailPoint, reach_inside
 from elastic.group import Group, GroupBuild
 from elastic.protocol import (
     Answer,
@@ -84,6 +85,8 @@ class Coordinator:
                 match effect:
                     case Send(message):
                         self._link.send(message)
+                        if isinstance(message, Prepared):
+                            reach_inside(FailPoint.PREPARED)
                     case BuildGroup(plan):
                         self._begin_build(plan)
                     case DropGroup(generation):

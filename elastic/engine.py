@@ -23,6 +23,7 @@ from elastic.buffers import CommittedBuffers, Rule
 from elastic.control import Coordinator
 from elastic.domain import Plan
 from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
+from elastic.failpoints import FailPoint, reach, reach_inside
 from elastic.group import Group
 from elastic.progress import ProgressPage
 from elastic.protocol import (
@@ -93,6 +94,11 @@ class Parts:
         """Return all of it as the state that joiners are given."""
         stateful = {**self.stateful, "elastic.measures": measured}
         return TrainingState({**self.models, **self.more_models}, self.optimizers, stateful, buffers)
+
+
+def reach_voted() -> None:
+    """The vote is on its way, and nothing is known of the others'."""
+    reach(FailPoint.VOTED)
 
 
 class Engine:
@@ -167,6 +173,8 @@ class Engine:
         slot, self.slot = self.slot, None
         if slot is None:
             return
+        if self.committed_in_slot:
+            reach(FailPoint.STEP_ENDED)
         if not slot.counts:
             self.reducer.discard_slot()
             self.buffers.restore()
@@ -182,6 +190,7 @@ class Engine:
         if self._must_warm:
             self._must_warm = False
             self.coordinator.feed(Warmed())
+            reach_inside(FailPoint.JOINER_READY)
 
     def begin_epoch(self) -> None:
         """User code enters its loop over the loader, for the epoch of the step in progress."""
@@ -359,6 +368,7 @@ class Engine:
         with self._waiting():
             reduced = self.reducer.finish(self._divisor())
         self.reduced = reduced
+        reach(FailPoint.BEFORE_VOTE)
         answer = self.coordinator.ask(AskVote(step))
         if not isinstance(answer, MayVote):
             return False
@@ -374,7 +384,8 @@ class Engine:
             measures_hash=zlib.crc32(repr(self.measures.agreement).encode()),
         )
         with self._waiting():
-            outcome = verdict.cast(group, vote)
+            outcome = verdict.cast(group, vote, voted=reach_voted)
+        reach(FailPoint.VERDICT_SEEN)
         if outcome.decision is verdict.Decision.RETRY:
             self._plan_step()
             return False
@@ -396,6 +407,7 @@ class Engine:
         assert reduced is not None and self.plan is not None
         self.reducer.install(presence)
         slots = sum(1 for size in self.sampler.sizes(step) if size)
+        reach_inside(FailPoint.APPLYING)
         for deed in (*self.before_clipping, *((*self.clips, *self.inner_steps) if commit else self.on_skip)):
             deed()
         if commit:
@@ -479,6 +491,7 @@ class Engine:
                 # The joiner knows too, and ends; the fence that follows costs the others one regroup.
                 print(f"elastic: {error}", file=sys.stderr, flush=True)
             return
+        reach_inside(FailPoint.JOINER_COPYING)
         self.committed = receive_state(self.group, self.state, donors)
         self._committed_plan = None
         self.buffers.received()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,17 +93,18 @@ class Outcome:
     presence: list[bool]
 
 
-def cast(group: Group, vote: Vote) -> Outcome:
+def cast(group: Group, vote: Vote, voted: Callable[[], None] | None = None) -> Outcome:
     """Exchange the votes of all ranks; the call returns everywhere or fails somewhere.
 
-    A rank votes when it has received all that was posted to it, so this settles the group, too.
+    A rank votes when it has received all that was posted to it, so this settles the group, too. `voted` is called when this
+    rank's vote is on its way and nothing has come from others.
 
     Raises:
         VoteMismatch: step, generation or hash of the param groups are not the same everywhere.
         CollectiveAborted: a peer is gone. Others may have the outcome; whoever voted can still commit.
     """
     posted = group.posted
-    outcome = _read(_maximum(group, _pack(vote)), vote)
+    outcome = _read(_maximum(group, _pack(vote), voted or _ignore), vote)
     group.forget_posted(posted)
     return outcome
 
@@ -134,27 +135,33 @@ def _read(maxima: torch.Tensor, vote: Vote) -> Outcome:
     return Outcome(decision, reason, ~next_generation, bool(stop), presence)
 
 
-def _maximum(group: Group, vector: torch.Tensor) -> torch.Tensor:
+def _ignore() -> None:
+    pass
+
+
+def _maximum(group: Group, vector: torch.Tensor, voted: Callable[[], None]) -> torch.Tensor:
     if group.size > _DIRECT_SIZE_MAX:
-        return _maximum_in_rounds(group, vector)
+        return _maximum_in_rounds(group, vector, voted)
     rows = torch.empty(group.size, vector.numel(), dtype=vector.dtype)
     rows[group.rank] = vector
     with _drained(group):
         works = [group.take(rows[peer], peer, _TAG) for peer in group.peers]
         for peer in group.peers:
             group.post(vector, peer, _TAG)
+        voted()
         for work in works:
             work.wait()
     return rows.amax(0)
 
 
-def _maximum_in_rounds(group: Group, vector: torch.Tensor) -> torch.Tensor:
+def _maximum_in_rounds(group: Group, vector: torch.Tensor, voted: Callable[[], None]) -> torch.Tensor:
     """Dissemination: the distance doubles, and a maximum does not mind what it has seen before."""
     with _drained(group):
         for number in range((group.size - 1).bit_length()):
             received = torch.empty_like(vector)
             work = group.take(received, (group.rank - 2**number) % group.size, _TAG + number)
             group.post(vector, (group.rank + 2**number) % group.size, _TAG + number)
+            voted()
             work.wait()
             vector = torch.maximum(vector, received)  # a new one: the old one may still be on its way
     return vector

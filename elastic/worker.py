@@ -14,7 +14,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from elastic import config, session
+from elastic import config, failpoints, session
 from elastic.errors import ConfigError
 
 
@@ -25,6 +25,7 @@ def run_worker(request: dict[str, Any], progress_fd: int) -> int:
     module) and `cwd`.
     """
     config.replace_environment({**request["env"], config.ENV_PROGRESS_FD: str(progress_fd)})
+    failpoints.read_environment()
     os.chdir(request["cwd"])
     name, *arguments = request["argv"]
     sys.argv = [name, *arguments]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Iterator
 
@@ -17,17 +18,15 @@ def job() -> Iterator[Job]:
         yield started
 
 
+def fingerprint_of(*train: object) -> str:
+    """What a world of one without an agent ends with."""
+    with Job() as alone:
+        done = alone.call(sys.executable, TRAIN, *train, "--out", alone.folder / "out", timeout_s=240)
+        assert done.code == 0, done.err
+        return alone.fingerprint()
+
+
 @pytest.fixture(scope="session")
 def undisturbed() -> Callable[..., str]:
-    """What a world of one without an agent ends with: the fingerprint for these arguments, computed once."""
-    known: dict[tuple[object, ...], str] = {}
-
-    def fingerprint(*train: object) -> str:
-        if train not in known:
-            with Job() as alone:
-                done = alone.call(sys.executable, TRAIN, *train, "--out", alone.folder / "out")
-                assert done.code == 0, done.err
-                known[train] = alone.fingerprint()
-        return known[train]
-
-    return fingerprint
+    """`fingerprint_of`, computed once for the same arguments."""
+    return functools.cache(fingerprint_of)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from elastic.cli.people import People
+from elastic.config import ENV_FAIL_POINTS
 from elastic.errors import Unreachable
 from elastic.wire.convert import to_plain
 from tests.netlab import Lab
@@ -51,6 +52,7 @@ class Job:
     def __init__(self) -> None:
         # A short path: the agent's unix socket lies below it, and such a path has 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="e2e-"))
+        self.fail_points = self.folder / "fail-points"  # once it exists, processes may be asked to die
         self.mark = uuid.uuid4().hex
         self.address = ""
         self.started: dict[str, subprocess.Popen[bytes]] = {}
@@ -68,6 +70,7 @@ class Job:
     def environment(self) -> dict[str, str]:
         """What every process of the job is started with."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("ELASTIC_")}
+        ours |= {ENV_FAIL_POINTS: str(self.fail_points)} if self.fail_points.exists() else {}
         return ours | {MARK: self.mark, "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
     def start(self, name: str, *command: object) -> subprocess.Popen[bytes]:
