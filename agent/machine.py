@@ -39,10 +39,9 @@ from elastic.domain import (
     WorkerStarted,
     WorkerStatus,
 )
+from monitoring.hangs import hang_timeout_s
 
 STICKY = (Registered, Warm, CollectiveFailed, Leaving, Concluded, Failed)  # what a returning controller must be told
-STEPS_OF_SILENCE = 5  # a hang is this many times the longest step seen ...
-HANG_TIMEOUT_S_MIN = 10.0  # ... but no shorter than this
 STOPPED = ("T", "t")  # process states: by a signal, by a tracer
 OUTSIDE_SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # not the program's own fault
 
@@ -505,7 +504,7 @@ class AgentMachine:
         # A joiner's first commit is seen when it is given the state.
         if worker.commits < 2 or Leaving in worker.said:
             return self.start_timeout_s
-        return self.hang_timeout_s or max(HANG_TIMEOUT_S_MIN, STEPS_OF_SILENCE * worker.longest_step_s)
+        return hang_timeout_s(self.hang_timeout_s, worker.longest_step_s)
 
     def _lose(self, worker: LocalWorker, reason: str, detected_by: str, *, blameless: bool, silent_s: float) -> None:
         self._kill(worker, reason)

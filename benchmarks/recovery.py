@@ -1,11 +1,16 @@
-"""How long training stands still when a worker is killed or stopped, and when it comes back.
+"""How long training stands still when a worker or a network fails, and when the world is whole again.
 
     python -m benchmarks.recovery [--quick] [--json] [--repetitions N]
 
-One job for each fault: one node with four workers, the 5-million-parameter GPT, 12 slots, 4 virtual replicas,
-ordered reduction, default settings (silence is believed for 2 s). A random worker is hurt at a random moment,
-again and again, each time when the world is full and steady. All times come from the workers' own logs of
-committed steps:
+One job for each fault, of four workers: the 5-million-parameter GPT, 12 slots, 4 virtual replicas, ordered
+reduction, default settings (silence is believed for 2 s).
+
+    kill, stop   SIGKILL and SIGSTOP of a random worker, all on one node
+    cut, link    four nodes of one worker each, in network namespaces: the cable of a random node is pulled, the
+                 link between two random nodes dies while both reach the controller; healed once a worker is out
+
+Faults come at random moments, again and again, each time when the world is full and steady. All times come from
+the workers' own logs of committed steps:
 
     total_s                 from the fault to the first commit of a step that was never committed before
     stall_s                 total_s less the median step of the smaller world: what the fault cost
@@ -29,6 +34,7 @@ import random
 import signal
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +43,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks.logs import Commit, read_commits, read_digests, read_events, spread
+from benchmarks.network import Lab, LabCluster, obstacle
 from benchmarks.report import Reporter, command, main_of
 from elastic.domain import WorkerView
 from examples.cluster import Cluster, ClusterError, run_undisturbed
@@ -44,6 +51,8 @@ from examples.cluster import Cluster, ClusterError, run_undisturbed
 WORKERS = 4
 SCRIPT = ("-m", "benchmarks.train_gpt", "--context", "32")  # steps of about 0.3 s on two cores
 SIGNALS = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
+NETWORKS = ("cut", "link")
+NODES = [f"node{number}" for number in range(1, WORKERS + 1)]
 TIMES = ("stall_s", "total_s", "rejoin_s", "rejoin_survivor_stall_s", "step_s")
 START_S = 120.0
 RECOVER_S = 60.0
@@ -61,33 +70,52 @@ class Fault:
     survivors_lost: int
 
 
+def signal_one(cluster: Cluster, fault: str, dice: random.Random) -> tuple[set[str], Callable[[], None]]:
+    """Signal a random member; returns who may be lost for it, and how to mend it."""
+    victim: WorkerView = dice.choice(cluster.members())
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(victim.pid, SIGNALS[fault])
+    return {victim.worker}, lambda: None
+
+
+def cut_one(cluster: Cluster, fault: str, dice: random.Random) -> tuple[set[str], Callable[[], None]]:
+    """Cut a random node's cable, or the link between two; likewise."""
+    assert isinstance(cluster, LabCluster)
+    lab = cluster.lab
+    one, other = dice.sample(NODES, 2)
+    named = (one,) if fault == "cut" else (one, other)
+    hurt = {member.worker for member in cluster.members() if member.worker.partition("/")[0] in named}
+    if fault == "cut":
+        lab.cut(one)
+        return hurt, lambda: lab.heal(one)
+    lab.part(one, other)
+    return hurt, lambda: lab.join(one, other)
+
+
 def hurt_repeatedly(
     cluster: Cluster, fault: str, repetitions: int, dice: random.Random, reporter: Reporter
 ) -> list[Fault]:
-    """Hurt a random worker again and again, each time after the world has become full and steady."""
+    """Hurt the world again and again, each time after it has become full and steady."""
+    hurt = signal_one if fault in SIGNALS else cut_one
     faults = []
     cluster.wait_for_world(WORKERS, START_S, steps=STEADY_STEPS)
     for number in range(1, repetitions + 1):
         time.sleep(dice.uniform(0, MOMENT_S))
-        before = cluster.members()
-        victim: WorkerView = dice.choice(before)
+        before = {member.worker for member in cluster.members()}
         began_s = time.monotonic()
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim.pid, SIGNALS[fault])
+        victims, mend = hurt(cluster, fault, dice)
 
-        def left_out(gone: str = victim.worker) -> bool:
-            return gone not in {member.worker for member in cluster.members()}
+        def somebody_is_out(victims: frozenset[str] = frozenset(victims)) -> bool:
+            return not victims <= {member.worker for member in cluster.members()}
 
-        cluster.wait(
-            f"worker {victim.worker} has been left out",
-            left_out,
-            RECOVER_S,
-        )
+        cluster.wait(f"one of {', '.join(sorted(victims))} has been left out", somebody_is_out, RECOVER_S)
+        if fault in NETWORKS:
+            cluster.wait_for_world(WORKERS - 1, RECOVER_S, steps=1)
+        mend()
         cluster.wait_for_world(WORKERS, RECOVER_S, steps=STEADY_STEPS)
-        after = {member.worker for member in cluster.members()}
-        lost = {member.worker for member in before} - {victim.worker} - after
-        faults.append(Fault(began_s, time.monotonic(), len(lost)))
-        reporter.say(f"{fault} {number} of {repetitions}: rank {victim.rank}, steady after "
+        lost = before - {member.worker for member in cluster.members()}
+        faults.append(Fault(began_s, time.monotonic(), max(0, len(lost) - 1)))
+        reporter.say(f"{fault} {number} of {repetitions}: {', '.join(sorted(victims))}, steady after "
                      f"{faults[-1].recovered_s - began_s:.1f} s")  # fmt: skip
     return faults
 
@@ -128,10 +156,19 @@ def run_job(
     """Run one job through its faults; returns counts, each fault's numbers, the last step, its digests."""
     folder.mkdir()
     logs, until = folder / "steps", folder / "until"
-    with Cluster(folder, [*SCRIPT, "--log", str(logs), "--until", str(until)]) as cluster:
+    script = [*SCRIPT, "--log", str(logs), "--until", str(until)]
+    with contextlib.ExitStack() as stack:
         reporter.say(f"{fault}: starting {WORKERS} workers")
-        cluster.start_controller()
-        cluster.start_agent("node", WORKERS)
+        if fault in SIGNALS:
+            cluster = stack.enter_context(Cluster(folder, script))
+            cluster.start_controller()
+            cluster.start_agent("node", WORKERS)
+        else:
+            lab = stack.enter_context(Lab("controller", *NODES))
+            cluster = stack.enter_context(LabCluster(lab, folder, script, WORKERS))
+            cluster.start_controller()
+            for node in NODES:
+                cluster.start_agent(node)
         faults = hurt_repeatedly(cluster, fault, repetitions, random.Random(f"{seed} {fault}"), reporter)
         last_step = cluster.status().step + STEPS_AHEAD
         partial = until.with_suffix(".part")
@@ -153,10 +190,16 @@ def measure_all(repetitions: int, seed: int, folder: Path, reporter: Reporter) -
     """Run every fault's job and the undisturbed run; returns the report."""
     report: dict[str, Any] = {"repetitions": repetitions, "workers": WORKERS, "faults": {}}
     digests: dict[str, tuple[int, set[str]]] = {}
-    for fault in SIGNALS:
-        counts, numbers, last_step, found = run_job(fault, folder / fault, repetitions, seed, reporter)
+    network_repetitions = max(2, repetitions // 4)
+    without = obstacle()
+    if without:
+        reporter.say(f"no cuts and no dead links here: {without}")
+    for fault in (*SIGNALS, *(() if without else NETWORKS)):
+        times_hurt = repetitions if fault in SIGNALS else network_repetitions
+        counts, numbers, last_step, found = run_job(fault, folder / fault, times_hurt, seed, reporter)
+        report["faults"][fault] = {"repetitions": times_hurt}
         times = {name: spread([one[name] for one in numbers]) for name in TIMES}
-        report["faults"][fault] = {**times, **counts, "steps": last_step}
+        report["faults"][fault] |= {**times, **counts, "steps": last_step}
         digests[fault] = (last_step, found)
     last_steps = sorted({step for step, _ in digests.values()})
     reporter.say(f"training {last_steps[-1]} steps undisturbed, for the digests")
@@ -174,7 +217,7 @@ def measure_all(repetitions: int, seed: int, folder: Path, reporter: Reporter) -
 def tabulate(report: dict[str, Any]) -> Table:
     """Return the report for people."""
     table = Table(
-        "", "min", "median", "max", title=f"seconds, {report['repetitions']} repetitions of each fault"
+        "", "min", "median", "max", title=f"seconds, {report['repetitions']} repetitions (of cut and link fewer)"
     )
     rows = {f"{fault}: {name}": values[name] for fault, values in report["faults"].items() for name in TIMES}
     for name, values in rows.items():
@@ -189,11 +232,12 @@ def tabulate(report: dict[str, Any]) -> Table:
 
 def main() -> int:
     parser = command(__doc__)
-    parser.add_argument("--repetitions", type=int, default=0, help="of each fault [20; with --quick 4]")
+    parser.add_argument("--repetitions", type=int, default=0, 
+                        help="of kill and stop [20; with --quick 3]; a quarter, at least 2, of cut and link")  # fmt: skip
     parser.add_argument("--seed", type=int, default=0, help="of victims and moments")
 
     def work(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], bool]:
-        repetitions = arguments.repetitions or (4 if arguments.quick else 20)
+        repetitions = arguments.repetitions or (3 if arguments.quick else 20)
         report = measure_all(repetitions, arguments.seed, folder, reporter)
         sound = all(v["digest_equal"] and not v["survivors_lost"] for v in report["faults"].values())
         return report, sound

@@ -19,9 +19,7 @@ from controller.losses import workers_lost
 from controller.places import fill_places
 from controller.probing import begin_probing, dead_pairs, smallest_cover
 from controller.state import Node, Standstill, Worker
-
-HANG_TIMEOUT_S_MIN = 10.0
-STEPS_OF_SILENCE = 5
+from monitoring.hangs import hang_timeout_s
 
 
 def fence_if_unexplained(job: Job, now: float) -> None:
@@ -120,7 +118,7 @@ def check_standstill(job: Job, now: float) -> None:
         _end_with_early_leavers(job, leavers, members, now)
         return
     assert job.plan is not None
-    limit_s = job.settings.hang_timeout_s or max(HANG_TIMEOUT_S_MIN, STEPS_OF_SILENCE * job.steps.median_s())
+    limit_s = hang_timeout_s(job.settings.hang_timeout_s, job.steps.median_s())
     if now - still.since > limit_s:
         suspect(job, job.plan.generation, f"all workers waited for each other for {now - still.since:.1f} s", now)
         job.standstill = None

@@ -44,7 +44,6 @@ from elastic.records import SampleRecord
 from elastic.reduction import Reduction
 from elastic.sampler import SlotSampler
 from elastic.seeding import preserved, seed_everything
-from elastic.verdict import VoteMismatch
 
 TRACEBACK_SIZE_BYTES_MAX = 16 * 1024
 SAMPLE_IDS_MAX = 1024
@@ -435,8 +434,8 @@ class Session:
         """Tell the controller what user code raised, and in which slot."""
         engine = self._engine
         slot = engine.slot if engine is not None else None
-        # What the vote finds is wrong with the step, whichever slot was computed last here.
-        number = slot.slot if slot is not None and not isinstance(error, VoteMismatch) else -1
+        # What cannot work cannot work in any slot: a second worker that says so ends the job.
+        number = slot.slot if slot is not None and not isinstance(error, ConfigError) else -1
         # A ConfigError says by itself what to change.
         text = "" if isinstance(error, ConfigError) else "".join(traceback_module.format_exception(error))
         self._coordinator.feed(

@@ -55,12 +55,27 @@ def _run(name: str, *, as_module: bool) -> int:
             return 1
         session.report_failure(end, f"SystemExit: {end.code}")
         return end.code
-    except ConfigError as error:
+    except Exception as raised:
+        error = _explained(raised)
         session.report_failure(error, f"{type(error).__name__}: {error}")
-        print(f"elastic: {error}", file=sys.stderr)  # it says what to change; where it was raised would not help
+        if isinstance(error, ConfigError):
+            print(f"elastic: {error}", file=sys.stderr)  # it says what to change; where it was raised would not help
+        else:
+            traceback.print_exc()
         return 1
     except BaseException as error:
         session.report_failure(error, f"{type(error).__name__}: {error}")
         traceback.print_exc()
         return 1
     return 0
+
+
+def _explained(error: Exception) -> Exception:
+    """Say what to do where a script relies on a process group that torchrun's workers would have."""
+    if "Default process group has not been initialized" in str(error) or "MASTER_ADDR expected" in str(error):
+        return ConfigError(
+            "the script calls torch.distributed, and the job's workers have no default process group there, since their world "
+            "changes: use session.mean() in place of an all-reduce and session.is_main in place of a rank, or make a process "
+            "group of your own with an explicit store"
+        )
+    return error

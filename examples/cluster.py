@@ -70,6 +70,7 @@ class Cluster:
         self._controller: subprocess.Popen[bytes] | None = None
         self._agents: dict[str, subprocess.Popen[bytes]] = {}
         self._port = 0
+        self._host = "127.0.0.1"  # of the controller
         self._people: People | None = None
 
     def __enter__(self) -> Cluster:
@@ -90,18 +91,18 @@ class Cluster:
         self._controller = self._start(
             "controller", "controller", "--nnodes", f"{low}:{high}", "--port", str(self._port),
             "--ledger", str(self.folder / "ledger.sqlite"), "--port-file", str(port_file),
-            "--summary", str(self.summary_file),
+            "--summary", str(self.summary_file), "--host", self._host,
         )  # fmt: skip
         self.wait("the controller listens", port_file.exists, START_TIMEOUT_S)
         self._port = int(port_file.read_text())
         if self._people is None:
-            self._people = People(f"127.0.0.1:{self._port}")
+            self._people = People(self._door())
 
     def start_agent(self, node: str, workers: int = 1) -> None:
         """Start a node's agent; returns at once."""
         module = self._script[0] == "-m"
         self._agents[node] = self._start(
-            node, "agent", "--controller", f"127.0.0.1:{self._port}", "--node-id", node,
+            node, "agent", "--controller", f"{self._host}:{self._port}", "--node-id", node,
             "--nproc-per-node", str(workers), "--log-dir", str(self.folder / "logs"), *self._agent_options,
             *(("--module", "--", *self._script[1:]) if module else ("--", *self._script)),
         )  # fmt: skip
@@ -115,7 +116,7 @@ class Cluster:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(self.folder)}
         with (self.folder / f"{name}.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-c", code, str(os.getpid()), command, *arguments],
+                [*self._inside(name), sys.executable, "-c", code, str(os.getpid()), command, *arguments],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
@@ -123,6 +124,14 @@ class Cluster:
                 stderr=log,
                 start_new_session=True,  # Ctrl-C reaches this process only, which then ends all in order
             )
+
+    def _inside(self, name: str) -> Sequence[str]:
+        """Return what a daemon's command line begins with, where it runs on a host of its own."""
+        return ()
+
+    def _door(self) -> str:
+        """Return HOST:PORT at which this process reaches the controller."""
+        return f"{self._host}:{self._port}"
 
     # -- what people see -------------------------------------------------------------------------------------
 

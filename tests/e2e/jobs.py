@@ -17,11 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.netlab import Lab
 from elastic.cli.people import People
 from elastic.config import ENV_FAIL_POINTS
 from elastic.errors import Unreachable
 from elastic.wire.convert import to_plain
-from tests.netlab import Lab
 
 ELASTIC = Path(sys.executable).parent / "elastic"
 TRAIN = Path(__file__).with_name("train.py")

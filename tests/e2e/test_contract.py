@@ -147,8 +147,9 @@ def test_a_rank_that_leaves_the_loop_alone_is_named(job: Job) -> None:
         (("--differ", "mean"), "call session.mean() with the same names"),
         (("--differ", "data"), "the first samples of the dataset differ"),
         (("--differ", "threads"), "what bits depend on"),
+        (("--differ", "dist"), "use session.mean() in place of an all-reduce"),
     ],
-    ids=["learning rates", "measures", "data", "threads"],
+    ids=["learning rates", "measures", "data", "threads", "torch.distributed"],
 )
 def test_workers_that_differ_end_the_job_with_a_sentence(job: Job, train: tuple[object, ...], words: str) -> None:
     done = job.ended(job.run(2, train=(*TRAINED, *train)))

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from benchmarks.netlab import Lab, obstacle
 from tests.e2e.jobs import Job, Status, members_of, pids_of
-from tests.netlab import Lab, obstacle
 
 pytestmark = [
     pytest.mark.e2e,

@@ -301,6 +301,8 @@ def main() -> None:
                 linger(args.long, session, model)
             if args.differ == "lr" and session.step == 9 and session.local_rank % 2:
                 optimizer.param_groups[0]["lr"] *= 2
+            if args.differ == "dist" and session.step == 5:
+                torch.distributed.all_reduce(torch.ones(1))
             if args.differ == "mean" and session.step == 9 and session.local_rank % 2:
                 session.mean("only here", 1.0)
             optimizer.zero_grad()

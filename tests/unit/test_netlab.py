@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.netlab import Lab, Wire, obstacle
+from benchmarks.netlab import Lab, Wire, obstacle
 from tests.unit.worlds import eventually
 
 ECHO = """

@@ -1,4 +1,4 @@
-"""A small network of the tests' own: hosts in network namespaces on one switch, with faults made to order.
+"""A small network on one machine: hosts in network namespaces on one switch, with faults made to order.
 
     with Lab("ctl", "a", "b") as lab:
         process = subprocess.Popen([*lab.inside("a"), "program", ...])    # runs on host a, as lab.address("a")
