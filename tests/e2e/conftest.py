@@ -21,7 +21,7 @@ def job() -> Iterator[Job]:
 def fingerprint_of(*train: object) -> str:
     """What a world of one without an agent ends with."""
     with Job() as alone:
-        done = alone.call(sys.executable, TRAIN, *train, "--out", alone.folder / "out", timeout_s=240)
+        done = alone.call(sys.executable, TRAIN, *train, "--out", alone.folder / "out", timeout_s=900)
         assert done.code == 0, done.err
         return alone.fingerprint()
 

@@ -17,6 +17,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 TRAINED = ("--epochs", 3)
 STEPS = 3 * 51
+BUSY_S = 180.0
+RECOVERIES = 25
 
 
 def finish(job: Job, steps: int = STEPS, timeout_s: float = 90) -> Status:
@@ -176,7 +178,7 @@ def test_recoveries_leave_nothing_behind(job: Job) -> None:
     survivor = members_of(before)["a/0.1"]["pid"]
     agent = before["nodes"][0]["agent_pid"]
     sizes = []
-    for number in range(25):
+    for number in range(RECOVERIES):
         status = job.wait_for_world(3, beyond_step=(job.status() or {"step": 0})["step"] + 2)
         if number % 5 == 4:
             sizes.append((size_of(survivor), size_of(agent)))
@@ -194,14 +196,17 @@ def test_recoveries_leave_nothing_behind(job: Job) -> None:
 
 
 def test_a_busy_machine_raises_no_alarm(job: Job) -> None:
-    job.run(3, train=(*TRAINED, *job.held, "--pause-ms", 5))
+    job.run(3, train=("--epochs", 200, *job.held, "--pause-ms", 5))
     before = job.wait_for_world(3, beyond_step=3)
     hogs = [job.start(f"hog{number}", "sh", "-c", "while :; do :; done") for number in range(2 * (os.cpu_count() or 1))]
-    until = time.monotonic() + 15
+    until = time.monotonic() + BUSY_S
     while time.monotonic() < until:
         status = job.wait_for(lambda s: s, "a status")
         assert status["incidents_total"] == 0 and pids_of(status) == pids_of(before)
         time.sleep(0.5)
     for hog in hogs:
         hog.send_signal(signal.SIGKILL)
-    assert finish(job)["incidents_total"] == 0
+        hog.wait()
+    job.ask("stop")
+    job.ended(job.started["run"])
+    assert job.summary()["incidents_total"] == 0

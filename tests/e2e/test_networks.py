@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from benchmarks.netlab import Lab, obstacle
+from benchmarks.netlab import Lab, Wire, obstacle
 from tests.e2e.jobs import Job, Status, members_of, pids_of
 
 pytestmark = [
@@ -104,6 +104,28 @@ def test_a_cut_that_heals_in_time_costs_nobody(job: Job, lab: Lab, undisturbed: 
         job.wait_for_steps(4)
     assert pids_of(job.wait_for_world(3)) == pids_of(before)
     assert finish(job, undisturbed)["incidents_total"] == 0
+
+
+def test_connections_that_are_reset_cost_a_regroup_and_nobody(
+    job: Job, lab: Lab, undisturbed: Callable[..., str]
+) -> None:
+    before = job.wait_for_world(3)
+    lab.reset("a", "b")
+    job.wait_for(lambda s: s["incidents_total"] > 0, "the broken connection to be noticed")
+    after = job.wait_for_world(3, beyond_step=before["step"] + 3)
+    assert pids_of(after) == pids_of(before)
+    (incident,) = finish(job, undisturbed)["incidents"]
+    assert incident["kind"] == "collective broken" and incident["seconds_lost"] < 2.0
+
+
+def test_slow_and_lossy_wires_raise_no_alarm(undisturbed: Callable[..., str]) -> None:
+    wires = {node: Wire(delay_ms=3, jitter_ms=2, loss=0.01) for node in NODES}
+    with Lab("ctl", *NODES, wires=wires) as lab, Job() as job:
+        lab.rate("a", "50mbit")
+        job.lab_start(lab, "ctl", PORT, NODES, "--nnodes", "1:3", train=(*TRAINED, *job.held))
+        before = job.wait_for_world(3, beyond_step=20)
+        assert finish(job, undisturbed)["incidents_total"] == 0
+        assert len(pids_of(before)) == 3
 
 
 def test_an_intact_world_trains_on_without_its_controller(
