@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 
 import grpc
 
+from elastic.building import GroupBuild
 from elastic.config import WorkerConfig
 from elastic.domain import (
     Admitted,
@@ -33,7 +34,7 @@ from elastic.domain import (
 )
 from elastic.errors import BuildCancelled, CollectiveAborted, ProtocolError
 from elastic.failpoints import FailPoint, reach_inside
-from elastic.group import Group, GroupBuild
+from elastic.group import Group
 from elastic.protocol import (
     Answer,
     BuildGroup,

@@ -137,7 +137,6 @@ class Engine:
         self.samples = 0
         self.slot: Slot | None = None
         self.committed_in_slot = False  # the optimizer step of the present slot was the commit
-        self.skipped_in_slot = False
         self.clips: list[Callable[[], None]] = []
         self.reduced: Reduced | None = None
         self.to_announce: list[int] = []  # committed steps whose callbacks have not run
@@ -263,7 +262,7 @@ class Engine:
         self.slot = slot
         self._stepped.clear()
         self.measures.begin_slot(len(slot.ids))
-        self.committed_in_slot = self.skipped_in_slot = False
+        self.committed_in_slot = False
         self.clips = []
         self.buffers.begin_slot()
         real = slot.counts and slot.slot in self.reducer.remaining_slots()
@@ -421,7 +420,7 @@ class Engine:
         self.committed, self._committed_plan, self._recorded_dead = step, self.plan, set()
         self.samples += self.sampler.samples(step)
         self.reduced = None
-        self.committed_in_slot, self.skipped_in_slot = True, not commit
+        self.committed_in_slot = True
         self.reducer.clear()
         self.to_announce.append(step)
         self.coordinator.feed(Applied(step))

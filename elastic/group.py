@@ -1,39 +1,27 @@
 """Process groups that can be built beside a running one, and ended from any thread.
 
-This is the only file that knows gloo. A group belongs to one generation, owns its own device and so its own
+Only this file, `building.py` and `sockets.py` know gloo. A group belongs to one generation, owns its own device and so its own
 listening port, and touches no global state of `torch.distributed`. What gloo cannot do is done here: its
 `abort()` unblocks nothing, so a group is ended by shutting its sockets down, after which every pending
-operation raises within milliseconds. The sockets are told apart for certain, by the addresses that the ranks
-publish through the store; the user's sockets and those of other groups are never touched, and a listening
-socket is never shut down (that would end the process). The file must never wait without a deadline, and must
-never let an error of gloo pass untranslated.
+operation raises within milliseconds. The file must never wait without a deadline, and must never let an error of
+gloo pass untranslated.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
-import ipaddress
-import os
-import socket
-import struct
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store
 from torch._C._distributed_c10d import Work as ForeignWork
 
-from elastic.errors import BuildCancelled, CollectiveAborted, GroupStuck
-
-_GLOO: Any = ProcessGroupGloo  # torch's stubs differ from torch in most of what is used here
-
-Endpoint = tuple[str, int]
-"""An IP address in its shortest spelling, and a port."""
+from elastic.errors import CollectiveAborted, GroupStuck
+from elastic.sockets import Socket, shut_down
 
 
 class Work(Protocol):
@@ -43,7 +31,7 @@ class Work(Protocol):
         """Return when the operation is complete; raise `CollectiveAborted` when it never will be."""
 
 
-class _Backend(Protocol):
+class Backend(Protocol):
     """The part of gloo's process group that is used (the stubs of torch do not list it)."""
 
     def send(self, tensors: list[torch.Tensor], dst: int, tag: int) -> ForeignWork: ...
@@ -149,8 +137,8 @@ class Group:
         generation: int,
         rank: int,
         size: int,
-        backend: _Backend | None,
-        sockets: Sequence[_Socket],
+        backend: Backend | None,
+        sockets: Sequence[Socket],
         operation_timeout_s: float,
         neighbours: Iterable[int] = (),
     ) -> None:
@@ -236,7 +224,7 @@ class Group:
             if self._reason is not None:
                 return
             self._reason = reason
-        _shut_down(self._sockets)
+        shut_down(self._sockets)
 
     def drain(self) -> None:
         """Wait for the end of every operation that was started, errors ignored.
@@ -304,14 +292,14 @@ class Group:
     def _recv(self, tensor: torch.Tensor, src: int, tag: int, kind: _Kind) -> ForeignWork:
         return self._start(lambda backend: backend.recv([tensor], src, 4 * tag + kind))
 
-    def _start(self, start: Callable[[_Backend], ForeignWork]) -> ForeignWork:
+    def _start(self, start: Callable[[Backend], ForeignWork]) -> ForeignWork:
         backend = self._backend
         if self._reason is not None or backend is None:
             raise self._aborted()
         try:
             return start(backend)
         except RuntimeError as error:
-            self.abort(f"an operation could not start: {_brief(error)}")
+            self.abort(f"an operation could not start: {brief(error)}")
             raise self._aborted() from error
 
     def _await(self, foreign: ForeignWork) -> None:
@@ -320,7 +308,7 @@ class Group:
         except RuntimeError as error:
             # One lost peer means that this generation is over. Ending the whole group at once lets the other
             # operations fail in milliseconds, here and (by the closed connections) at the peers.
-            self.abort(f"an operation failed: {_brief(error)}")
+            self.abort(f"an operation failed: {brief(error)}")
             raise self._aborted() from error
 
     def _aborted(self) -> CollectiveAborted:
@@ -328,341 +316,7 @@ class Group:
         return CollectiveAborted(f"Generation {self.generation} is over for rank {self.rank}: {reason}; regroup.")
 
 
-class GroupBuild:
-    """A group being built on a thread of its own, so that whoever waits for it can always be let go."""
-
-    def __init__(
-        self,
-        store: Store | None,
-        rank: int,
-        size: int,
-        *,
-        generation: int,
-        address: str,
-        connect_timeout_s: float,
-        operation_timeout_s: float,
-        neighbours: Iterable[int] = (),
-    ) -> None:
-        if not 0 <= rank < size:
-            raise ValueError(f"rank {rank} is not in a world of {size}")
-        self._rank = rank
-        self._size = size
-        self._generation = generation
-        self._address = address
-        self._connect_timeout_s = connect_timeout_s
-        self._operation_timeout_s = operation_timeout_s
-        self._neighbours = frozenset(neighbours)
-        self._deadline_s = time.monotonic() + connect_timeout_s
-        self._store = _ObservedStore(store, self)
-        self._condition = threading.Condition()
-        self._group: Group | None = None
-        self._error: CollectiveAborted | None = None
-        threading.Thread(target=self._run, name=f"build-g{generation}", daemon=True).start()
-
-    def cancel(self, reason: str) -> None:
-        """Give the build up, from any thread; `result` raises `BuildCancelled`. A late call does nothing."""
-        self._give_up(BuildCancelled(f"Generation {self._generation} was not built: {reason}."))
-
-    def result(self) -> Group:
-        """Wait for the group.
-
-        Raises:
-            BuildCancelled: `cancel` was called first.
-            CollectiveAborted: the ranks could not all connect within `connect_timeout_s`; the message names
-                those that never published an address.
-        """
-        with self._condition:
-            settled = self._condition.wait_for(self._is_settled, self._deadline_s - time.monotonic())
-        if not settled:
-            self._give_up(self._failed(f"not every rank connected within {self._connect_timeout_s:g} s"))
-        with self._condition:
-            if self._group is not None:
-                return self._group
-            assert self._error is not None
-            raise self._error
-
-    def _is_settled(self) -> bool:
-        return self._group is not None or self._error is not None
-
-    def _give_up(self, error: CollectiveAborted) -> None:
-        with self._condition:
-            if self._is_settled():
-                return
-            self._error = error
-            self._condition.notify_all()
-        # The builder's thread may be inside gloo: without its sockets it comes out soon, and what it may have
-        # finished by then it drops itself. Where no socket exists yet it leaves at its own, equal, deadline.
-        _shut_down(_find_sockets(*self._store.endpoints()))
-
-    def check_cancelled(self) -> None:
-        """Raise if nobody waits for this build any more (called within every use of the store)."""
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            group = self._build()
-        except CollectiveAborted as error:
-            self._give_up(error)
-        except Exception as error:  # gloo's RuntimeErrors, and whatever the store that was passed may raise
-            self._give_up(self._failed(_brief(error), error))
-        else:
-            with self._condition:
-                if self._error is None:
-                    self._group = group
-                    self._condition.notify_all()
-                    return
-            group.close()
-
-    def _build(self) -> Group:
-        if self._size == 1:
-            return Group(self._generation, 0, 1, None, (), self._operation_timeout_s)
-        device = _GLOO.create_device(hostname=self._address)
-        options = _GLOO._Options()
-        options._timeout = timedelta(seconds=max(self._deadline_s - time.monotonic(), 0.001))
-        options._devices = [device]
-        options._threads = 1  # they are for collectives
-        prefixed = PrefixStore(f"g{self._generation}", self._store)
-        backend: _Backend = _GLOO(prefixed, self._rank, self._size, options)
-        sockets = _find_sockets(*self._store.endpoints())
-        if len(sockets) != self._size - 1:
-            # A socket that was missed would leave operations that nobody can end.
-            raise self._failed(f"found {len(sockets)} connections of the group where {self._size - 1} belong")
-        group = Group(
-            self._generation, self._rank, self._size, backend, sockets, self._operation_timeout_s, self._neighbours
-        )
-        self._greet(group)
-        return group
-
-    def _greet(self, group: Group) -> None:
-        """A first message from everybody to everybody: when it is over every rank has come this far."""
-        within = timedelta(seconds=max(self._deadline_s - time.monotonic(), 0.001))
-        usual, group._operation_timeout = group._operation_timeout, within
-        try:
-            group.settle()
-        except CollectiveAborted as error:
-            group.close()
-            raise self._failed(group.aborted or "it was given up", error) from error
-        group._operation_timeout = usual
-
-    def _failed(self, reason: str, cause: BaseException | None = None) -> CollectiveAborted:
-        silent = sorted(set(range(self._size)) - self._store.published())
-        absent = f" (ranks {silent} published no address)" if silent and self._size > 1 else ""
-        error = CollectiveAborted(
-            f"Generation {self._generation} was not built by rank {self._rank} of {self._size}: "
-            f"{reason}{absent}; regroup without the ranks that are gone."
-        )
-        error.__cause__ = cause
-        return error
-
-
-def build_group(
-    store: Store | None,
-    rank: int,
-    size: int,
-    *,
-    generation: int,
-    address: str,
-    connect_timeout_s: float,
-    operation_timeout_s: float,
-    neighbours: Iterable[int] = (),
-) -> Group:
-    """Connect `size` ranks into the group of `generation`, and wait for it.
-
-    Args:
-        store: where the ranks meet (None for a world of one); keys are put under the prefix
-            `g<generation>/`. It may raise to cancel.
-        rank, size: this worker's number, and how many there are. One alone needs neither store nor network.
-        generation: never used twice with the same store.
-        address: host name or IP address to listen on, as the other ranks can reach it.
-        connect_timeout_s: the longest that this call takes.
-        operation_timeout_s: the longest that any later operation takes.
-        neighbours: the ranks that can read this worker's memory, and it theirs.
-
-    Raises:
-        CollectiveAborted: the ranks could not all connect in time, or one died meanwhile.
-        BuildCancelled: the store raised it.
-
-    To cancel from another thread, make a `GroupBuild` with the same arguments and call its `cancel`.
-    """
-    return GroupBuild(
-        store,
-        rank,
-        size,
-        generation=generation,
-        address=address,
-        connect_timeout_s=connect_timeout_s,
-        operation_timeout_s=operation_timeout_s,
-        neighbours=neighbours,
-    ).result()
-
-
-class _ObservedStore(Store):
-    """Passes calls on to the store that was given, and notes the addresses that the ranks publish."""
-
-    def __init__(self, inner: Store | None, build: GroupBuild) -> None:
-        super().__init__()
-        self._inner: Any = inner  # None in a world of one, which never asks
-        self._build = build
-        self._own: Endpoint | None = None
-        self._peers: dict[str, Endpoint] = {}
-        self._seen: set[int] = set()
-
-    def endpoints(self) -> tuple[Endpoint | None, tuple[Endpoint, ...]]:
-        """This rank's listening address, and those of the peers, as far as they are known."""
-        return self._own, tuple(self._peers.values())
-
-    def published(self) -> set[int]:
-        """The ranks whose addresses have been seen."""
-        return set(self._seen)
-
-    def _note(self, key: str, value: bytes) -> Endpoint | None:
-        tail = key.rpartition("/")[2]
-        endpoint = parse_address(value)
-        if endpoint is not None and tail.isdigit():
-            self._seen.add(int(tail))
-        return endpoint
-
-    def set(self, key: str, value: str | bytes) -> None:
-        self._build.check_cancelled()
-        endpoint = self._note(key, _as_bytes(value))
-        if endpoint is not None:
-            self._own = endpoint
-        self._inner.set(key, value)
-
-    def get(self, key: str) -> bytes:
-        self._build.check_cancelled()
-        value: bytes = self._inner.get(key)
-        endpoint = self._note(key, value)
-        if endpoint is not None and endpoint != self._own:
-            self._peers[key] = endpoint
-        return value
-
-    def add(self, key: str, amount: int) -> int:
-        self._build.check_cancelled()
-        return int(self._inner.add(key, amount))
-
-    def check(self, keys: list[str]) -> bool:
-        self._build.check_cancelled()
-        return bool(self._inner.check(keys))
-
-    def wait(self, keys: list[str], timeout: timedelta | None = None) -> None:
-        self._build.check_cancelled()
-        if timeout is None:
-            self._inner.wait(keys)
-        else:
-            self._inner.wait(keys, timeout)
-        self._build.check_cancelled()
-
-
-def parse_address(value: bytes) -> Endpoint | None:
-    """Read the listening address off what gloo publishes for a rank; None if the value is something else.
-
-    Two length-prefixed fields come first: the host's name, and a block that begins with a `sockaddr_storage`.
-    """
-    if len(value) < 8:
-        return None
-    (name_size,) = struct.unpack_from("=Q", value)
-    start = 8 + name_size + 8
-    if len(value) < start + 28:
-        return None
-    (family,) = struct.unpack_from("=H", value, start)
-    (port,) = struct.unpack_from("!H", value, start + 2)
-    if family == socket.AF_INET:
-        return str(ipaddress.IPv4Address(value[start + 4 : start + 8])), port
-    if family == socket.AF_INET6:
-        return _plain(str(ipaddress.IPv6Address(value[start + 8 : start + 24]))), port
-    return None
-
-
-_LOOKING = threading.Lock()
-"""Whoever looks makes short-lived duplicates, which must not be found by somebody else."""
-
-
-@dataclass(frozen=True)
-class _Socket:
-    """A socket of this process, known again by its inode even if the number was given to another file."""
-
-    fd: int
-    inode: int
-
-
-def _find_sockets(own: Endpoint | None, peers: Sequence[Endpoint]) -> list[_Socket]:
-    """The connections whose near end is our listening address or whose far end is that of a peer."""
-    with _LOOKING:
-        return _look_for_sockets(own, peers)
-
-
-def _look_for_sockets(own: Endpoint | None, peers: Sequence[Endpoint]) -> list[_Socket]:
-    found: list[_Socket] = []
-    for name in os.listdir("/proc/self/fd"):
-        with _borrow(int(name)) as borrowed:
-            if borrowed is None or borrowed.type != socket.SOCK_STREAM:
-                continue
-            if borrowed.family not in (socket.AF_INET, socket.AF_INET6):
-                continue
-            if borrowed.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                continue
-            if _endpoint(borrowed.getsockname) == own or _endpoint(borrowed.getpeername) in peers:
-                found.append(_Socket(int(name), os.fstat(borrowed.fileno()).st_ino))
-    return found
-
-
-def _shut_down(sockets: Sequence[_Socket]) -> None:
-    for known in sockets:
-        with _borrow(known.fd) as borrowed:
-            # The duplicate is examined, not the number, which can change hands between look and deed.
-            if borrowed is None or os.fstat(borrowed.fileno()).st_ino != known.inode:
-                continue
-            try:
-                borrowed.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                continue  # the other side was faster
-
-
-class _borrow:
-    """A duplicate of a descriptor as a socket for the length of a `with`, or None if it is no socket."""
-
-    def __init__(self, fd: int) -> None:
-        self._socket: socket.socket | None = None
-        try:
-            duplicate = os.dup(fd)
-        except OSError:
-            return  # closed meanwhile
-        try:
-            self._socket = socket.socket(fileno=duplicate)
-        except OSError:
-            os.close(duplicate)
-
-    def __enter__(self) -> socket.socket | None:
-        return self._socket
-
-    def __exit__(self, *_: object) -> None:
-        if self._socket is not None:
-            self._socket.close()
-
-
-def _endpoint(name: Callable[[], object]) -> Endpoint | None:
-    try:
-        address = name()
-    except OSError:
-        return None  # not connected
-    assert isinstance(address, tuple)
-    return _plain(str(address[0])), int(address[1])
-
-
-def _plain(address: str) -> str:
-    """An IPv4 address that travels inside IPv6 is the same address."""
-    parsed = ipaddress.ip_address(address.partition("%")[0])
-    mapped = getattr(parsed, "ipv4_mapped", None)
-    return str(mapped or parsed)
-
-
-def _as_bytes(value: str | bytes) -> bytes:
-    return value if isinstance(value, bytes) else value.encode("utf-8", "surrogateescape")
-
-
-def _brief(error: BaseException) -> str:
+def brief(error: BaseException) -> str:
     """What happened, without gloo's file names and its guesses at who is to blame (they are often wrong)."""
     line = (str(error) or type(error).__name__).splitlines()[0]
     return line.rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or line

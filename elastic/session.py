@@ -7,7 +7,6 @@ agent the session is a world of one, so that a script runs unchanged on a laptop
 from __future__ import annotations
 
 import atexit
-import hashlib
 import math
 import sys
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.agreement import digest_of_sample, numerics
 from elastic.binding import (
     bind_model,
     bind_optimizer,
@@ -33,7 +33,6 @@ from elastic.buffers import Rule
 from elastic.config import WorkerConfig
 from elastic.control import Coordinator
 from elastic.domain import Admitted, Failed, TrainingSpec
-from elastic.encoding import flat_bytes, raw_view
 from elastic.engine import Engine, Parts
 from elastic.errors import ConfigError
 from elastic.loader import ElasticLoader, LoaderSpec
@@ -43,7 +42,7 @@ from elastic.protocol import Register, UserCodeRaised
 from elastic.records import SampleRecord
 from elastic.reduction import Reduction
 from elastic.sampler import SlotSampler
-from elastic.seeding import preserved, seed_everything
+from elastic.seeding import seed_everything
 
 TRACEBACK_SIZE_BYTES_MAX = 16 * 1024
 SAMPLE_IDS_MAX = 1024
@@ -247,8 +246,8 @@ class Session:
                     drop_last=spec.drop_last,
                     layout_digest=state.digest_layout(),
                     state_digest=state.digest_model(),
-                    data_digest=_digest_of_sample(loader.dataset, self._seed),
-                    numerics=_numerics(),
+                    data_digest=digest_of_sample(loader.dataset, self._seed),
+                    numerics=numerics(),
                 )
             )
         )
@@ -475,33 +474,3 @@ def _checked_numbers(slots: int, virtual_replicas: int, reduction: str) -> Reduc
     except ValueError:
         raise ConfigError(f'reduction={reduction!r} is unknown: choose "ordered" or "fast"') from None
 
-
-def _digest_of_sample(dataset: Any, seed: int) -> str:
-    """Digest of the tensors and numbers in the first sample; workers that read other data differ in it."""
-    digest = hashlib.sha256()
-
-    def take(value: Any) -> None:
-        if isinstance(value, dict):
-            for key in value:
-                digest.update(repr(key).encode())
-                take(value[key])
-        elif isinstance(value, list | tuple):
-            for item in value:
-                take(item)
-        elif isinstance(value, Tensor):
-            digest.update(raw_view(flat_bytes(value.detach()).cpu()))
-        elif hasattr(value, "tobytes"):  # numpy's
-            digest.update(value.tobytes())
-        elif isinstance(value, str | bytes | bool | int | float):
-            digest.update(repr(value).encode())
-
-    with preserved():  # a sample may be augmented at random
-        seed_everything(seed, 0, 0, "first sample")
-        take(dataset[0])
-    return digest.hexdigest()[:16]
-
-
-def _numerics() -> str:
-    """What the bits of a kernel depend on besides the program."""
-    capability = torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {capability}"

@@ -18,8 +18,10 @@ import pytest
 import torch
 from torch._C._distributed_c10d import HashStore, Store
 
+from elastic.building import GroupBuild
 from elastic.errors import BuildCancelled, CollectiveAborted
-from elastic.group import Group, GroupBuild, Work, parse_address
+from elastic.group import Group, Work
+from elastic.sockets import parse_address
 from tests.unit.worlds import (
     ADDRESS,
     after,

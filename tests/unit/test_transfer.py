@@ -313,7 +313,7 @@ def test_a_piece_may_not_be_larger_than_allowed() -> None:
 def connect(rank: int, size: int, store: str, generation: int) -> Any:
     from torch.distributed import FileStore
 
-    from elastic.group import build_group
+    from elastic.building import build_group
 
     return build_group(
         FileStore(store, size),

@@ -17,7 +17,8 @@ from typing import Any, TypeVar
 
 from torch._C._distributed_c10d import FileStore, HashStore, Store
 
-from elastic.group import Group, build_group
+from elastic.building import build_group
+from elastic.group import Group
 
 T = TypeVar("T")
 
