@@ -293,21 +293,21 @@ class Engine:
         """Take a slot's value for the mean over its step.
 
         Raises:
-            ConfigError: the slot is over, and what it leaves for the step has been summed.
+            ConfigError: there is no slot, or it is over and what it leaves for the step has been summed.
         """
-        self._refuse_after_the_slot(call)
+        self._refuse_outside_the_slot(call)
         self.measures.give(name, value)
 
     def weigh(self, weight: float) -> None:
         """Take what the present slot weighs among the slots of its step. Raises ConfigError if that comes too late."""
-        if self.slot is None:
-            raise ConfigError("session.weight() was called outside the loop: call it for each slot, before backward()")
-        self._refuse_after_the_slot("session.weight()")
+        self._refuse_outside_the_slot("session.weight()")
         self.measures.weigh(weight)
         self.reducer.weigh(weight)
 
-    def _refuse_after_the_slot(self, call: str) -> None:
-        if self.slot is not None and len(self._stepped) == len(self.inner_steps):
+    def _refuse_outside_the_slot(self, call: str) -> None:
+        if self.slot is None:
+            raise ConfigError(f"{call} came outside the loop over the prepared loader: call it for a slot, before its step")
+        if len(self._stepped) == len(self.inner_steps):
             raise ConfigError(
                 f"{call} came after optimizer.step(), when the mean over the step's slots is made already: call it before"
             )

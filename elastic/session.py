@@ -328,7 +328,8 @@ class Session:
         chosen = list(engine.parts.parameters) if parameters is None else list(parameters)
 
         def clip() -> None:
-            self._norm.copy_(_clip_grad_norm_(chosen, max_norm, norm_type))
+            graded = [parameter for parameter in chosen if parameter.grad is not None]
+            self._norm.copy_(_clip_grad_norm_(graded, max_norm, norm_type) if graded else torch.zeros(()))
 
         engine.clip(clip)
         return self._norm

@@ -97,6 +97,23 @@ def test_a_value_that_comes_too_late_for_its_step_is_refused() -> None:
             session.mean("late", 1.0)
 
 
+def test_a_value_or_a_weight_outside_the_loop_is_refused() -> None:
+    session, *_ = prepared()
+    for call in (lambda: session.mean("x", 1.0), lambda: session.log(loss=1.0), lambda: session.weight(3)):
+        with pytest.raises(ConfigError, match="outside the loop"):
+            call()
+
+
+def test_a_step_without_any_gradient_is_clipped_to_nothing() -> None:
+    session, _, optimizer, loader = prepared()
+    for _ in loader:
+        norm = session.clip_grad_norm_(1.0)
+        optimizer.step()
+        if session.committed:
+            break
+    assert norm.item() == 0.0
+
+
 def token_losses(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, int]:
     """The mean over the samples whose target is not 0, and how many those are."""
     keep = y != 0
