@@ -33,7 +33,8 @@ class Codec:
     and writes only that range of each shard; the default is all of it.
 
     Every method raises ConfigError, before it writes a byte, when the shards it is given cannot work. A codec keeps
-    nothing between calls, so threads may share it.
+    nothing between calls, so threads may share it. How many threads the engines made of torch use is torch's setting:
+    one is right where other processes keep the cores busy.
     """
 
     def __init__(self, k: int, m: int, engine: Engine | None = None) -> None:
@@ -106,15 +107,9 @@ class Codec:
             raise ConfigError(f"Shard {index} is no data shard of the code ({self.k},{self.m}); name 0..{self.k - 1}.")
         self._count("parity", parity, self.m)
         stop = self._checked({"old": old, "new": new}, _numbered("parity", parity), start, stop)
-        if not parity:
-            return
-        column = tuple((row[index],) for row in self._parity)
-        change = torch.empty_like(old[: min(STRIPE_BYTES, stop - start)])
-        for here, there in _stripes(start, stop):
-            # The code is linear: the parity changes by the parity of the change.
-            part = change[: there - here]
-            torch.bitwise_xor(old[here:there], new[here:there], out=part)
-            self.engine.multiply(column, [part], [shard[here:there] for shard in parity], accumulate=True)
+        # The code is linear: taking the old bytes out is adding them once more, and then the new ones are added.
+        column = tuple((row[index], row[index]) for row in self._parity)
+        self._multiply(column, [old, new], parity, start, stop, accumulate=True)
 
     def fold(self, survivors: Sequence[int], wanted: Mapping[int, Tensor]) -> Fold:
         """Begin a decode whose survivors arrive piece by piece, see `Fold`.
@@ -302,5 +297,6 @@ def _encoding_rate(k: int, m: int) -> float:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # a busy machine makes several slower than one
     print(describe())
     print(f"Encoding (4,2): {_encoding_rate(4, 2):.1f} GB/s of data, one thread.")

@@ -88,7 +88,10 @@ class TorchEngine:
 
 
 class ReedsoloEngine:
-    """reedsolo's own arithmetic on Python's bytes: the last resort, and not shared with `recovery.galois`."""
+    """reedsolo's own arithmetic on Python's bytes: the last resort, and not shared with `recovery.galois`.
+
+    Memory is read and written through ctypes, since torch makes bytes of a tensor only where numpy is installed.
+    """
 
     name = "reedsolo"
     any_device = False
@@ -98,12 +101,13 @@ class ReedsoloEngine:
 
     def multiply(self, matrix: Matrix, inputs: Sequence[Tensor], outputs: Sequence[Tensor], accumulate: bool) -> None:
         length = inputs[0].numel()
-        parts = [ctypes.string_at(part.data_ptr(), length) for part in inputs]  # torch makes no bytes without numpy
         for row, output in zip(matrix, outputs, strict=True):
             total = int.from_bytes(ctypes.string_at(output.data_ptr(), length), "little") if accumulate else 0
-            for factor, part in zip(row, parts, strict=True):
+            for factor, part in zip(row, inputs, strict=True):
                 if factor:
-                    total ^= int.from_bytes(part.translate(_reedsolo_products(factor)), "little")
+                    # Copied again for each row: that costs little beside the rest, and one copy at a time is held.
+                    copy = ctypes.string_at(part.data_ptr(), length)
+                    total ^= int.from_bytes(copy.translate(_reedsolo_products(factor)), "little")
             ctypes.memmove(output.data_ptr(), total.to_bytes(length, "little"), length)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from elastic.errors import ConfigError
 from recovery import codec as codec_module
-from recovery import galois
+from recovery import galois, isal
 from recovery.choosing import Trial, candidates, choose_engine, describe, self_test, survey
 from recovery.codec import Codec
 from recovery.engines import Engine, ReedsoloEngine, TorchEngine, XorEngine
@@ -425,6 +427,19 @@ def test_without_any_engine_the_refusal_gives_all_reasons() -> None:
         choose_engine(4, 2, trials)
     with pytest.raises(ConfigError, match=r"engine XOR cannot carry the code \(4,2\)"):
         Codec(4, 2, XorEngine())
+
+
+def test_isal_is_sought_in_the_wheel_first_and_then_in_the_system(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundled = tmp_path / "pyeclib.libs" / "libisal-1a2b3c.so.2.0.30"
+    bundled.parent.mkdir()
+    bundled.touch()
+    spec = ModuleSpec("pyeclib", None, origin=str(tmp_path / "pyeclib" / "__init__.py"))
+    monkeypatch.setattr(isal, "find_spec", lambda name: spec)
+    assert isal.libraries() == [str(bundled), "libisal.so.2"]
+    monkeypatch.setattr(isal, "find_spec", lambda name: None)
+    assert isal.libraries() == ["libisal.so.2"]
 
 
 def test_isal_is_found_inside_the_wheel_of_pyeclib() -> None:
