@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator, Sequence
-from importlib.machinery import ModuleSpec
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,12 +15,11 @@ from torch import Tensor
 
 from elastic.errors import ConfigError
 from recovery import codec as codec_module
-from recovery import galois, isal
-from recovery.choosing import Trial, candidates, choose_engine, describe, self_test, survey
+from recovery import galois
+from recovery.choosing import candidates
 from recovery.codec import Codec
-from recovery.engines import Engine, ReedsoloEngine, TorchEngine, XorEngine
+from recovery.engines import TorchEngine, XorEngine
 from recovery.galois import Matrix
-from recovery.isal import IsalEngine
 
 CODES = ((1, 1), (1, 2), (3, 1), (4, 2), (6, 2), (8, 3), (10, 4))
 ENGINES = {trial.engine.name: trial.engine for trial in candidates() if trial.engine is not None}
@@ -250,6 +247,18 @@ def test_ranges_in_any_order_make_the_whole_and_touch_nothing_else() -> None:
     assert content(wanted[2]) == b"\xa5" * 50 + content(shards[2])[50:250] + b"\xa5" * 50
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_shards_on_an_accelerator_get_the_same_bytes() -> None:
+    here, there = Codec(4, 2), Codec(4, 2, TorchEngine())
+    shards = encoded(here, 1001)
+    moved = [shard.cuda() for shard in shards]
+    parity, wanted = [torch.empty_like(shard) for shard in moved[4:]], {0: torch.empty_like(moved[0])}
+    there.encode(moved[:4], parity)
+    there.decode({1: moved[1], 2: moved[2], 4: parity[0], 5: parity[1]}, wanted)
+    assert all(torch.equal(a.cpu(), b) for a, b in zip([*parity, wanted[0]], [*shards[4:], shards[0]], strict=True))
+
+
 # ----------------------------------------------------------------------------------------------------
 # Update and fold
 
@@ -372,77 +381,3 @@ def test_a_range_beyond_the_shards_is_refused() -> None:
     for start, stop in ((-1, 5), (6, 5), (0, 11)):
         with pytest.raises(ConfigError, match=rf"range {start}\.\.{stop} is not within the shards' 10 bytes"):
             codec.encode(shards[:2], shards[2:], start, stop)
-
-
-# ----------------------------------------------------------------------------------------------------
-# The choice of an engine
-
-
-class WrongOnce(ReedsoloEngine):
-    """Carries everything; a byte is wrong where the pieces have `bad_length`."""
-
-    name = "a broken library"
-    bad_length = 64
-
-    def multiply(self, matrix: Matrix, inputs: Sequence[Tensor], outputs: Sequence[Tensor], accumulate: bool) -> None:
-        super().multiply(matrix, inputs, outputs, accumulate)
-        if outputs[-1].numel() == self.bad_length and accumulate:
-            outputs[-1][-1] ^= 1
-
-
-class Careless(ReedsoloEngine):
-    """The right output, and a changed input."""
-
-    name = "a careless library"
-
-    def multiply(self, matrix: Matrix, inputs: Sequence[Tensor], outputs: Sequence[Tensor], accumulate: bool) -> None:
-        super().multiply(matrix, inputs, outputs, accumulate)
-        inputs[0].zero_()
-
-
-def absent() -> Engine:
-    return IsalEngine("libno-such-library.so")
-
-
-def not_isal() -> Engine:
-    return IsalEngine("libc.so.6")
-
-
-def test_an_engine_that_fails_its_self_test_is_passed_over_with_its_reason() -> None:
-    trials = survey([absent, not_isal, WrongOnce, Careless, XorEngine, TorchEngine])
-    assert isinstance(choose_engine(4, 2, trials), TorchEngine)
-    assert isinstance(choose_engine(4, 1, trials), XorEngine)
-    sentence = describe(4, 2, trials)
-    assert sentence.startswith("The erasure code (4,2) is carried by torch, the fastest engine that passed")
-    assert "libno-such-library.so: cannot open" in sentence and "pip install 'pyeclib>=1.6'" in sentence
-    assert "undefined symbol: ec_init_tables" in sentence
-    assert "a broken library wrote wrong bytes in its self-test (a matrix of 7 rows, 64 bytes)" in sentence
-    assert "a careless library wrote wrong bytes" in sentence
-    assert "XOR cannot carry it" in sentence and "XOR cannot" not in describe(4, 1, trials)
-
-
-def test_without_any_engine_the_refusal_gives_all_reasons() -> None:
-    trials = [Trial(None, "There is none."), Trial(WrongOnce(), self_test(WrongOnce()))]
-    with pytest.raises(ConfigError, match=r"There is none\. a broken library wrote .* Install pyeclib"):
-        choose_engine(4, 2, trials)
-    with pytest.raises(ConfigError, match=r"engine XOR cannot carry the code \(4,2\)"):
-        Codec(4, 2, XorEngine())
-
-
-def test_isal_is_sought_in_the_wheel_first_and_then_in_the_system(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    bundled = tmp_path / "pyeclib.libs" / "libisal-1a2b3c.so.2.0.30"
-    bundled.parent.mkdir()
-    bundled.touch()
-    spec = ModuleSpec("pyeclib", None, origin=str(tmp_path / "pyeclib" / "__init__.py"))
-    monkeypatch.setattr(isal, "find_spec", lambda name: spec)
-    assert isal.libraries() == [str(bundled), "libisal.so.2"]
-    monkeypatch.setattr(isal, "find_spec", lambda name: None)
-    assert isal.libraries() == ["libisal.so.2"]
-
-
-def test_isal_is_found_inside_the_wheel_of_pyeclib() -> None:
-    # pyeclib is among the development dependencies: if it is not found here, its wheel has changed its layout.
-    assert isinstance(choose_engine(), IsalEngine), describe()
-    assert describe().startswith("The erasure code (4,2) is carried by ISA-L (libisal")
