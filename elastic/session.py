@@ -340,6 +340,7 @@ class Session:
         Raises:
             ConfigError: they were logged after optimizer.step(), too late for their step.
         """
+        self._prepared("log")
         for name, value in values.items():
             self._measure(name, value, f"session.log({name}=...)")
 
@@ -361,7 +362,7 @@ class Session:
         return engine.measures.mean(name)
 
     def _measure(self, name: str, value: float | Tensor, call: str) -> None:
-        engine, _ = self._prepared("log")
+        engine, _ = self._prepared("mean")
         engine.measure(name, float(value.detach()) if isinstance(value, Tensor) else float(value), call)
 
     def weight(self, weight: float) -> None:
