@@ -20,10 +20,8 @@ import grpc
 import grpc.aio
 
 from agent.console import OutputPipe, open_outputs
-from agent.machine import (
+from agent.events import (
     AgentEvent,
-    AgentMachine,
-    AgentSettings,
     Connected,
     Disconnected,
     DropConnection,
@@ -44,6 +42,7 @@ from agent.machine import (
     Tick,
     WorkerSaid,
 )
+from agent.machine import AgentMachine, AgentSettings
 from agent.processes import Script, Standby, WorkerProcess, worker_environment
 from agent.store import StoreService
 from elastic import config

@@ -36,6 +36,7 @@ MAY_IMPORT = {
 
 # Pure files: what they decide depends on their arguments alone.
 PURE = (
+    "agent/events.py",
     "agent/machine.py",
     "controller/attempts.py",
     "controller/commits.py",

@@ -5,10 +5,8 @@ from __future__ import annotations
 import signal
 from typing import Any
 
-from agent.machine import (
+from agent.events import (
     AgentEvent,
-    AgentMachine,
-    AgentSettings,
     Connected,
     Disconnected,
     DropConnection,
@@ -29,6 +27,7 @@ from agent.machine import (
     Tick,
     WorkerSaid,
 )
+from agent.machine import AgentMachine, AgentSettings
 from elastic.domain import AgentHello, PeersProbed, ProbePeers, StartWorker
 from tests.sim.links import Stream
 from tests.sim.process import Process

@@ -6,11 +6,9 @@ import signal
 
 import pytest
 
-from agent.machine import (
+from agent.events import (
     AgentEffect,
     AgentEvent,
-    AgentMachine,
-    AgentSettings,
     Connected,
     Disconnected,
     DropConnection,
@@ -30,8 +28,8 @@ from agent.machine import (
     Signal,
     Tick,
     WorkerSaid,
-    describe_exit,
 )
+from agent.machine import AgentMachine, AgentSettings, describe_exit
 from elastic.domain import (
     AgentHello,
     CollectiveFailed,
