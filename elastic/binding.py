@@ -70,9 +70,9 @@ def trainable(models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimize
     return list(parameters.values())
 
 
-def bind_model(model: nn.Module, engine: Engine) -> None:
-    """Let its forwards count as progress."""
-    model.register_forward_hook(engine.on_forward)
+def bind_model(model: nn.Module, engine: Engine, *, trained: bool = True) -> None:
+    """Let its forwards count as progress; those of a trained one must also come at a place where they can."""
+    model.register_forward_hook(engine.on_forward if trained else lambda *_: engine.beat())
 
 
 def bind_optimizer(optimizer: Optimizer, index: int, engine: Engine) -> None:

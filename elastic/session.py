@@ -224,6 +224,8 @@ class Session:
             bind_scheduler(scheduler, engine)
         for model in models.values():
             bind_model(model, engine)
+        for model in self._more_models.values():
+            bind_model(model, engine, trained=False)
         refuse_clipping_outside(engine)
         self._loader = ElasticLoader(loader, engine, self._seed)
         prepared = tuple(self._loader if thing is loader else thing for thing in things)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from elastic.config import WorkerConfig
 from elastic.errors import ConfigError
+from elastic.progress import ProgressPage
 from elastic.session import Session
 
 SIZE, BATCH_SIZE, SLOTS = 48, 4, 3
@@ -292,6 +293,19 @@ def test_extra_states_and_averages_travel_with_the_training_state() -> None:
     for into, of in zip(joiner.adopt(donor.manifest(), donor.small()), donor.tensors(), strict=True):
         into.copy_(of)
     assert counter.count == 1 and bits(average) == bits(source)
+
+
+def test_forwards_of_an_average_count_as_progress() -> None:
+    page = ProgressPage(ProgressPage.create("test"))
+    session, average = Session(WorkerConfig()), network()
+    session._page = page
+    session.extra_state("average", average)
+    _, model, _, _ = prepared(session=session)
+    before = page.read().progress
+    with torch.no_grad():
+        average(torch.randn(2, 5))
+        model(torch.randn(2, 5))
+    assert page.read().progress == before + 2
 
 
 def test_states_are_named_once_and_before_prepare() -> None:
