@@ -70,9 +70,26 @@ def trainable(models: Mapping[str, nn.Module], optimizers: Mapping[str, Optimize
     return list(parameters.values())
 
 
+class _ForwardHook:
+    """Calls something after a forward; a copy of it, of a copied or a saved model, calls nothing."""
+
+    def __init__(self, call: Callable[[nn.Module], None] | None = None) -> None:
+        self._call = call
+
+    def __call__(self, module: nn.Module, *_: object) -> None:
+        if self._call is not None:
+            self._call(module)
+
+    def __deepcopy__(self, memo: object) -> _ForwardHook:
+        return _ForwardHook()
+
+    def __reduce__(self) -> tuple[type[_ForwardHook], tuple[()]]:
+        return _ForwardHook, ()
+
+
 def bind_model(model: nn.Module, engine: Engine, *, trained: bool = True) -> None:
     """Let its forwards count as progress; those of a trained one must also come at a place where they can."""
-    model.register_forward_hook(engine.on_forward if trained else lambda *_: engine.beat())
+    model.register_forward_hook(_ForwardHook(engine.on_forward if trained else lambda _: engine.beat()))
 
 
 def bind_optimizer(optimizer: Optimizer, index: int, engine: Engine) -> None:

@@ -533,7 +533,7 @@ class Engine:
                 for callback in self.on_commit:
                     callback(step)
 
-    def on_forward(self, module: nn.Module, *_: object) -> None:
+    def on_forward(self, module: nn.Module) -> None:
         """A forward of a prepared model has ended (a module hook): the process makes progress.
 
         Raises:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import math
 import random
 from collections.abc import Iterator
@@ -306,6 +307,22 @@ def test_forwards_of_an_average_count_as_progress() -> None:
         average(torch.randn(2, 5))
         model(torch.randn(2, 5))
     assert page.read().progress == before + 2
+
+
+def test_a_prepared_model_can_be_copied_averaged_and_saved() -> None:
+    _, model, optimizer, loader = prepared()
+    copied = copy.deepcopy(model)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=False)  # of our own making
+    for x, y in loader:
+        for other in (copied, averaged, loaded):
+            other(x)
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    assert bits(copied) == bits(loaded) != bits(model)
 
 
 def test_states_are_named_once_and_before_prepare() -> None:
