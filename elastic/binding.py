@@ -8,6 +8,8 @@ steps) is refused with a sentence that says what to call instead.
 from __future__ import annotations
 
 import functools
+import importlib
+import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -19,6 +21,9 @@ from torch.utils.data import DataLoader
 
 from elastic.engine import Engine
 from elastic.errors import ConfigError
+from elastic.progress import ProgressPage
+
+COMPILING_S_MAX = 600.0
 
 
 def named(kind: str, things: list[Any]) -> dict[str, Any]:
@@ -77,7 +82,8 @@ class _ForwardHook:
         self._call = call
 
     def __call__(self, module: nn.Module, *_: object) -> None:
-        if self._call is not None:
+        # Inside a compiled graph it would be traced, and what it counts would make each call another graph.
+        if self._call is not None and not torch.compiler.is_compiling():
             self._call(module)
 
     def __deepcopy__(self, memo: object) -> _ForwardHook:
@@ -90,6 +96,21 @@ class _ForwardHook:
 def bind_model(model: nn.Module, engine: Engine, *, trained: bool = True) -> None:
     """Let its forwards count as progress; those of a trained one must also come at a place where they can."""
     model.register_forward_hook(_ForwardHook(engine.on_forward if trained else lambda _: engine.beat()))
+
+
+def excuse_compilers(page: ProgressPage) -> None:
+    """Let the page say that a worker is busy while torch compiles something, which is no hang however long it takes."""
+    callbacks = importlib.import_module("torch._dynamo.callback")  # a worker's standby has imported it
+
+    def begin(_: object) -> None:
+        page.busy_until(time.monotonic() + COMPILING_S_MAX)
+
+    def end(_: object) -> None:
+        page.busy_until(0.0)
+        page.beat()
+
+    callbacks.on_compile_start(begin)
+    callbacks.on_compile_end(end)
 
 
 def bind_optimizer(optimizer: Optimizer, index: int, engine: Engine) -> None:

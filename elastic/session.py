@@ -24,6 +24,7 @@ from elastic.binding import (
     bind_optimizer,
     bind_scaler,
     bind_scheduler,
+    excuse_compilers,
     kind_of,
     named,
     refuse_clipping_outside,
@@ -227,6 +228,8 @@ class Session:
         for model in self._more_models.values():
             bind_model(model, engine, trained=False)
         refuse_clipping_outside(engine)
+        if self._page is not None:
+            excuse_compilers(self._page)
         self._loader = ElasticLoader(loader, engine, self._seed)
         prepared = tuple(self._loader if thing is loader else thing for thing in things)
         return prepared[0] if len(prepared) == 1 else prepared

@@ -236,7 +236,7 @@ class Job:
                 raise AssertionError(f"waited {timeout_s:.0f} s in vain for {what}; status: {brief(self.status())}")
             time.sleep(POLL_S)
 
-    def wait_for_world(self, size: int, beyond_step: int = 0) -> Status:
+    def wait_for_world(self, size: int, beyond_step: int = 0, timeout_s: float = DEADLINE_S) -> Status:
         """Wait until a world of this size trains, beyond a step."""
 
         def there(status: Status) -> Status | None:
@@ -244,7 +244,7 @@ class Job:
             trains = status["state"] == "running" and status["world_size"] == len(members) == size
             return status if trains and all(m["committed"] > beyond_step for m in members.values()) else None
 
-        return self.wait_for(there, f"a world of {size} beyond step {beyond_step}")
+        return self.wait_for(there, f"a world of {size} beyond step {beyond_step}", timeout_s)
 
     def wait_for_steps(self, count: int) -> int:
         """Wait until so many more steps are committed; returns the step then."""
