@@ -48,6 +48,10 @@ def check_probing(job: Job, now: float) -> None:
         return
     job.probing = None
     pairs = dead_pairs(probing.answers)
+    if pairs and probing.suspected is None:
+        begin_probing(job, probing.asked, probing.reason, now, then_fence=probing.then_fence, suspected=pairs)
+        return
+    pairs &= probing.suspected or frozenset()
     returned = [job.nodes[n] for n in probing.asked if job.nodes[n].cut_from and n in probing.answers]
     for node in returned:
         if not any(node.id in pair for pair in pairs):

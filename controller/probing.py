@@ -1,6 +1,7 @@
 """Questions to nodes about each other: which pairs cannot reach each other, and who has to go so that all others can.
 
-    doubt -> ProbePeers to all nodes concerned -> PeersProbed from each, or its time is up -> pairs -> the smallest cover
+    doubt -> ProbePeers to all nodes concerned -> PeersProbed from each, or its time is up -> pairs, asked once more and for
+    longer, since a busy agent answers late -> the smallest cover
 
 Two nodes may both reach the controller and not each other: their leases are good, their processes run, and the world stands
 still. Only they can tell. Nothing here loses a node or opens a generation; `links.py` acts on what is found.
@@ -22,14 +23,22 @@ Pair = tuple[str, str]
 EXACT_NODES_MAX = 12  # beyond that many in doubt the cover is found greedily
 
 
-def begin_probing(job: Job, nodes: Collection[str], reason: str, now: float, *, then_fence: bool) -> bool:
+def begin_probing(
+    job: Job,
+    nodes: Collection[str],
+    reason: str,
+    now: float,
+    *,
+    then_fence: bool,
+    suspected: frozenset[Pair] | None = None,
+) -> bool:
     """Ask these nodes which of the others they reach; returns whether there is anybody to ask."""
     here = [job.nodes[node] for node in sorted(nodes) if node in job.nodes and job.nodes[node].attached]
     if len(here) < 2 or job.probing is not None:
         return job.probing is not None
-    timeout_s = job.settings.failure_timeout_s / 4
+    timeout_s = job.settings.failure_timeout_s / (4 if suspected is None else 2)
     asked = {node.id: frozenset(other.id for other in here if other is not node) for node in here}
-    job.probing = Probing(job.newest_generation, reason, asked, now + 2 * timeout_s, then_fence)
+    job.probing = Probing(job.newest_generation, reason, asked, now + 1.5 * timeout_s, then_fence, suspected)
     for node in here:
         peers = tuple(Peer(other.id, other.peer_address) for other in here if other is not node)
         job.emit(ToAgent(node.incarnation, ProbePeers(job.newest_generation, peers, int(timeout_s * 1000))))

@@ -119,6 +119,7 @@ class Probing:
         answers: Node -> the peers that did not answer it.
         deadline: When those that have not answered by then are no longer waited for.
         then_fence: Whether the world is fenced anew if no pair is found that explains the doubt.
+        suspected: The pairs that a first round found, if this is the second one; only what both find is dead.
     """
 
     generation: int
@@ -126,6 +127,7 @@ class Probing:
     asked: dict[str, frozenset[str]]
     deadline: float
     then_fence: bool
+    suspected: frozenset[tuple[str, str]] | None = None
     answers: dict[str, frozenset[str]] = field(default_factory=dict)
 
 

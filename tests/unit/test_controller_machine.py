@@ -109,13 +109,14 @@ class Job:
     silent: frozenset[str] = frozenset()
 
     def probed(self, **unreachable: tuple[str, ...]) -> list[str]:
-        """All nodes answer the newest probe; by node whom it did not reach."""
+        """All nodes answer the newest probe, and the second one; by node whom it did not reach."""
         lines: list[str] = []
         assert self.machine.probing is not None
-        for node in sorted(self.machine.probing.asked):
-            answer = PeersProbed(self.machine.probing.generation, unreachable.get(node, ()))
-            lines += self.feed(AgentSaid(self.machine.nodes[node].incarnation, answer))
-        return lines
+        while (probing := self.machine.probing) is not None:
+            for node in sorted(probing.asked):
+                answer = PeersProbed(probing.generation, unreachable.get(node, ()))
+                lines += self.feed(AgentSaid(self.machine.nodes[node].incarnation, answer))
+        return [line for line in lines if ": probe " not in line]
 
     def attach(self, node: str, *workers: WorkerStatus, nproc: int = 1, number: int = 1) -> list[str]:
         hello = AgentHello(
@@ -463,6 +464,17 @@ def test_a_broken_collective_that_a_dead_link_explains_costs_one_of_its_nodes() 
     assert job.probed(n2=("n0",)) == [], "it is still dead"
     job.tick(2.5)
     assert job.probed() == ["ledger link-healed", "ledger worker-started", "n2#1: start n2/0.2"]
+
+
+def test_a_peer_that_only_answers_late_is_not_left_out() -> None:
+    job = Job()
+    job.running("n0", "n1")
+    job.say(A, CollectiveFailed(1, 4, "reset"))
+    job.tick(0.5)
+    for node, unreachable in (("n0", ("n1",)), ("n1", ())):
+        lines = job.feed(AgentSaid(f"{node}#1", PeersProbed(1, unreachable)))
+    assert lines == ["n0#1: probe n1", "n1#1: probe n0"]
+    assert f"{A}: prepare 2 FENCE [{A} {B}]" in job.probed()
 
 
 def waiting(job: Job, generation: int, committed: int, *workers: str) -> None:
