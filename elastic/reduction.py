@@ -193,13 +193,8 @@ class Reducer:
                 for p in self._parameters
             ]
 
-    def arm(self, divisor: float | None = None) -> None:
-        """Let the exchange of the step begin inside the next backward pass, if that is the last one here.
-
-        Args:
-            divisor: what `finish` will be given, if it is known already. For an exchange that can divide on the
-                way; today's divide one chunk at its owner, and do not need it.
-        """
+    def arm(self) -> None:
+        """Let the exchange of the step begin inside the next backward pass, if that is the last one here."""
         if self._slot is None or self._size() == 1:
             return
         # Before a first slot was seen nobody knows which gradients come in pieces.

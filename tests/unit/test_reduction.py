@@ -232,7 +232,7 @@ def train_a_model(
         for slot in reducer.remaining_slots():
             generator = torch.Generator().manual_seed(100 * step + slot)
             reducer.begin_slot(slot)
-            reducer.arm(12.0)
+            reducer.arm()
             model(torch.randn(4, 8, generator=generator)).square().mean().backward()
             reducer.end_slot()
         reduced = reducer.finish(12.0)
@@ -414,7 +414,7 @@ def test_an_abort_inside_the_backward_pass_does_not_surface_there() -> None:
 
 def compute_without_extras(reducer: Reducer, parameters: Sequence[nn.Parameter], slot: int) -> None:
     reducer.begin_slot(slot)
-    reducer.arm(4.0)
+    reducer.arm()
     back_propagate(parameters, gradients_of(slot, parameters))
     assert reducer.end_slot()
 
