@@ -132,6 +132,7 @@ WEIGHTS = {
     "controller stopped": 2,
     "stream cut": 3,
     "stream silent": 2,
+    "stream deaf one way": 2,
     "node partitioned": 2,
     "controller partitioned": 1.5,
     "collectives glitch": 2,

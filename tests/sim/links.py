@@ -44,6 +44,7 @@ class Stream:
         self.ends = (first, second)
         self.open = [True, True]
         self.silent = False
+        self._deaf: int | None = None  # the end to which nothing passes any more, while the other one is still heard
         self._arrives_at = [0.0, 0.0]  # the newest arrival at each end
 
     def _side(self, end: End) -> int:
@@ -52,7 +53,7 @@ class Stream:
     def send(self, sender: End, message: Any) -> None:
         """Send to the other end; what is sent on a closed or silent stream is lost."""
         mine = self._side(sender)
-        if self.silent or not self.open[mine]:
+        if self.silent or not self.open[mine] or self._deaf == 1 - mine:
             return
         copies = 1
         if self.quality.garbled:
@@ -85,7 +86,8 @@ class Stream:
         if not self.open[mine]:
             return
         self.open[mine] = False
-        at = self.clock.now + self.random.uniform(3.0, 12.0) if self.silent else self._arrival(1 - mine)
+        lost = self.silent or self._deaf == 1 - mine
+        at = self.clock.now + self.random.uniform(3.0, 12.0) if lost else self._arrival(1 - mine)
         self.clock.at(at, self._reset, 1 - mine, "closed by the other side")
 
     def die(self, dead: End) -> None:
@@ -95,7 +97,8 @@ class Stream:
             self.close(dead)
             return
         self.open[mine] = False
-        delay_s = self.random.uniform(3.0, 12.0) if self.silent else self.random.uniform(0.0, 0.02)
+        lost = self.silent or self._deaf == 1 - mine
+        delay_s = self.random.uniform(3.0, 12.0) if lost else self.random.uniform(0.0, 0.02)
         self.clock.after(delay_s, self._reset, 1 - mine, "reset by the other side")
 
     def vanish(self, dead: End) -> None:
@@ -116,6 +119,12 @@ class Stream:
                 self.random.uniform(5.0, 20.0) if reset_after_s is None else reset_after_s * self.random.uniform(1, 2)
             )
             self.clock.after(wait_s, self._reset, side, "timed out")
+
+    def deafen(self, side: int, reset_after_s: float) -> None:
+        """Nothing reaches one end from now on, but it is heard; at last each end sees a reset."""
+        self._deaf = side
+        for end in (0, 1):
+            self.clock.after(reset_after_s * self.random.uniform(1, 2), self._reset, end, "timed out")
 
     def hold(self, until_s: float) -> None:
         """Nothing arrives before that time, but nothing is lost: a short partition under TCP."""

@@ -148,6 +148,12 @@ def _silence_stream(site: Site, worker: Worker | None) -> None:
         agent.stream.silence(site.random.choice((0.5, 3.0, 9.0)))
 
 
+def _deafen_stream(site: Site, worker: Worker | None) -> None:
+    agent = _some_agent(site, worker)
+    if agent is not None and agent.stream is not None:
+        agent.stream.deafen(site.random.choice((0, 1)), site.random.choice((0.5, 3.0, 9.0)))
+
+
 def _partition_node(site: Site, worker: Worker | None) -> None:
     node = _some_node(site, worker)
     if node is not None:
@@ -212,6 +218,7 @@ DEEDS: dict[str, Callable[[Site, Worker | None], None]] = {
     "controller stopped": _stop_controller,
     "stream cut": _cut_stream,
     "stream silent": _silence_stream,
+    "stream deaf one way": _deafen_stream,
     "node partitioned": _partition_node,
     "controller partitioned": _partition_controller,
     "collectives glitch": _glitch,
