@@ -1,0 +1,70 @@
+"""What a snapshot is: the training state after one committed step, in slices that lie in the memory of the nodes' agents.
+
+The state is one string of bytes (`elastic.transfer`): the manifest's tensors in its order. Of replicated state each of the
+`count` workers of a world copies the share with its own rank as `index`. A slice as it is stored is its payload and behind
+it, at `description_at`, the description: the manifest and the small state as JSON, the same in every slice of a snapshot.
+Nothing is ever pickled. This file holds values only, and knows neither memory nor messages.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ALIGNMENT_BYTES = 64
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SnapshotId:
+    """Which snapshot: two attempts at the same step are never mixed.
+
+    Attributes:
+        step: the last step whose effects it contains.
+        generation: the world whose workers captured it.
+    """
+
+    step: int = 0
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """One worker's part of a snapshot.
+
+    Attributes:
+        snapshot: of which it is a part.
+        index, count: which part, of how many.
+        begin, end: its bytes of the whole state.
+        total_bytes: of the whole state.
+        description_bytes: length of the description.
+        payload_crc, description_crc: CRC-32 (zlib's) of both; 0 where not known yet.
+    """
+
+    snapshot: SnapshotId
+    index: int
+    count: int
+    begin: int
+    end: int
+    total_bytes: int
+    description_bytes: int
+    payload_crc: int = 0
+    description_crc: int = 0
+
+    @property
+    def description_at(self) -> int:
+        """Where the description begins in the stored slice, in bytes; the payload begins at 0."""
+        return aligned(self.end - self.begin)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Length of the stored slice."""
+        return self.description_at + self.description_bytes
+
+
+def aligned(size_bytes: int) -> int:
+    """The least multiple of the alignment that holds so many bytes."""
+    return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+
+
+def share_of(total_bytes: int, index: int, count: int) -> range:
+    """The bytes of replicated state that the worker `index` of `count` copies."""
+    return range(total_bytes * index // count, total_bytes * (index + 1) // count)
