@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from agent.events import (
     AgentEffect,
     AgentEvent,
+    CarriedOut,
+    CarryOut,
     Connected,
     Disconnected,
     DropConnection,
@@ -24,8 +26,6 @@ from agent.events import (
     Heard,
     Looked,
     OpenGeneration,
-    Probe,
-    Probed,
     ProcessEnded,
     Report,
     Signal,
@@ -35,10 +35,12 @@ from agent.events import (
 from elastic.domain import (
     AgentHello,
     AgentMessage,
+    AssembleSnapshot,
     CollectiveFailed,
     Concluded,
     ControllerMessage,
     Failed,
+    FindSnapshots,
     FromWorker,
     Goodbye,
     Heartbeat,
@@ -154,8 +156,8 @@ class AgentMachine:
                 self._process_ended(worker_id, code, detected_by)
             case Looked():
                 self._looked(event, now)
-            case Probed(result):
-                self._report(result)
+            case CarriedOut(answer):
+                self._report(answer)
             case EndAsked(reason):
                 self._shut_down(Shutdown(reason, 0 if self.ending is None else self.ending.exit_code), now)
             case Tick():
@@ -203,8 +205,8 @@ class AgentMachine:
                 self._forward(worker_id, command)
             case Shutdown():
                 self._shut_down(message, now)
-            case ProbePeers():
-                self._emit(Probe(message))
+            case ProbePeers() | FindSnapshots() | AssembleSnapshot():
+                self._emit(CarryOut(message))
             case HeartbeatAck():
                 pass
 
@@ -322,6 +324,7 @@ class AgentMachine:
             loss=look.loss,
             samples=look.samples,
             waits=look.waits and look.process_state not in STOPPED,
+            stable=look.stable,
         )
         if worker.end_reason:
             return

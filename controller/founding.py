@@ -56,7 +56,7 @@ def _found(job: Job, ready: list[Worker], now: float) -> None:
         worker.holds_state = worker.state == "registered"
         worker.state = "member"
         if worker.holds_state:
-            job.tell(worker, Admitted(fixed.slots, fixed.virtual_replicas, fixed.reduction, fixed.seed, 0))
+            job.tell(worker, _admission(job, joins=False))
     open_generation(job, PlanKind.FOUND, [w.id for w in order], f"first world of {len(order)} worker(s)", now)
 
 
@@ -90,18 +90,20 @@ def _fix_job(job: Job, spec: TrainingSpec, workers: int, now: float) -> bool:
 
 def admit_joiner(job: Job, worker: Worker) -> None:
     """Tell a worker which numbers are fixed, and to warm up: it is to join a world, not to found one."""
-    assert job.spec is not None
     worker.state = "warming"
-    job.tell(
-        worker,
-        Admitted(
-            job.spec.slots,
-            job.spec.virtual_replicas,
-            job.spec.reduction,
-            job.spec.seed,
-            job.step_committed,
-            joins_running_world=True,
-        ),
+    job.tell(worker, _admission(job, joins=True))
+
+
+def _admission(job: Job, *, joins: bool) -> Admitted:
+    assert job.spec is not None
+    return Admitted(
+        slots=job.spec.slots,
+        virtual_replicas=job.spec.virtual_replicas,
+        reduction=job.spec.reduction,
+        seed=job.spec.seed,
+        committed=job.step_committed if joins else 0,
+        joins_running_world=joins,
+        snapshot_every=job.settings.snapshot_every,
     )
 
 

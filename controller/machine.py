@@ -12,6 +12,7 @@ and hands it the `Job` (`job.py`), which is all the state there is. Parts call e
     commits.py     what becomes of a generation that was opened
     switching.py   who joins and who leaves, while the others train on
     fencing.py     who goes on after a fault
+    restoring.py   the state is brought back from the nodes' memory
     founding.py    the first world
     endings.py     the end of the job
     probing.py     which nodes cannot reach each other
@@ -51,6 +52,7 @@ from controller.losses import attempt_expired, worker_exited
 from controller.nodes import agent_attached, drain, drain_refusal, let_drained_go, node_lost, node_said_goodbye
 from controller.probing import take_answer
 from controller.recovering import finish_recovering, restore_from_ledger
+from controller.restoring import check_restoring, take_assembled, take_found
 from controller.state import Node
 from controller.switching import consider_switch
 from controller.workers import note_status, worker_said
@@ -62,6 +64,8 @@ from elastic.domain import (
     Heartbeat,
     HeartbeatAck,
     PeersProbed,
+    SnapshotAssembled,
+    SnapshotsFound,
     WorkerExited,
     WorkerStarted,
 )
@@ -127,6 +131,10 @@ class ControllerMachine(Job):
             case PeersProbed():
                 take_answer(self, node.id, message)
                 check_probing(self, now)
+            case SnapshotsFound():
+                take_found(self, node, message, now)
+            case SnapshotAssembled():
+                take_assembled(self, node, message, now)
             case Goodbye(reason):
                 node_said_goodbye(self, node, reason, now)
             case AgentHello():
@@ -139,6 +147,7 @@ class ControllerMachine(Job):
             # The controller itself stood still: silence in that time is nobody else's fault.
             for node in self.nodes.values():
                 node.heard_at = min(now, node.heard_at + now - self.last_tick)
+            self.standstill = None  # nor has it seen that nothing moved meanwhile
         self.last_tick = now
         if self.outcome:
             return
@@ -158,7 +167,7 @@ class ControllerMachine(Job):
             fence_if_unexplained(self, now)
         check_standstill(self, now)
         probe_left_out(self, now)
-        for look in (found_if_complete, check_start_timeout, consider_switch, let_drained_go):
+        for look in (check_restoring, found_if_complete, check_start_timeout, consider_switch, let_drained_go):
             if self.outcome or self.recovering_until is not None:
                 return
             look(self, now)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from controller.job import Job
 from controller.state import natural
-from elastic.domain import NodeView, StatusReply, WorkerView
+from elastic.domain import NO_STEP, NodeView, StatusReply, WorkerView
 from monitoring.goodput import Goodput
 
 
@@ -53,4 +53,5 @@ def status(job: Job, now: float) -> StatusReply:
         digest=job.digest,
         step_s=job.steps.median_s(),
         reduction=job.spec.reduction if job.spec is not None else "",
+        stable=max((w.status.stable for w in job.workers.values() if w.alive), default=NO_STEP),
     )

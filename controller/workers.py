@@ -14,6 +14,7 @@ from controller.endings import check_finished, end_job, worker_concluded
 from controller.events import Persist
 from controller.founding import admit_joiner, found_if_complete
 from controller.job import Job
+from controller.restoring import check_restoring
 from controller.state import Worker
 from controller.switching import consider_switch
 from elastic.domain import (
@@ -44,6 +45,7 @@ def worker_said(job: Job, worker: Worker, message: WorkerMessage, now: float) ->
             if worker.state == "warming":
                 worker.state = "warm"
                 consider_switch(job, now)
+                check_restoring(job, now)
         case Prepared():
             worker_prepared(job, worker, message, now)
         case PrepareFailed(generation, reason):
@@ -54,7 +56,7 @@ def worker_said(job: Job, worker: Worker, message: WorkerMessage, now: float) ->
             worker.holds_state = True
             job.note_step(committed, now)
             if job.plan is not None and generation == job.plan.generation:
-                job.fruitless = 0
+                job.fruitless = job.searches = 0
                 job.close_incidents(now)
         case CollectiveFailed(generation, step, reason):
             if generation in worlds_in_use(job):

@@ -38,6 +38,7 @@ class Scenario:
         never_prepares: Whether the script is one that never asks for a session.
         stops_at: From which step on the worker of rank 0 asks all to stop; 0 for never.
         concludes: Whether something must run once after the loop.
+        buffers: For snapshots, of each worker.
         late_spec: What workers train that are started again; None for the same as the first.
     """
 
@@ -61,6 +62,7 @@ class Scenario:
     stops_at: int = 0
     concludes: bool = False
     controller_timeout_s: float = 25.0
+    buffers: int = 3
     initial_digest: int = INITIAL_DIGEST
     user_error: str = field(default="ValueError: bad sample")
 
@@ -113,6 +115,18 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
         scenario,
         stops_at=ends.randint(1, scenario.steps) if ends.random() < 0.2 else 0,
         concludes=ends.random() < 0.3,
+    )
+    memory = Random(f"memory {seed}")
+    data_shards, parity_shards = memory.choice(((0, 0), (0, 0), (1, 1), (2, 1), (3, 1), (2, 2)))
+    scenario = replace(
+        scenario,
+        settings=replace(
+            scenario.settings,
+            snapshot_every=memory.choice((0, 1, 1, 1, 2, -1)),
+            data_shards=data_shards,
+            parity_shards=parity_shards,
+        ),
+        buffers=memory.choice((2, 3)),
     )
     faults = draw_faults(random)
     scenario = replace(scenario, faults=faults, quiet_at_s=random.uniform(8.0, 14.0) if faults else 0.0)

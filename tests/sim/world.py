@@ -10,6 +10,7 @@ from tests.sim.clock import Clock, Trace
 from tests.sim.faults import Fault, Moment
 from tests.sim.groups import Groups
 from tests.sim.links import End, Stream
+from tests.sim.memory import Memory
 from tests.sim.process import Process
 from tests.sim.scenario import Scenario
 
@@ -76,6 +77,10 @@ class World:
         return Stream(self.clock, self.random, self.scenario.local, worker, agent)
 
     def connect_controller(self, agent: End, partitioned_until_s: float) -> Stream:
+        raise NotImplementedError
+
+    def memories(self, node: str) -> dict[str, Memory]:
+        """What the agents hold of snapshots that a node reaches, by node."""
         raise NotImplementedError
 
     def controller_died(self) -> None:
