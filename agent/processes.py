@@ -195,6 +195,7 @@ def worker_environment(
     record_dir: str,
     seed: int,
     shares_memory: bool,
+    memory_socket: Path,
 ) -> dict[str, str]:
     """Return the environment of one worker; the names are torchrun's where it has them."""
     environment = dict(base)
@@ -205,6 +206,7 @@ def worker_environment(
             config.ENV_RECORD_DIR: record_dir,
             config.ENV_SEED: str(seed),
             config.ENV_SHARES_MEMORY: str(int(shares_memory)),
+            config.ENV_MEMORY: str(memory_socket),
             "RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "LOCAL_RANK": str(local_rank),

@@ -22,6 +22,8 @@ import grpc.aio
 from agent.console import OutputPipe, open_outputs
 from agent.events import (
     AgentEvent,
+    CarriedOut,
+    CarryOut,
     Connected,
     Disconnected,
     DropConnection,
@@ -34,8 +36,6 @@ from agent.events import (
     Heard,
     Looked,
     OpenGeneration,
-    Probe,
-    Probed,
     ProcessEnded,
     Report,
     Signal,
@@ -74,6 +74,7 @@ class AgentConfig:
     record_dir: str = ""
     seed: int = 0
     share_memory: bool = True
+    snapshot_memory_bytes: int = 0
     connect_timeout_s: float = 30.0
     controller_timeout_s: float = 600.0
     labels: tuple[tuple[str, str], ...] = ()
@@ -152,8 +153,8 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                         worker.commands.put_nowait(command)
                 case OpenGeneration(generation):
                     self.store.open_generation(generation)
-                case Probe(order):
-                    self._spawn(self._probe(order))
+                case CarryOut(order):
+                    self._spawn(self._carry_out(order))
                 case DropConnection():
                     self._send(None)
                 case EndAgent(code, reason):
@@ -179,11 +180,21 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             self.exit_code = 1
             self.over.set()
 
-    async def _probe(self, order: ProbePeers) -> None:
+    async def _carry_out(self, order: ProbePeers | FindSnapshots | AssembleSnapshot) -> None:
+        match order:
+            case ProbePeers():
+                answer: PeersProbed | SnapshotsFound | SnapshotAssembled = await self._probe(order)
+            case FindSnapshots():
+                answer = await self.snapshots.find(order)
+            case AssembleSnapshot():
+                answer = await self.snapshots.assemble(order)
+        self.handle(CarriedOut(answer))
+
+    async def _probe(self, order: ProbePeers) -> PeersProbed:
         timeout_s = order.timeout_ms / 1000
         reached = await asyncio.gather(*(self.store.reaches(p.node, p.address, timeout_s) for p in order.peers))
         silent = tuple(peer.node for peer, answered in zip(order.peers, reached, strict=True) if not answered)
-        self.handle(Probed(PeersProbed(order.generation, silent)))
+        return PeersProbed(order.generation, silent)
 
     # -- processes -------------------------------------------------------------------------------------------------
 

@@ -51,8 +51,8 @@ class Job:
     probed_cut_at: float = float("-inf")  # when nodes that were left out for a dead link were last probed
     worlds: dict[int, Plan] = field(default_factory=dict)  # newest committed ones; snapshots of them may be needed
     restoring: Restoring | None = None
-    searches: int = 0  # for snapshots, since a world has trained
-    searches_total: int = 0
+    searches: int = 0  # for snapshots so far
+    failed_searches: int = 0  # in a row, since a world has trained
     fruitless: int = 0  # generations in a row that failed although nobody was lost
 
     # How far it is, and what it has cost.

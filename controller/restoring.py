@@ -20,7 +20,7 @@ from elastic.snapshots import SnapshotId
 from recovery.ladder import Holding, Restore, SnapshotWorld, choose_restore
 from recovery.placement import Site, make_groups
 
-SEARCHES_MAX = 5  # in a row without a world that trains
+FAILURES_MAX = 5  # searches in a row whose choice no agent could assemble
 
 
 def state_lost(job: Job, reason: str, now: float) -> None:
@@ -31,7 +31,7 @@ def state_lost(job: Job, reason: str, now: float) -> None:
     # A world of which nobody is known to be dead may be whole, and training on where it cannot be reached.
     if away and len(away) == len(members):
         _wait_for_nodes(job, reason, now)
-    elif job.step_committed > 0 and job.settings.snapshot_every and job.searches < SEARCHES_MAX:
+    elif job.step_committed > 0 and job.settings.snapshot_every and job.failed_searches < FAILURES_MAX:
         _search(job, reason, now)
     elif away:
         _wait_for_nodes(job, reason, now)
@@ -49,8 +49,7 @@ def _wait_for_nodes(job: Job, reason: str, now: float) -> None:
 
 def _search(job: Job, reason: str, now: float) -> None:
     job.searches += 1
-    job.searches_total += 1
-    job.restoring = Restoring(job.searches_total, reason, now)
+    job.restoring = Restoring(job.searches, reason, now)
     job.emit(Persist("restoring", f"no worker holds the state any more ({reason}): looking for snapshots", {}))
     check_restoring(job, now)
 
@@ -118,11 +117,15 @@ def check_restoring(job: Job, now: float) -> None:
     if restoring is None or job.outcome or job.attempt is not None or job.recovering_until is not None:
         return
     if now - restoring.since > job.settings.start_timeout_s:
+        here = [node for node in _here(job) if node.state == "attached"]
+        cold = [w.id for w in job.workers.values() if w.alive and w.state != "warm"]
         end_job(
             job,
             "failed",
-            f"no world formed within --start-timeout {job.settings.start_timeout_s:.0f} s to go on from a snapshot: start "
-            "the missing agents",
+            f"no world formed within --start-timeout {job.settings.start_timeout_s:.0f} s to go on from a snapshot: "
+            f"{len(here)} node(s) attached, --nnodes MIN is {job.settings.nodes_min}"
+            + (f", not ready: {', '.join(cold)}" if cold else "")
+            + "; start the missing agents",
             now,
         )
     elif restoring.choice is None:
@@ -203,6 +206,7 @@ def _open_if_ready(job: Job, restoring: Restoring, choice: Restore, now: float) 
     assert job.spec is not None
     here = [node for node in _here(job) if node.state == "attached"]
     if here and all(node.incarnation in restoring.refusals for node in here):
+        job.failed_searches += 1
         state_lost(job, "; ".join(restoring.refusals.values()), now)
         return
     able = [node for node in here if node.incarnation not in restoring.refusals]

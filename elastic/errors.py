@@ -31,10 +31,6 @@ class TransferError(ElasticError):
     """State received from peers is not what they sent (checksum, step or shape): ask for it again."""
 
 
-class SnapshotRefused(ElasticError):
-    """There is no room for a snapshot in the agent's memory: give it more, or take none."""
-
-
 class ProtocolError(ElasticError):
     """A message breaks the protocol's law (wrong job, version, token or order): the sender must be replaced."""
 

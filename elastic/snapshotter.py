@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from elastic.domain import NO_STEP, Plan
-from elastic.errors import SnapshotRefused
+from elastic.errors import ConfigError, Unreachable
 from elastic.snapshots import SnapshotId
 from elastic.verdict import NO_OPINION
 
@@ -34,11 +34,9 @@ class Capturer(Protocol):
 
     def has_room(self, generation: int, stable: int) -> bool: ...
 
-    def capture(self, step: int, generation: int, index: int, count: int) -> None: ...
+    def capture(self, step: int, generation: int, index: int, count: int) -> bool: ...
 
     def finish(self) -> None: ...
-
-    def tell_stable(self, step: int) -> None: ...
 
 
 def interval_s(cost_s: float) -> float:
@@ -89,7 +87,7 @@ class Snapshotter:
         if self._refused:
             return self.stable, False  # whatever the others capture will never be whole
         wants = self._is_due(step, now_s)
-        room = wants and self._capturer.has_room(plan.generation, self.stable)
+        room = self._capturer.has_room(plan.generation, self.stable) and wants
         self.skipped += wants and not room
         return self._protected(plan), room
 
@@ -114,9 +112,8 @@ class Snapshotter:
         """Take up what the verdict on a step says; the step is committed here."""
         if self._capturer is None:
             return
-        if stable != NO_OPINION and stable > self.stable:
-            self.stable = stable
-            self._capturer.tell_stable(stable)
+        if stable != NO_OPINION:
+            self.stable = max(self.stable, stable)
         self._due = _Due(step, plan.generation, rank, plan.world_size) if captures else None
 
     def step_ended(self, step: int, generation: int, now_s: float) -> None:
@@ -128,19 +125,18 @@ class Snapshotter:
         if due is None or self._capturer is None or (due.step, due.generation) != (step, generation):
             return
         try:
-            self._capturer.capture(step, generation, due.rank, due.world_size)
-        except SnapshotRefused as error:
+            captured = self._capturer.capture(step, generation, due.rank, due.world_size)
+        except (ConfigError, Unreachable) as error:
             print(f"elastic: no snapshots are taken any more: {error}", file=sys.stderr, flush=True)
             self._refused = True
             return
-        self._captured, self._captured_at_s = SnapshotId(step, generation), now_s
+        if captured:
+            self._captured, self._captured_at_s = SnapshotId(step, generation), now_s
 
     def restored(self, step: int) -> None:
         """The whole world has gone back to the snapshot of this step."""
         self._due = self._captured = None
         self.stable = step
-        if self._capturer is not None:
-            self._capturer.tell_stable(step)
 
     def finish(self) -> None:
         """Wait until nothing is read any more that a commit is about to write."""

@@ -70,6 +70,8 @@ def run(
     start_timeout: float,
     hang_timeout: float,
     join_timeout: float,
+    snapshot_every: int,
+    redundancy: tuple[int, int],
     **given: Any,
 ) -> None:
     """Train SCRIPT on this machine (and on others that join), and keep going through failures."""
@@ -90,6 +92,8 @@ def run(
         start_timeout=start_timeout,
         hang_timeout=hang_timeout,
         join_timeout=join_timeout,
+        snapshot_every=snapshot_every,
+        redundancy=redundancy,
         ledger=folder / "ledger.sqlite",
         host=host,
         port=0 if port is None else port,

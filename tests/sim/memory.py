@@ -101,13 +101,11 @@ class Capturer:
         self._generation, self._stable = generation, stable
         return bool(self._free(generation, stable))
 
-    def capture(self, step: int, generation: int, index: int, count: int) -> None:
+    def capture(self, step: int, generation: int, index: int, count: int) -> bool:
         free = self._free(generation, self._stable)
         number = min(free, key=lambda n: (shot.snapshot.step if (shot := self._buffers[n]) is not None else -1, n))
         self._buffers[number] = Shot(SnapshotId(step, generation), index, self.digest)
+        return True
 
     def finish(self) -> None:
         return
-
-    def tell_stable(self, step: int) -> None:
-        self._stable = step
