@@ -131,10 +131,9 @@ def test_snapshots_that_cost_nothing_are_taken_every_step() -> None:
 
 
 def test_an_interval_of_whole_steps_is_not_rounded_up() -> None:
-    assert (
-        snapshot_interval_steps(0.003, 1, step_s=0.1, stall_max=0.01) == 3
-    )  # 0.003 / 0.01 / 0.1 is 2.9999999999999996
-    assert snapshot_interval_steps(0.007, 1, step_s=0.1, stall_max=0.01) == 7
+    assert 0.035 / 0.01 / 0.5 > 7  # by its last bit
+    assert snapshot_interval_steps(0.035, 1, step_s=0.5, stall_max=0.01) == 7
+    assert snapshot_interval_steps(0.036, 1, step_s=0.5, stall_max=0.01) == 8
 
 
 @pytest.mark.parametrize("wrong", [{"cost_s": -1}, {"failures_per_s": 0}, {"step_s": 0}, {"stall_max": 0}])
