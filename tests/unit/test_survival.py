@@ -88,6 +88,7 @@ def test_independent_loss_is_the_sum_over_all_outcomes(sizes: list[int], m: int,
 
 def test_a_loss_that_nobody_expects_keeps_its_digits() -> None:
     assert isclose(independent_loss([8] * 8, 2, 1e-7), 8 * 56 * 1e-21, rel_tol=1e-5)
+    assert independent_loss([3, 1], 1, 1.0) == 1
     assert isclose(loss_probability(1e-9, 1e-9), 1e-18)
     assert isclose(loss_probability(0.01, 100), 1 - exp(-1))
 
