@@ -109,6 +109,20 @@ def test_a_slice_that_another_node_holds_need_not_be_decoded() -> None:
     assert (restore.rung, restore.sources[-2:]) == (Rung.OWN_SNAPSHOT, ((6, "x"), (7, "x")))
 
 
+def test_a_slice_is_taken_from_its_own_node_or_else_from_the_first_by_name() -> None:
+    spare = [Holding(node, SnapshotId(99, 3), (0, 7), False) for node in ("y", "Z", "x")]
+    sources = dict(choose([*spare, *all_at(99, "abc"), Holding("d", SnapshotId(99, 3), (6,), True)]).sources)
+    assert (sources[0], sources[6], sources[7]) == ("a", "d", "Z")
+
+
+def test_a_stripe_without_data_of_a_node_that_must_be_decoded_may_be_broken() -> None:
+    """Stripe 2 (data a, b; parity c, d) lacks three blocks, but all of b's slices are somewhere, and d has no data there."""
+    b = Holding("b", SnapshotId(99, 3), (3,), parity=True)
+    a = Holding("a", SnapshotId(99, 3), (0, 1, 2), parity=True)
+    restore = choose([a, b, holding("c", 99, parity=False)])
+    assert (restore.rung, restore.decoded) == (Rung.ERASURE_DECODE, ("d",))
+
+
 @pytest.mark.parametrize(
     ("checkpoint_step", "rung"), [(97, Rung.OWN_SNAPSHOT), (98, Rung.OWN_SNAPSHOT), (99, Rung.CHECKPOINT)]
 )

@@ -136,6 +136,7 @@ def test_a_group_has_no_more_nodes_of_a_domain_than_a_dealer_must_give_it(
         (10, 4, 2, 0.5, [10]),
         (13, 4, 2, inf, [7, 6]),
         (64, 6, 2, inf, [8] * 8),
+        (300, 200, 55, inf, [150, 150]),  # 300 would be nearer, but no code has so many shards
         (4, 4, 0, inf, []),
     ],
 )
