@@ -44,9 +44,21 @@ from agent.events import (
 )
 from agent.machine import AgentMachine, AgentSettings
 from agent.processes import Script, Standby, WorkerProcess, worker_environment
+from agent.snapshots import NodeSnapshots
 from agent.store import StoreService
 from elastic import config
-from elastic.domain import AgentHello, AgentMessage, PeersProbed, ProbePeers, StartWorker, WorkerCommand
+from elastic.domain import (
+    AgentHello,
+    AgentMessage,
+    AssembleSnapshot,
+    FindSnapshots,
+    PeersProbed,
+    ProbePeers,
+    SnapshotAssembled,
+    SnapshotsFound,
+    StartWorker,
+    WorkerCommand,
+)
 from elastic.progress import ProgressPage
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -100,10 +112,18 @@ class _Worker:
 class AgentServer(runtime_pb2_grpc.WorkerServicer):
     """One node's agent."""
 
-    def __init__(self, settings: AgentConfig, socket_path: Path, peer_address: str, store: StoreService) -> None:
+    def __init__(
+        self,
+        settings: AgentConfig,
+        socket_path: Path,
+        peer_address: str,
+        store: StoreService,
+        snapshots: NodeSnapshots,
+    ) -> None:
         self.config = settings
         self.socket_path = socket_path
         self.store = store
+        self.snapshots = snapshots
         hello = AgentHello(
             job=settings.job,
             node=settings.node,
@@ -243,6 +263,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 record_dir=self.config.record_dir,
                 seed=self.config.seed,
                 shares_memory=self.config.share_memory and not self.standby.memory_obstacle,
+                memory_socket=self.snapshots.socket_path,
             )
             out, err = worker.outputs
             pid = await self.standby.fork(
@@ -258,6 +279,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             os.close(progress_fd)
             for pipe in worker.outputs or ():
                 pipe.handed_over()
+        self.snapshots.worker_started(order.worker, pid)
         self.handle(Forked(order.worker, pid))
 
     def _process_ended(self, worker_id: str) -> None:
@@ -271,6 +293,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         except (OSError, TimeoutError):
             code, detected_by = -signal.SIGKILL, "pidfd, with its fork server"
         self._look(worker_id, worker)
+        self.snapshots.worker_ended(worker_id)
         worker.process.signal_group(signal.SIGKILL)  # whatever it started must not outlive it
         self.handle(ProcessEnded(worker_id, code, detected_by))
         worker.release()
@@ -299,6 +322,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 shown.samples,
                 shown.busy_until_s,
                 shown.waits,
+                self.snapshots.stable,
             )
         )
 
@@ -308,6 +332,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             for worker_id, worker in list(self.workers.items()):
                 self._look(worker_id, worker)
             self.handle(Tick())
+            self.snapshots.tick()
             await asyncio.sleep(TICK_S)
 
     # -- workers ---------------------------------------------------------------------------------------------------
@@ -376,6 +401,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         """Release what is left."""
         await self.standby.stop()
         await self.store.close()
+        await self.snapshots.close()
 
 
 def _worker_base_environment() -> dict[str, str]:
@@ -400,7 +426,9 @@ async def _serve(settings: AgentConfig, socket_path: Path) -> int:
     peers, local = channels.server(), channels.server()
     runtime_pb2_grpc.add_StoreServicer_to_server(store, peers)
     port = channels.listen(peers, settings.local_addr, 0, what="the agent's peer service")
-    agent = AgentServer(settings, socket_path, channels.join_address(settings.local_addr, port), store)
+    snapshots = NodeSnapshots(socket_path.with_name("memory.sock"), settings.snapshot_memory_bytes)
+    await snapshots.start()
+    agent = AgentServer(settings, socket_path, channels.join_address(settings.local_addr, port), store, snapshots)
     runtime_pb2_grpc.add_WorkerServicer_to_server(agent, local)
     runtime_pb2_grpc.add_StoreServicer_to_server(store, local)
     local.add_insecure_port(f"unix:{socket_path}")

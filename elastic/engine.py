@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ from torch.optim import Optimizer
 
 from elastic import measures, verdict
 from elastic.buffers import CommittedBuffers, Rule
+from elastic.capture import Capturer, restore
 from elastic.control import Coordinator
 from elastic.domain import Plan
-from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
+from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError, Unreachable
 from elastic.failpoints import FailPoint, reach, reach_inside
 from elastic.group import Group
+from elastic.memory import SnapshotMemory
 from elastic.progress import ProgressPage
 from elastic.protocol import (
     Applied,
@@ -48,6 +51,8 @@ from elastic.protocol import (
 from elastic.records import SampleRecord
 from elastic.reduction import Reduced, Reducer, Reduction
 from elastic.sampler import SlotSampler
+from elastic.snapshots import SnapshotId
+from elastic.snapshotter import Snapshotter
 from elastic.state import TrainingState
 from elastic.transfer import receive_state, send_state
 

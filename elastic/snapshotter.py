@@ -13,14 +13,15 @@ import sys
 from dataclasses import dataclass
 from typing import Protocol
 
+from elastic.cadence import snapshot_interval_s
 from elastic.domain import NO_STEP, Plan
 from elastic.errors import ConfigError, Unreachable
 from elastic.snapshots import SnapshotId
 from elastic.verdict import NO_OPINION
 
 AUTO = -1
-STALL_MAX = 0.01  # of the time that training takes
-FAILURES_PER_S = 1 / 3600.0  # expected of a whole world, where nothing is known
+FAILURES_PER_S = 1 / 3600.0  # after which a snapshot is restored, of a whole job: a guess, since most jobs see none
+STEP_S_MIN = 1e-6
 
 
 class Capturer(Protocol):
@@ -37,15 +38,6 @@ class Capturer(Protocol):
     def capture(self, step: int, generation: int, index: int, count: int) -> bool: ...
 
     def finish(self) -> None: ...
-
-
-def interval_s(cost_s: float) -> float:
-    """Seconds from one snapshot to the next that lose the least time to both snapshots and failures.
-
-    sqrt(2 cost / failure rate) (Young 1974, Daly 2006), and never so short that snapshots stall training for more than
-    `STALL_MAX` of its time.
-    """
-    return max(math.sqrt(2 * cost_s / FAILURES_PER_S), cost_s / STALL_MAX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +68,8 @@ class Snapshotter:
         self._refused = False
         self._due: _Due | None = None
         self._captured: SnapshotId | None = None
-        self._captured_at_s = -math.inf
+        self._captured_at_s = self._voted_at_s = -math.inf
+        self._step_s = STEP_S_MIN
         self.stable = NO_STEP
         self.skipped = 0
 
@@ -86,6 +79,9 @@ class Snapshotter:
             return NO_OPINION, False
         if self._refused:
             return self.stable, False  # whatever the others capture will never be whole
+        if math.isfinite(self._voted_at_s):
+            self._step_s = max(STEP_S_MIN, now_s - self._voted_at_s)
+        self._voted_at_s = now_s
         wants = self._is_due(step, now_s)
         room = self._capturer.has_room(plan.generation, self.stable) and wants
         self.skipped += wants and not room
@@ -95,7 +91,8 @@ class Snapshotter:
         assert self._capturer is not None
         if self._every != AUTO:
             return step % self._every == 0
-        return now_s - self._captured_at_s >= interval_s(self._capturer.cost_s)
+        interval_s = snapshot_interval_s(self._capturer.cost_s, FAILURES_PER_S, step_s=self._step_s)
+        return now_s - self._captured_at_s >= interval_s
 
     def _protected(self, plan: Plan) -> int:
         captured = self._captured

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.cli import options
-from elastic.domain import StatusReply
+from elastic.domain import NO_STEP, StatusReply
 from elastic.errors import ElasticError
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -149,9 +149,12 @@ def headline(reply: StatusReply) -> str:
     loss = "" if math.isnan(reply.loss) else f"  loss {reply.loss:.4f}"
     rate = f"  {1 / reply.step_s:.2f} steps/s" if reply.step_s else ""
     reason = f"  ({reply.reason})" if reply.reason else ""
+    memory = ""
+    if reply.stable != NO_STEP:
+        memory = f"  snapshot of step {reply.stable} ({max(0, reply.step - reply.stable)} at risk)"
     return (
         f"job [bold]{reply.job}[/bold]  [{colour}]{reply.state}[/{colour}]{reason}  generation {reply.generation}  "
-        f"step {reply.step}  world {reply.world_size}{loss}{rate}"
+        f"step {reply.step}  world {reply.world_size}{loss}{rate}{memory}"
     )
 
 

@@ -9,6 +9,8 @@ import pytest
 from agent.events import (
     AgentEffect,
     AgentEvent,
+    CarriedOut,
+    CarryOut,
     Connected,
     Disconnected,
     DropConnection,
@@ -21,8 +23,6 @@ from agent.events import (
     Heard,
     Looked,
     OpenGeneration,
-    CarriedOut,
-    CarryOut,
     ProcessEnded,
     Report,
     Signal,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recovery.cadence import snapshot_interval_s, snapshot_interval_steps
+from elastic.cadence import snapshot_interval_s, snapshot_interval_steps
 from recovery.placement import ProtectionGroup, Site, make_groups, warnings
 from recovery.survival import groups_survive, independent_loss, loss_probability, pairs_survive, ring_survives
 
