@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import enum
 import hashlib
+import itertools
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -321,6 +323,46 @@ class TrainingState:
         return torch.empty(entry.shape, dtype=dtype, device=device)
 
 
+class Watch:
+    """Tells for little whether a state still consists of the same tensors as when the watch began.
+
+    Looks at every container that `TrainingState` reads them from, and at the memory of each tensor: a parameter, an
+    optimizer's state, a module or a parameter group that comes, goes or is exchanged is seen.
+    """
+
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
+        modules = {module for model in state.models.values() for module in model.modules()}
+        self._dicts: list[Mapping[Any, Any]] = [
+            contents for module in modules for contents in (module._parameters, module._buffers, module._modules)
+        ]
+        self._dicts.append(state.buffers)
+        for optimizer in state.optimizers.values():
+            self._dicts.append(optimizer.state)
+            self._dicts += [contents for contents in optimizer.state.values() if isinstance(contents, dict)]
+        self._contents = self._found()
+        self._tensors = [value for value in self._contents if isinstance(value, Tensor)]
+        self._places = self._memory()
+
+    def unchanged(self) -> bool:
+        """Whether `state.described_tensors()` would return what it would have returned then."""
+        now = self._found()
+        if len(now) != len(self._contents) or not all(map(operator.is_, now, self._contents)):
+            pairs = itertools.zip_longest(now, self._contents)
+            if any(a is not b and isinstance(a, _WATCHED) | isinstance(b, _WATCHED) for a, b in pairs):
+                return False  # A counter that is a plain number changes with each step, and matters to nobody here.
+        return self._memory() == self._places
+
+    def _found(self) -> list[Any]:
+        groups = [group for optimizer in self._state.optimizers.values() for group in optimizer.param_groups]
+        lists = [group["params"] for group in groups]
+        return [*itertools.chain.from_iterable([*(contents.values() for contents in self._dicts), *lists])]
+
+    def _memory(self) -> list[tuple[int, torch.Size, tuple[int, ...]]]:
+        return [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in self._tensors]
+
+
+_WATCHED = (Tensor, nn.Module, dict)
 _SAME_PROGRAM = "start every worker with the same program and settings."
 
 
