@@ -178,11 +178,11 @@ class MemoryService:
         """Free everything that was adopted."""
         self._adopted.keep([])
 
-    def set_protected(self, worker: str, step: int) -> None:
-        """Show a worker the newest step whose slice is protected."""
+    def set_protected(self, worker: str, snapshot: SnapshotId) -> None:
+        """Show a worker the newest snapshot of which its slice is protected."""
         one = self._sets.get(worker)
         if one is not None and one.page is not None:
-            one.page.protected = step
+            one.page.protected = snapshot
 
     @property
     def stable(self) -> int:

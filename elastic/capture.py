@@ -65,9 +65,9 @@ class Capturer:
         self._begun: tuple[_Buffer, Slice] | None = None  # copies that are under way on a device
 
     @property
-    def protected(self) -> int:
-        """The newest step whose slice of this worker the agent has protected; -1 for none."""
-        return NO_STEP if self._memory.page is None else self._memory.page.protected
+    def protected(self) -> SnapshotId | None:
+        """The newest snapshot of which the agent has protected this worker's slice."""
+        return None if self._memory.page is None else self._memory.page.protected
 
     def has_room(self, generation: int, stable: int) -> bool:
         """Whether there is a buffer that no restore needs; shows the agent what is stable, too.

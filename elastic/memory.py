@@ -31,7 +31,7 @@ MESSAGE_SIZE_BYTES_MAX = 16 * 2**10
 NO_STEP = -1
 
 _FREE, _WRITING, _FILLED = range(3)
-_STABLE_AT, _PROTECTED_AT, _BUFFERS_AT = 0, 1, 8  # words of eight bytes
+_STABLE_AT, _PROTECTED_AT, _BUFFERS_AT = 0, 1, 8  # words of eight bytes; a snapshot has two
 _RECORD = struct.Struct("=12q")  # turn, the ten numbers of a slice, CRC-32 of these
 _BUFFER_WORDS = 16  # the state, and behind it the record
 _READS_MAX = 4
@@ -78,7 +78,7 @@ class SnapshotPage:
         fd = os.memfd_create(f"elastic-snapshots-{name}")
         os.ftruncate(fd, PAGE_SIZE_BYTES)
         page = SnapshotPage(fd)
-        page.stable = page.protected = NO_STEP
+        page.stable = page._words[_PROTECTED_AT] = NO_STEP
         page.close()
         return fd
 
@@ -92,13 +92,18 @@ class SnapshotPage:
         self._words[_STABLE_AT] = step
 
     @property
-    def protected(self) -> int:
-        """The newest step whose slice of this worker is protected; -1 for none. The agent's to set."""
-        return self._words[_PROTECTED_AT]
+    def protected(self) -> SnapshotId | None:
+        """The newest snapshot of which this worker's slice is protected; None for none. The agent's to set."""
+        step = self._words[_PROTECTED_AT]
+        generation = self._words[_PROTECTED_AT + 1]
+        # Between two reads that agree nothing was written: it is set to none before it is changed.
+        return SnapshotId(step, generation) if step != NO_STEP and step == self._words[_PROTECTED_AT] else None
 
     @protected.setter
-    def protected(self, step: int) -> None:
-        self._words[_PROTECTED_AT] = step
+    def protected(self, snapshot: SnapshotId) -> None:
+        self._words[_PROTECTED_AT] = NO_STEP
+        self._words[_PROTECTED_AT + 1] = snapshot.generation
+        self._words[_PROTECTED_AT] = snapshot.step
 
     def begin(self, buffer: int) -> None:
         """Say that the buffer is being written: what it held is no more."""

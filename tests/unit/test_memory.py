@@ -122,9 +122,9 @@ def test_a_page_shows_what_was_filled_last_and_not_written_since(acts: list[tupl
             turns[buffer] += 1
             expected[buffer] = Filled(buffer, turns[buffer], piece)
     assert reader.slices() == [expected[buffer] for buffer in sorted(expected)]
-    assert (reader.stable, reader.protected) == (-1, -1)
-    writer.stable, reader.protected = 7, 6
-    assert (reader.stable, writer.protected) == (7, 6)
+    assert (reader.stable, reader.protected) == (-1, None)
+    writer.stable, reader.protected = 7, SnapshotId(6, 2)
+    assert (reader.stable, writer.protected) == (7, SnapshotId(6, 2))
 
 
 @pytest.mark.parametrize("word", range(1, 13))
@@ -211,8 +211,8 @@ def test_what_a_worker_fills_is_held_checked_and_read_back(tmp_path: Path) -> No
         assert held.slice == replace(piece, payload_crc=crc32(payload))
         stored = link.slice(piece.snapshot, 0)
         assert stored.slice == held.slice and read(stored) == payload
-        place.do(lambda s: s.set_protected("w0", 5))
-        assert link.page is not None and link.page.protected == 5
+        place.do(lambda s: s.set_protected("w0", SnapshotId(5, 1)))
+        assert link.page is not None and link.page.protected == SnapshotId(5, 1)
         link.page.stable = 4
         assert place.do(lambda s: s.stable) == 4
         link.page.begin(0)
