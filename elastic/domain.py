@@ -341,6 +341,24 @@ class SnapshotAssembled:
     refusal: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    number: int = 0
+    step: int = 0
+    path: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFound:
+    search: int = 0
+    path: str = ""
+    step: int = 0
+    generation: int = 0
+    passed_over: tuple[str, ...] = ()
+    refusal: str = ""
+
+
 AgentMessage = (
     AgentHello
     | Heartbeat
@@ -351,6 +369,8 @@ AgentMessage = (
     | PeersProbed
     | SnapshotsFound
     | SnapshotAssembled
+    | CheckpointSaved
+    | CheckpointFound
 )
 
 
@@ -433,6 +453,21 @@ class AssembleSnapshot:
     decoded: tuple[str, ...] = ()
     world: Plan = field(default_factory=Plan)
     nodes: tuple[PlanNode, ...] = ()
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveCheckpoint:
+    number: int = 0
+    target: str = ""
+    keep: int = 0
+    world: Plan = field(default_factory=Plan)
+
+
+@dataclass(frozen=True, slots=True)
+class FindCheckpoint:
+    search: int = 0
+    target: str = ""
 
 
 ControllerMessage = (
@@ -446,6 +481,8 @@ ControllerMessage = (
     | ProbePeers
     | FindSnapshots
     | AssembleSnapshot
+    | SaveCheckpoint
+    | FindCheckpoint
 )
 
 
@@ -508,6 +545,8 @@ class StatusReply:
     controller_pid: int = 0
     reduction: str = ""
     stable: int = NO_STEP
+    saved: int = NO_STEP
+    save_fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)

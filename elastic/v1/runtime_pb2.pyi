@@ -1060,6 +1060,8 @@ class AgentMessage(_message.Message):
     PROBED_FIELD_NUMBER: _builtins.int
     FOUND_FIELD_NUMBER: _builtins.int
     ASSEMBLED_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___AgentHello: ...
     @_builtins.property
@@ -1078,6 +1080,10 @@ class AgentMessage(_message.Message):
     def found(self) -> Global___SnapshotsFound: ...
     @_builtins.property
     def assembled(self) -> Global___SnapshotAssembled: ...
+    @_builtins.property
+    def saved(self) -> Global___CheckpointSaved: ...
+    @_builtins.property
+    def checkpoint(self) -> Global___CheckpointFound: ...
     def __init__(
         self,
         *,
@@ -1090,12 +1096,14 @@ class AgentMessage(_message.Message):
         probed: Global___PeersProbed | None = ...,
         found: Global___SnapshotsFound | None = ...,
         assembled: Global___SnapshotAssembled | None = ...,
+        saved: Global___CheckpointSaved | None = ...,
+        checkpoint: Global___CheckpointFound | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "body", b"body", "exited", b"exited", "found", b"found", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "body", b"body", "checkpoint", b"checkpoint", "exited", b"exited", "found", b"found", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "saved", b"saved", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "body", b"body", "exited", b"exited", "found", b"found", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "body", b"body", "checkpoint", b"checkpoint", "exited", b"exited", "found", b"found", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "saved", b"saved", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "started", "exited", "from_worker", "goodbye", "probed", "found", "assembled"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "started", "exited", "from_worker", "goodbye", "probed", "found", "assembled", "saved", "checkpoint"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1184,6 +1192,141 @@ class Welcome(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class SaveCheckpoint(_message.Message):
+    """Write the newest stable snapshot to the durable tier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    WORLD_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Comes back in the answer."""
+    target: _builtins.str
+    """Directory, or an address of fsspec."""
+    keep: _builtins.int
+    """Older ones beyond so many are removed."""
+    @_builtins.property
+    def world(self) -> Global___Plan:
+        """That trains now."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        target: _builtins.str = ...,
+        keep: _builtins.int = ...,
+        world: Global___Plan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["world", b"world"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "number", b"number", "target", b"target", "world", b"world"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SaveCheckpoint: _TypeAlias = SaveCheckpoint  # noqa: Y015
+
+@_typing.final
+class CheckpointSaved(_message.Message):
+    """Answer to SaveCheckpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    step: _builtins.int
+    """Last step that it contains."""
+    path: _builtins.str
+    refusal: _builtins.str
+    """Why it was not written; empty: it is."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        step: _builtins.int = ...,
+        path: _builtins.str = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "path", b"path", "refusal", b"refusal", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointSaved: _TypeAlias = CheckpointSaved  # noqa: Y015
+
+@_typing.final
+class FindCheckpoint(_message.Message):
+    """Look for the newest whole checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEARCH_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    search: _builtins.int
+    """Comes back in the answer."""
+    target: _builtins.str
+    def __init__(
+        self,
+        *,
+        search: _builtins.int = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["search", b"search", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindCheckpoint: _TypeAlias = FindCheckpoint  # noqa: Y015
+
+@_typing.final
+class CheckpointFound(_message.Message):
+    """Answer to FindCheckpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEARCH_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PASSED_OVER_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    search: _builtins.int
+    path: _builtins.str
+    """Empty: there is none."""
+    step: _builtins.int
+    generation: _builtins.int
+    """In which it was captured."""
+    refusal: _builtins.str
+    """Why the target cannot be looked through; empty: it was."""
+    @_builtins.property
+    def passed_over(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is no whole checkpoint, and why."""
+
+    def __init__(
+        self,
+        *,
+        search: _builtins.int = ...,
+        path: _builtins.str = ...,
+        step: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        passed_over: _abc.Iterable[_builtins.str] | None = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "passed_over", b"passed_over", "path", b"path", "refusal", b"refusal", "search", b"search", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointFound: _TypeAlias = CheckpointFound  # noqa: Y015
 
 @_typing.final
 class Peer(_message.Message):
@@ -1367,6 +1510,8 @@ class ControllerMessage(_message.Message):
     PROBE_FIELD_NUMBER: _builtins.int
     FIND_FIELD_NUMBER: _builtins.int
     ASSEMBLE_FIELD_NUMBER: _builtins.int
+    SAVE_FIELD_NUMBER: _builtins.int
+    LOOK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -1387,6 +1532,10 @@ class ControllerMessage(_message.Message):
     def find(self) -> Global___FindSnapshots: ...
     @_builtins.property
     def assemble(self) -> Global___AssembleSnapshot: ...
+    @_builtins.property
+    def save(self) -> Global___SaveCheckpoint: ...
+    @_builtins.property
+    def look(self) -> Global___FindCheckpoint: ...
     def __init__(
         self,
         *,
@@ -1400,12 +1549,14 @@ class ControllerMessage(_message.Message):
         probe: Global___ProbePeers | None = ...,
         find: Global___FindSnapshots | None = ...,
         assemble: Global___AssembleSnapshot | None = ...,
+        save: Global___SaveCheckpoint | None = ...,
+        look: Global___FindCheckpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assemble", b"assemble", "body", b"body", "find", b"find", "kill", b"kill", "probe", b"probe", "refused", b"refused", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assemble", b"assemble", "body", b"body", "find", b"find", "kill", b"kill", "look", b"look", "probe", b"probe", "refused", b"refused", "save", b"save", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assemble", b"assemble", "body", b"body", "find", b"find", "kill", b"kill", "probe", b"probe", "refused", b"refused", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assemble", b"assemble", "body", b"body", "find", b"find", "kill", b"kill", "look", b"look", "probe", b"probe", "refused", b"refused", "save", b"save", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refused", "start", "kill", "to_worker", "shutdown", "ack", "probe", "find", "assemble"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refused", "start", "kill", "to_worker", "shutdown", "ack", "probe", "find", "assemble", "save", "look"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1530,12 +1681,15 @@ class AssembleSnapshot(_message.Message):
     DECODED_FIELD_NUMBER: _builtins.int
     WORLD_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     search: _builtins.int
     """Comes back in the answer."""
     step: _builtins.int
     generation: _builtins.int
     slices: _builtins.int
     """How many there are."""
+    checkpoint: _builtins.str
+    """Not empty: read this checkpoint, which is the one slice, instead."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SliceSource]:
         """Those that are missing here must be decoded."""
@@ -1563,10 +1717,11 @@ class AssembleSnapshot(_message.Message):
         decoded: _abc.Iterable[_builtins.str] | None = ...,
         world: Global___Plan | None = ...,
         nodes: _abc.Iterable[Global___PlanNode] | None = ...,
+        checkpoint: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["world", b"world"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["decoded", b"decoded", "generation", b"generation", "nodes", b"nodes", "search", b"search", "slices", b"slices", "sources", b"sources", "step", b"step", "world", b"world"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "decoded", b"decoded", "generation", b"generation", "nodes", b"nodes", "search", b"search", "slices", b"slices", "sources", b"sources", "step", b"step", "world", b"world"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1995,6 +2150,8 @@ class StatusReply(_message.Message):
     CONTROLLER_PID_FIELD_NUMBER: _builtins.int
     REDUCTION_FIELD_NUMBER: _builtins.int
     STABLE_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    SAVE_FAULT_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     state: _builtins.str
     """founding, running, recovering, ending, succeeded, failed, stopped"""
@@ -2017,6 +2174,10 @@ class StatusReply(_message.Message):
     reduction: _builtins.str
     stable: _builtins.int
     """Newest step whose snapshot the whole world holds in memory; -1: none."""
+    saved: _builtins.int
+    """Step of the newest checkpoint in the durable tier; -1: none."""
+    save_fault: _builtins.str
+    """Why the last attempt to write one failed; empty: it did not."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeView]: ...
     @_builtins.property
@@ -2046,10 +2207,12 @@ class StatusReply(_message.Message):
         controller_pid: _builtins.int = ...,
         reduction: _builtins.str = ...,
         stable: _builtins.int = ...,
+        saved: _builtins.int = ...,
+        save_fault: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_pid", b"controller_pid", "digest", b"digest", "elapsed_s", b"elapsed_s", "generation", b"generation", "incidents", b"incidents", "incidents_total", b"incidents_total", "job", b"job", "loss", b"loss", "nodes", b"nodes", "productive_s", b"productive_s", "reason", b"reason", "reduction", b"reduction", "samples", b"samples", "slots", b"slots", "stable", b"stable", "state", b"state", "step", b"step", "step_s", b"step_s", "virtual_replicas", b"virtual_replicas", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_pid", b"controller_pid", "digest", b"digest", "elapsed_s", b"elapsed_s", "generation", b"generation", "incidents", b"incidents", "incidents_total", b"incidents_total", "job", b"job", "loss", b"loss", "nodes", b"nodes", "productive_s", b"productive_s", "reason", b"reason", "reduction", b"reduction", "samples", b"samples", "save_fault", b"save_fault", "saved", b"saved", "slots", b"slots", "stable", b"stable", "state", b"state", "step", b"step", "step_s", b"step_s", "virtual_replicas", b"virtual_replicas", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2149,6 +2312,40 @@ class DrainReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainReply: _TypeAlias = DrainReply  # noqa: Y015
+
+@_typing.final
+class CheckpointRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointRequest: _TypeAlias = CheckpointRequest  # noqa: Y015
+
+@_typing.final
+class CheckpointReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointReply: _TypeAlias = CheckpointReply  # noqa: Y015
 
 @_typing.final
 class StopRequest(_message.Message):
