@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import elastic
 from agent import catalog, rotation
+from agent.crcs import joined
 from agent.places import Bucket, Place, open_place
 from agent.plain import DESCRIPTION, PlainForm, plain_form
 from agent.rotation import MARKER, METADATA, Marker
@@ -178,7 +179,7 @@ class _Memory:
                     f"Slice {each.index} of the snapshot of step {first.snapshot.step} is damaged in memory (its CRC "
                     "differs): take another snapshot."
                 )
-            whole_crc = zlib.crc32(raw_view(payload), whole_crc) if first.count > 1 else crcs[0]
+            whole_crc = joined(whole_crc, each.payload_crc, len(payload))
             self._payloads.append(payload)
             self._ends.append(each.end)
         self.whole = rotation.whole_slice(

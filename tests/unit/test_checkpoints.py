@@ -7,7 +7,7 @@ import json
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 from agent import rotation
 from agent.catalog import newest_checkpoint
 from agent.checkpoints import read_checkpoint, write_checkpoint
+from agent.crcs import joined
 from agent.rotation import Marker
 from elastic.errors import CheckpointError
 from elastic.snapshots import Slice
@@ -183,6 +184,12 @@ def test_progress_is_told_in_bytes(tmp_path: Path) -> None:
     assert told == [(0, 32), (24, 32), (32, 32)]
 
 
+@given(first=st.binary(max_size=300), second=st.binary(max_size=300), times=st.integers(0, 50))
+def test_crcs_are_joined_as_if_the_bytes_had_been(first: bytes, second: bytes, times: int) -> None:
+    second = second * times
+    assert joined(zlib.crc32(first), zlib.crc32(second), len(second)) == zlib.crc32(first + second)
+
+
 # ----------------------------------------------------------------------------------------------------
 # Rotation, and what is passed over
 
@@ -334,24 +341,6 @@ def test_what_dead_writers_left_is_ignored_and_removed_by_the_next_checkpoint(tw
     assert len(newest.passed_over) == 3
     write_checkpoint(str(target), captured(a_small_state(), 3), job="j", keep=1)
     assert sorted(path.name for path in target.iterdir()) == ["notes.txt", "step-00000003"]
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of 2 MiB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)],
-        capture_output=True,
-        text=True,
-        timeout=10,
-        check=False,
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs the right to mount: {mounted.stderr.strip()}")
-    yield disk
-    subprocess.run(["umount", str(disk)], timeout=10, check=True)
 
 
 def test_a_full_disk_is_one_sentence_and_the_last_good_checkpoint_stays(small_disk: Path) -> None:
