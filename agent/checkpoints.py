@@ -64,17 +64,25 @@ def write_checkpoint(
         The path of the checkpoint.
 
     Raises:
-        CheckpointError: a slice is damaged or missing, the target is another job's or cannot be written. What was
-            written is removed, and older checkpoints are as they were.
+        CheckpointError: a slice is damaged or missing, the target is another job's or cannot be written: then what was
+            written is removed, and older checkpoints are as they were. Or it is whole, and older ones cannot be removed.
     """
+    if keep < 1:
+        raise ValueError(f"of {keep} checkpoints none is the newest")
     memory = _Memory(slices)
     step = memory.whole.snapshot.step
     place = open_place(target)
-    return _in_a_sentence(
-        lambda: _write(place, memory, job, keep, progress),
+    path = _in_a_sentence(
+        lambda: _write(place, memory, job, progress),
         f"The checkpoint of step {step} cannot be written to {target}",
         "make room there or name another directory; older checkpoints are untouched",
     )
+    _in_a_sentence(
+        lambda: catalog.remove_outdated(place, job, step, keep),
+        f"The checkpoint of step {step} is whole, but what it outdates at {target} cannot be removed",
+        "remove it by hand",
+    )
+    return path
 
 
 def read_checkpoint(path: str, memory: Tensor) -> Slice:
@@ -96,7 +104,7 @@ def read_checkpoint(path: str, memory: Tensor) -> Slice:
     )
 
 
-def _write(place: Place, memory: _Memory, job: str, keep: int, progress: Progress | None) -> str:
+def _write(place: Place, memory: _Memory, job: str, progress: Progress | None) -> str:
     catalog.look(place, job)  # before anything is written where another job's checkpoints are
     step = memory.whole.snapshot.step
     path = place.begin(rotation.step_name(step))
@@ -118,7 +126,6 @@ def _write(place: Place, memory: _Memory, job: str, keep: int, progress: Progres
     except BaseException:
         place.abandon(path)
         raise
-    catalog.remove_outdated(place, job, step, keep)
     return place.path(rotation.step_name(step))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import struct
 import subprocess
 import sys
@@ -18,7 +19,6 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.optim import Optimizer
 
 from agent import rotation
@@ -50,31 +50,23 @@ def read_back(path: str) -> tuple[Slice, Tensor]:
     return read_checkpoint(path, memory), memory
 
 
-def make_optimizer_state(optimizer: Optimizer) -> None:
-    """As docs/checkpoints.md says it: a step without gradients makes the state that is then loaded."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad()
+DOCUMENTED = re.findall(
+    r"```python\n(.*?)```", (Path(__file__).parents[2] / "docs/checkpoints.md").read_text(), re.DOTALL
+)
 
 
+@pytest.mark.parametrize("snippet", DOCUMENTED, ids=["into-objects", "into-a-file"])
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_plain_pytorch_loads_a_checkpoint_and_trains_on_with_the_same_bits(kind: str, tmp_path: Path) -> None:
-    model = Odd(seed=1)
-    optimizer = OPTIMIZERS[kind](list(model.parameters()))
+def test_plain_pytorch_loads_it_as_documented_and_trains_on_with_the_same_bits(
+    snippet: str, kind: str, tmp_path: Path
+) -> None:
+    model, other = Odd(seed=1), Odd(seed=2)
+    other.mask.copy_(model.mask)  # it is in no state dict
+    optimizer, other_optimizer = (OPTIMIZERS[kind](list(each.parameters())) for each in (model, other))
     train(model, [optimizer], 3, seed=1)
     path = write_checkpoint(str(tmp_path), captured(state_of(model, optimizer), 3, count=3), job="j", keep=1)
 
-    other = Odd(seed=2)
-    other.mask.copy_(model.mask)  # not in a state dict, so it is not to be had without elastic
-    other_optimizer = OPTIMIZERS[kind](list(other.parameters()))
-    make_optimizer_state(other_optimizer)
-    state = {"model": other.state_dict(), "optimizer": other_optimizer.state_dict()}
-    dcp.load(state, checkpoint_id=path)
-    other.load_state_dict(state["model"])
-    other_optimizer.load_state_dict(state["optimizer"])
-
+    exec(snippet, {"model": other, "optimizer": other_optimizer, "path": path, "file": str(tmp_path / "file.pt")})
     assert other.head.weight is other.embed.weight
     for steps in (0, 1, 3):
         train(model, [optimizer], steps, seed=4)
@@ -82,25 +74,19 @@ def test_plain_pytorch_loads_a_checkpoint_and_trains_on_with_the_same_bits(kind:
         assert state_of(model, optimizer).digest_model() == state_of(other, other_optimizer).digest_model()
 
 
-def test_a_checkpoint_becomes_one_file_that_torch_loads_without_running_code(tmp_path: Path) -> None:
-    model = Odd(seed=1)
-    optimizer = OPTIMIZERS["groups"](list(model.parameters()))
-    train(model, [optimizer], 3, seed=1)
-    path = write_checkpoint(str(tmp_path), captured(state_of(model, optimizer), 3, count=2), job="j", keep=1)
+def test_keys_that_a_hook_of_the_model_changes_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    def renamed(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        state["kernel"] = state.pop("weight")
 
-    dcp_to_torch_save(path, tmp_path / "whole.pt")
-    state = torch.load(tmp_path / "whole.pt", weights_only=True)
-    other = Odd(seed=2)
-    other.mask.copy_(model.mask)
-    other.load_state_dict(state["model"])  # strict: every key, and no other
-    other_optimizer = OPTIMIZERS["groups"](list(other.parameters()))
-    groups, moments = state["optimizer"]["param_groups"], state["optimizer"]["state"]
-    other_optimizer.load_state_dict(
-        {"param_groups": groups, "state": {int(key): value for key, value in moments.items()}}
+    model = nn.Linear(3, 2)
+    model.register_state_dict_post_hook(renamed)
+    path = write_checkpoint(
+        str(tmp_path), captured(state_of(model, torch.optim.SGD(model.parameters())), 1), job="j", keep=1
     )
-    train(model, [optimizer], 2, seed=5)
-    train(other, [other_optimizer], 2, seed=5)
-    assert state_of(model, optimizer).digest_model() == state_of(other, other_optimizer).digest_model()
+    loaded = {"model": {key: torch.zeros_like(value) for key, value in model.state_dict().items()}}
+    dcp.load(loaded, checkpoint_id=path)
+    assert list(loaded["model"]) == ["bias", "kernel"] and torch.equal(loaded["model"]["kernel"], model.weight)
+    read_back(path)
 
 
 def test_several_models_optimizers_and_extra_modules_are_called_by_their_names(tmp_path: Path) -> None:
@@ -109,8 +95,8 @@ def test_several_models_optimizers_and_extra_modules_are_called_by_their_names(t
         "optimizer0": torch.optim.AdamW(models["model0"].parameters()),
         "optimizer1": torch.optim.SGD(models["model1"].parameters(), momentum=0.9),
     }
-    make_optimizer_state(optimizers["optimizer1"])
-    train(models["model0"], [optimizers["optimizer0"]], 1, seed=1)
+    models["model1"](torch.ones(1, 2)).sum().backward()
+    train(models["model0"], list(optimizers.values()), 1, seed=1)
     path = write_checkpoint(str(tmp_path), captured(TrainingState(models, optimizers, {}), 1), job="j", keep=1)
 
     expected = {name: thing.state_dict() for name, thing in {**models, **optimizers}.items()}
@@ -364,6 +350,14 @@ def test_a_target_that_is_a_file_is_one_sentence(tmp_path: Path) -> None:
             write_checkpoint(str(target), captured(a_small_state(), 1), job="j", keep=1)
         with pytest.raises(CheckpointError, match="Not a directory"):
             newest_checkpoint(str(target), "j")
+
+
+def test_what_cannot_be_removed_is_said_of_a_checkpoint_that_is_whole(tmp_path: Path) -> None:
+    (tmp_path / "step-00000001").write_text("a file")
+    with pytest.raises(CheckpointError, match=r"step 2 is whole, but .* cannot be removed \(Not a directory\)"):
+        write_checkpoint(str(tmp_path), captured(a_small_state(), 2), job="j", keep=1)
+    newest = newest_checkpoint(str(tmp_path), "j")
+    assert newest.found is not None and newest.found.step == 2
 
 
 def test_slices_that_are_damaged_missing_or_of_two_snapshots_are_refused(tmp_path: Path) -> None:
