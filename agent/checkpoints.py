@@ -97,8 +97,8 @@ def read_checkpoint(path: str, memory: Tensor) -> Slice:
     Raises:
         CheckpointError: it cannot be read, is damaged, or half-written. What is in `memory` is then of no use.
     """
-    target, _, name = path.rstrip("/").rpartition("/")
-    place = open_place(target or "/")
+    target, slash, name = path.rstrip("/").rpartition("/")
+    place = open_place(target or slash or ".")
     return _in_a_sentence(
         lambda: _read(place, name, memory), f"The checkpoint {path} cannot be read", "take an older one"
     )

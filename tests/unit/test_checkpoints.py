@@ -125,6 +125,12 @@ def test_what_is_read_back_is_the_snapshot_as_one_slice(count: int, tmp_path: Pa
     assert torch.equal(read, memory)
 
 
+def test_paths_may_be_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert write_checkpoint(".", captured(a_small_state(), 1), job="j", keep=1) == "step-00000001"
+    assert read_back("step-00000001")[0].snapshot.step == 1
+
+
 def test_a_worker_restores_a_checkpoint_as_it_restores_a_snapshot(tmp_path: Path) -> None:
     def made(seed: int) -> TrainingState:
         model = Odd(seed)
