@@ -10,6 +10,7 @@ may reach the output, since several donors describe the same state and must agre
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
 import itertools
 import json
@@ -268,8 +269,36 @@ class TrainingState:
         if unknown:
             raise ConfigError(f"The models have no buffer {min(unknown)!r}, which a copy is kept of.")
 
+    @functools.cached_property
+    def _saved_names(self) -> dict[str, dict[str, Any]]:
+        """For each model, in what its `state_dict()` differs from the manifest, which names each tensor once.
+
+        "also" maps a key of it to the full name of the entry with that tensor (a tied parameter's other names, a key
+        that a hook has changed); "unsaved" are full names of what it leaves out (buffers that are not persistent). With
+        these a checkpoint can be written that the model loads without any of ours. Found once, since a walk through
+        the modules costs as much as all else that is small, and which names a model has does not change.
+        """
+        full_names: dict[int, str] = {}
+        for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
+            for model_name, model in sorted(self.models.items()):
+                for tensor_name, tensor in kind(model):
+                    full_names.setdefault(id(tensor), f"{model_name}.{tensor_name}")
+        saved = {}
+        for model_name, model in sorted(self.models.items()):
+            keys = {
+                key: full_names[id(tensor)]
+                for key, tensor in model.state_dict(keep_vars=True).items()
+                if id(tensor) in full_names
+            }
+            also = {key: name for key, name in keys.items() if name != f"{model_name}.{key}"}
+            own = {name for name in full_names.values() if name.startswith(f"{model_name}.")}
+            unsaved = own - {f"{model_name}.{key}" for key in keys}
+            saved[model_name] = {"also": also, "unsaved": sorted(unsaved)}
+        return saved
+
     def _small_values(self) -> dict[str, Any]:
         return {
+            "models": self._saved_names,
             "optimizers": {
                 name: _small_of(name, optimizer) for name, optimizer in sorted(self.optimizers.items())
             },

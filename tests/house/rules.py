@@ -36,8 +36,10 @@ MAY_IMPORT = {
 
 # Pure files: what they decide depends on their arguments alone.
 PURE = (
+    "agent/crcs.py",
     "agent/events.py",
     "agent/machine.py",
+    "agent/rotation.py",
     "controller/attempts.py",
     "controller/commits.py",
     "controller/endings.py",
@@ -100,6 +102,7 @@ OBJECT_COLLECTIVES = {  # they pickle what they carry
 # with how the file does without it.
 PROVIDED_AS = {"google": "protobuf", "grpc": "grpcio"}
 OPTIONAL_IMPORTS: dict[str, str] = {
+    "fsspec": "imported only for a target with an address instead of a path, with a sentence where it is missing",
     "numpy": "imported only inside functions that are reached when the script itself brought numpy in",
 }
 
