@@ -8,16 +8,25 @@ from elastic.domain import (
     NO_STEP,
     AgentMessage,
     AssembleSnapshot,
+    CheckpointFound,
+    CheckpointSaved,
     ControllerMessage,
+    FindCheckpoint,
     FindSnapshots,
     PeersProbed,
     ProbePeers,
+    SaveCheckpoint,
     SnapshotAssembled,
     SnapshotsFound,
     StartWorker,
     WorkerCommand,
     WorkerMessage,
 )
+
+Order = ProbePeers | FindSnapshots | AssembleSnapshot | FindCheckpoint | SaveCheckpoint
+"""What the controller asks for that takes time ..."""
+Answer = PeersProbed | SnapshotsFound | SnapshotAssembled | CheckpointFound | CheckpointSaved
+"""... and its answers."""
 
 # Events -----------------------------------------------------------------------------------------------------------
 
@@ -97,7 +106,7 @@ class Looked:
 class CarriedOut:
     """An order of the controller has been carried out; this is its answer."""
 
-    answer: PeersProbed | SnapshotsFound | SnapshotAssembled
+    answer: Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +181,7 @@ class OpenGeneration:
 class CarryOut:
     """Do what the controller asks for beside everything else; then say CarriedOut."""
 
-    order: ProbePeers | FindSnapshots | AssembleSnapshot
+    order: Order
 
 
 @dataclass(frozen=True, slots=True)

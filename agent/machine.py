@@ -40,6 +40,7 @@ from elastic.domain import (
     Concluded,
     ControllerMessage,
     Failed,
+    FindCheckpoint,
     FindSnapshots,
     FromWorker,
     Goodbye,
@@ -51,6 +52,7 @@ from elastic.domain import (
     ProbePeers,
     Refused,
     Registered,
+    SaveCheckpoint,
     Shutdown,
     StartWorker,
     Switched,
@@ -205,7 +207,7 @@ class AgentMachine:
                 self._forward(worker_id, command)
             case Shutdown():
                 self._shut_down(message, now)
-            case ProbePeers() | FindSnapshots() | AssembleSnapshot():
+            case ProbePeers() | FindSnapshots() | AssembleSnapshot() | FindCheckpoint() | SaveCheckpoint():
                 self._emit(CarryOut(message))
             case HeartbeatAck():
                 pass

@@ -184,6 +184,17 @@ class MemoryService:
         if one is not None and one.page is not None:
             one.page.protected = snapshot
 
+    def pause(self, paused: bool) -> None:
+        """Let workers capture nothing for now, so that what they have captured stays as it is; or let them again."""
+        for one in self._sets.values():
+            if one.page is not None:
+                one.page.paused = paused
+
+    @property
+    def free_bytes(self) -> int:
+        """What is left of the budget."""
+        return self._budget_bytes - self.used_bytes
+
     @property
     def stable(self) -> int:
         """The newest step that any living worker knows to be protected everywhere; -1 for none."""

@@ -22,6 +22,7 @@ import grpc.aio
 from agent.console import OutputPipe, open_outputs
 from agent.events import (
     AgentEvent,
+    Answer,
     CarriedOut,
     CarryOut,
     Connected,
@@ -36,6 +37,7 @@ from agent.events import (
     Heard,
     Looked,
     OpenGeneration,
+    Order,
     ProcessEnded,
     Report,
     Signal,
@@ -51,11 +53,11 @@ from elastic.domain import (
     AgentHello,
     AgentMessage,
     AssembleSnapshot,
+    FindCheckpoint,
     FindSnapshots,
     PeersProbed,
     ProbePeers,
-    SnapshotAssembled,
-    SnapshotsFound,
+    SaveCheckpoint,
     StartWorker,
     WorkerCommand,
 )
@@ -200,14 +202,18 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             self.exit_code = 1
             self.over.set()
 
-    async def _carry_out(self, order: ProbePeers | FindSnapshots | AssembleSnapshot) -> None:
+    async def _carry_out(self, order: Order) -> None:
         match order:
             case ProbePeers():
-                answer: PeersProbed | SnapshotsFound | SnapshotAssembled = await self._probe(order)
+                answer: Answer = await self._probe(order)
             case FindSnapshots():
                 answer = await self.snapshots.find(order)
             case AssembleSnapshot():
                 answer = await self.snapshots.assemble(order)
+            case FindCheckpoint():
+                answer = await self.snapshots.look(order)
+            case SaveCheckpoint():
+                answer = await self.snapshots.save(order)
         self.handle(CarriedOut(answer))
 
     async def _probe(self, order: ProbePeers) -> PeersProbed:
@@ -426,7 +432,7 @@ async def _serve(settings: AgentConfig, socket_path: Path) -> int:
     peers, local = channels.server(), channels.server()
     runtime_pb2_grpc.add_StoreServicer_to_server(store, peers)
     port = channels.listen(peers, settings.local_addr, 0, what="the agent's peer service")
-    snapshots = NodeSnapshots(socket_path.with_name("memory.sock"), settings.snapshot_memory_bytes)
+    snapshots = NodeSnapshots(settings.job, socket_path.with_name("memory.sock"), settings.snapshot_memory_bytes)
     await snapshots.start()
     agent = AgentServer(settings, socket_path, channels.join_address(settings.local_addr, port), store, snapshots)
     runtime_pb2_grpc.add_WorkerServicer_to_server(agent, local)

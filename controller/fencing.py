@@ -30,14 +30,14 @@ def fence(job: Job, reason: str, now: float, *, loss: bool, joining: Iterable[st
     if job.fruitless > FRUITLESS_LIMIT:
         end_job(job, "failed", f"{FRUITLESS_LIMIT} generations in a row failed with nobody lost; last: {reason}", now)
         return
-    attempt = job.attempt
-    if attempt is not None and attempt.snapshot is not None and not attempt.committed:
-        state_lost(job, reason, now)  # nobody has read it yet, so whoever is left holds nothing
-        return
     survivors = [w for w in job.membership() if job.workers[w].alive]
     abandon_switch(job, reason)
     if job.plan is None:
         found_anew(job, survivors, now)
+        return
+    attempt = job.attempt
+    if attempt is not None and attempt.snapshot is not None and not attempt.committed:
+        state_lost(job, reason, now)  # nobody has read it yet, so whoever is left holds nothing
         return
     members = _seats(job, survivors)
     if not members:

@@ -13,6 +13,7 @@ from controller.attempts import open_generation
 from controller.endings import end_job
 from controller.events import Persist
 from controller.job import Job
+from controller.restoring import begin_with_checkpoint
 from controller.state import Worker, natural
 from elastic.domain import Admitted, PlanKind, TrainingSpec
 
@@ -31,6 +32,8 @@ def found_if_complete(job: Job, now: float) -> None:
         return
     if job.enough_since is None:
         job.enough_since = now
+    if begin_with_checkpoint(job, now):
+        return
     if len(nodes) < job.settings.nodes_max and now - job.enough_since < job.settings.join_timeout_s:
         return
     _found(job, ready, now)
@@ -57,7 +60,9 @@ def _found(job: Job, ready: list[Worker], now: float) -> None:
         worker.state = "member"
         if worker.holds_state:
             job.tell(worker, _admission(job, joins=False))
-    open_generation(job, PlanKind.FOUND, [w.id for w in order], f"first world of {len(order)} worker(s)", now)
+    snapshot = job.restoring.snapshot if job.restoring is not None else None
+    reason = f"first world of {len(order)} worker(s)"
+    open_generation(job, PlanKind.FOUND, [w.id for w in order], reason, now, snapshot=snapshot)
 
 
 def _fix_job(job: Job, spec: TrainingSpec, workers: int, now: float) -> bool:

@@ -13,8 +13,8 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from controller.events import ControllerEffect, Persist, ToAgent
 from controller.incidents import IncidentBook, describe
-from controller.state import Attempt, JobSettings, Node, Probing, Restoring, Standstill, Suspicion, Worker
-from elastic.domain import Failed, Incident, KillWorker, Member, Plan, ToWorker, TrainingSpec, WorkerCommand
+from controller.state import Attempt, JobSettings, Node, Probing, Restoring, Saving, Standstill, Suspicion, Worker
+from elastic.domain import NO_STEP, Failed, Incident, KillWorker, Member, Plan, ToWorker, TrainingSpec, WorkerCommand
 from monitoring.goodput import StepClock
 
 WORLDS_KEPT = 64
@@ -53,6 +53,15 @@ class Job:
     restoring: Restoring | None = None
     searches: int = 0  # for snapshots so far
     failed_searches: int = 0  # in a row, since a world has trained
+    looked: bool = False  # for a checkpoint to begin with
+    saving: Saving | None = None
+    saves: int = 0  # so far
+    saved_step: int = NO_STEP  # of the newest checkpoint ...
+    saved_path: str = ""  # ... and where it lies
+    save_fault: str = ""  # why the last one was not written
+    save_again_at: float = float("-inf")
+    stopping: str = ""  # why the job ends once its last checkpoint is written ...
+    stopping_since: float = 0.0  # ... and since when
     fruitless: int = 0  # generations in a row that failed although nobody was lost
 
     # How far it is, and what it has cost.

@@ -68,6 +68,10 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 job.step_committed = max(job.step_committed, data["step"])
             case "job-unfounded":
                 job.plan, job.leavers = None, ()
+            case "checkpoint-looked":
+                job.looked = True
+            case "checkpoint-saved":
+                job.saved_step, job.saved_path = data["step"], data["path"]
             case "node-draining":
                 job.draining[data["node"]] = data["incarnation"]
             case "node-left":

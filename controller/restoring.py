@@ -1,4 +1,4 @@
-"""Bringing the state back from the nodes' memory, when no worker that holds it can be reached.
+"""Bringing the state back from the nodes' memory or from a checkpoint, when no worker that holds it can be reached.
 
     no holder left -> every agent says which snapshots it holds -> the recovery ladder chooses -> the agents assemble what
     was chosen, while new workers start and warm up -> FENCE with all of them -> `commits.py`: each reads the state from
@@ -15,9 +15,20 @@ from controller.endings import end_job
 from controller.events import Persist, ToAgent
 from controller.job import Job
 from controller.state import Node, Restoring, natural
-from elastic.domain import AssembleSnapshot, FindSnapshots, PlanKind, SliceSource, SnapshotAssembled, SnapshotsFound
+from elastic.domain import (
+    NO_STEP,
+    AssembleSnapshot,
+    CheckpointFound,
+    FindCheckpoint,
+    FindSnapshots,
+    Plan,
+    PlanKind,
+    SliceSource,
+    SnapshotAssembled,
+    SnapshotsFound,
+)
 from elastic.snapshots import SnapshotId
-from recovery.ladder import Holding, Restore, SnapshotWorld, choose_restore
+from recovery.ladder import Holding, Restore, Rung, SnapshotWorld, choose_restore
 from recovery.placement import Site, make_groups
 
 FAILURES_MAX = 5  # searches in a row whose choice no agent could assemble
@@ -31,12 +42,16 @@ def state_lost(job: Job, reason: str, now: float) -> None:
     # A world of which nobody is known to be dead may be whole, and training on where it cannot be reached.
     if away and len(away) == len(members):
         _wait_for_nodes(job, reason, now)
-    elif job.step_committed > 0 and job.settings.snapshot_every and job.failed_searches < FAILURES_MAX:
+    elif job.step_committed > 0 and _may_search(job) and job.failed_searches < FAILURES_MAX:
         _search(job, reason, now)
     elif away:
         _wait_for_nodes(job, reason, now)
     else:
         _give_up(job, reason, "", now)
+
+
+def _may_search(job: Job) -> bool:
+    return bool(job.settings.snapshot_every or job.settings.checkpoint_target)
 
 
 def _wait_for_nodes(job: Job, reason: str, now: float) -> None:
@@ -69,7 +84,8 @@ def _give_up(job: Job, reason: str, obstacle: str, now: float) -> None:
         "failed",
         f"every copy of the training state was lost after step {job.step_committed} ({reason}); "
         + (obstacle or "no snapshot was taken")
-        + "; no checkpoint exists, so the job must be started again from step 0",
+        + "; the job must be started again"
+        + (" from step 0" if job.saved_step == NO_STEP else ""),
         now,
         job.last_failure(),
     )
@@ -106,6 +122,8 @@ def forget_answers(job: Job, incarnation: str) -> None:
         for answers in (restoring.asked, restoring.ordered, restoring.assembled):
             answers.discard(incarnation)
         restoring.refusals.pop(incarnation, None)
+        if restoring.looks_in == incarnation:
+            restoring.looks_in = ""
 
 
 # -- deciding ------------------------------------------------------------------------------------------------------
@@ -116,6 +134,8 @@ def check_restoring(job: Job, now: float) -> None:
     restoring = job.restoring
     if restoring is None or job.outcome or job.attempt is not None or job.recovering_until is not None:
         return
+    if job.plan is None:
+        return  # a first world: `founding.py` waits for it
     if now - restoring.since > job.settings.start_timeout_s:
         here = [node for node in _here(job) if node.state == "attached"]
         cold = [w.id for w in job.workers.values() if w.alive and w.state != "warm"]
@@ -159,31 +179,92 @@ def _choose(job: Job, restoring: Restoring, now: float) -> None:
         for node in here
         for held in restoring.found.get(node.incarnation, ())
     ]
-    choice = choose_restore(holdings, _worlds(job), committed=job.step_committed, checkpoint_step=None)
-    if choice.snapshot is None:
-        if may_return:
-            _wait_for_nodes(job, f"{restoring.reason}; {choice.reason}", now)
-        else:
-            _give_up(job, restoring.reason, choice.reason, now)
-        return
-    restoring.choice, restoring.chosen_at = choice, now
-    job.emit(Persist("snapshot-chosen", choice.reason, {"step": choice.snapshot.step}))
+    saved = job.saved_step if job.settings.checkpoint_target and job.saved_step != NO_STEP else None
+    choice = choose_restore(holdings, _worlds(job), committed=job.step_committed, checkpoint_step=saved)
+    if choice.snapshot is not None:
+        _decide(job, restoring, choice, choice.snapshot, "", now)
+    elif choice.rung is Rung.CHECKPOINT:
+        look_for_checkpoint(job, restoring)
+    elif may_return:
+        _wait_for_nodes(job, f"{restoring.reason}; {choice.reason}", now)
+    else:
+        _give_up(job, restoring.reason, choice.reason, now)
+
+
+def _decide(
+    job: Job, restoring: Restoring, choice: Restore, snapshot: SnapshotId, checkpoint: str, now: float
+) -> None:
+    restoring.choice, restoring.snapshot, restoring.checkpoint, restoring.chosen_at = choice, snapshot, checkpoint, now
+    job.emit(Persist("snapshot-chosen", choice.reason, {"step": snapshot.step}))
     _order(job, restoring, choice)
+
+
+def look_for_checkpoint(job: Job, restoring: Restoring) -> None:
+    """Have one agent look for the newest whole checkpoint; another one if it goes away meanwhile."""
+    here = _here(job)
+    if here and job.node_of(restoring.looks_in) is None:
+        restoring.looks_in = here[0].incarnation
+        job.emit(ToAgent(restoring.looks_in, FindCheckpoint(restoring.number, job.settings.checkpoint_target)))
+
+
+def take_checkpoint(job: Job, node: Node, answer: CheckpointFound, now: float) -> None:
+    """An agent has looked for the newest checkpoint."""
+    restoring = job.restoring
+    if restoring is None or answer.search != restoring.number or restoring.choice is not None:
+        return
+    for sentence in answer.passed_over:
+        job.emit(Persist("checkpoint-passed-over", sentence, {}))
+    if job.plan is None:
+        job.looked = True
+        job.emit(Persist("checkpoint-looked", answer.path or "no checkpoint to begin with", {}))
+    if answer.refusal:
+        end_job(job, "failed", answer.refusal, now)
+    elif not answer.path and job.plan is None:
+        job.restoring = None
+    elif not answer.path:
+        _give_up(job, restoring.reason, f"no whole checkpoint is left at {job.settings.checkpoint_target}", now)
+    else:
+        reason = f"The checkpoint of step {answer.step} is read: {answer.path}."
+        choice = Restore(Rung.CHECKPOINT, None, (), (), reason)
+        _decide(job, restoring, choice, SnapshotId(answer.step, answer.generation), answer.path, now)
+
+
+def begin_with_checkpoint(job: Job, now: float) -> bool:
+    """Whether the first world must wait for what a checkpoint holds; looks for one before anything is founded."""
+    if not job.settings.checkpoint_target or job.plan is not None:
+        return False
+    if not job.looked and job.restoring is None:
+        job.searches += 1
+        job.restoring = Restoring(job.searches, "the job begins", now)
+    restoring = job.restoring
+    if restoring is None:
+        return False
+    if restoring.choice is None:
+        look_for_checkpoint(job, restoring)
+        return True
+    _order(job, restoring, restoring.choice)
+    if restoring.refusals:
+        end_job(job, "failed", "; ".join(restoring.refusals.values()), now)
+        return True
+    return not {node.incarnation for node in _here(job)} <= restoring.assembled
 
 
 def _order(job: Job, restoring: Restoring, choice: Restore) -> None:
     """Have every agent that is here make the chosen snapshot readable for its workers."""
-    assert choice.snapshot is not None
-    world, here = job.worlds[choice.snapshot.generation], _here(job)
+    snapshot, here = restoring.snapshot, _here(job)
+    assert snapshot is not None
+    world = Plan() if restoring.checkpoint else job.worlds[snapshot.generation]
     order = AssembleSnapshot(
         search=restoring.number,
-        step=choice.snapshot.step,
-        generation=choice.snapshot.generation,
-        slices=world.world_size,
+        step=snapshot.step,
+        generation=snapshot.generation,
+        slices=1 if restoring.checkpoint else world.world_size,
         sources=tuple(SliceSource(index, node) for index, node in choice.sources),
         decoded=choice.decoded,
         world=world,
         nodes=tuple(site_of(node) for node in here),
+        checkpoint=restoring.checkpoint,
+        target=job.settings.checkpoint_target,
     )
     for node in here:
         if node.incarnation not in restoring.ordered:
@@ -218,4 +299,4 @@ def _open_if_ready(job: Job, restoring: Restoring, choice: Restore, now: float) 
     if len(warm) < sum(node.nproc for node in able) and now - restoring.chosen_at < job.settings.join_timeout_s:
         return
     members = [w.id for w in warm][: job.spec.slots]
-    open_generation(job, PlanKind.FENCE, members, choice.reason, now, snapshot=choice.snapshot)
+    open_generation(job, PlanKind.FENCE, members, choice.reason, now, snapshot=restoring.snapshot)

@@ -36,6 +36,9 @@ class JobSettings:
         join_timeout_s: With nodes_min present, how long the first world waits for nodes_max.
         snapshot_every: Steps from one snapshot in memory to the next; 0: none are taken, -1: as often as is cheap.
         data_shards, parity_shards: Of the erasure code that protects snapshots; no parity: they are not protected.
+        checkpoint_target: Directory, or an address of fsspec, for checkpoints; empty for none.
+        checkpoint_every: Steps from one checkpoint to the next; 0: only when asked.
+        checkpoint_keep: How many of them stay.
         token: What agents must show; empty where none is required.
     """
 
@@ -50,6 +53,9 @@ class JobSettings:
     snapshot_every: int = 0
     data_shards: int = 0
     parity_shards: int = 0
+    checkpoint_target: str = ""
+    checkpoint_every: int = 0
+    checkpoint_keep: int = 2
     token: str = field(default="", repr=False)
 
     @property
@@ -160,8 +166,11 @@ class Restoring:
         since: When it was lost.
         asked: Incarnations of agents that were asked what they hold ...
         found: ... and what they said.
+        looks_in: Incarnation of the agent that looks for a checkpoint, if one is needed.
         choice: What is restored, once that is decided ...
-        chosen_at: ... and when.
+        snapshot: ... which one that is ...
+        checkpoint: ... where it lies, if it is not in memory ...
+        chosen_at: ... and when it was decided.
         ordered: Incarnations of agents that were told to make it readable for their workers ...
         assembled, refusals: ... that have, and that could not, with their reasons.
     """
@@ -171,11 +180,23 @@ class Restoring:
     since: float
     asked: set[str] = field(default_factory=set)
     found: dict[str, tuple[SnapshotHolding, ...]] = field(default_factory=dict)
+    looks_in: str = ""
     choice: Restore | None = None
+    snapshot: SnapshotId | None = None
+    checkpoint: str = ""
     chosen_at: float = 0.0
     ordered: set[str] = field(default_factory=set)
     assembled: set[str] = field(default_factory=set)
     refusals: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """A checkpoint is being written by the agent of this incarnation."""
+
+    number: int
+    incarnation: str
+    since: float
 
 
 @dataclass(slots=True)

@@ -76,8 +76,11 @@ class Capturer:
             generation: of the present world. stable: the newest step that is protected everywhere, -1 for none.
         """
         self._stable = stable
-        if self._memory.page is not None:
-            self._memory.page.stable = stable
+        page = self._memory.page
+        if page is not None:
+            page.stable = stable
+            if page.paused:
+                return False
         return bool(self._free(generation))
 
     def capture(self, step: int, generation: int, index: int, count: int) -> bool:

@@ -454,6 +454,7 @@ class AssembleSnapshot:
     world: Plan = field(default_factory=Plan)
     nodes: tuple[PlanNode, ...] = ()
     checkpoint: str = ""
+    target: str = ""
 
 
 @dataclass(frozen=True, slots=True)

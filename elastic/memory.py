@@ -31,7 +31,7 @@ MESSAGE_SIZE_BYTES_MAX = 16 * 2**10
 NO_STEP = -1
 
 _FREE, _WRITING, _FILLED = range(3)
-_STABLE_AT, _PROTECTED_AT, _BUFFERS_AT = 0, 1, 8  # words of eight bytes; a snapshot has two
+_STABLE_AT, _PROTECTED_AT, _PAUSED_AT, _BUFFERS_AT = 0, 1, 3, 8  # words of eight bytes; a snapshot has two
 _RECORD = struct.Struct("=12q")  # turn, the ten numbers of a slice, CRC-32 of these
 _BUFFER_WORDS = 16  # the state, and behind it the record
 _READS_MAX = 4
@@ -104,6 +104,15 @@ class SnapshotPage:
         self._words[_PROTECTED_AT] = NO_STEP
         self._words[_PROTECTED_AT + 1] = snapshot.generation
         self._words[_PROTECTED_AT] = snapshot.step
+
+    @property
+    def paused(self) -> bool:
+        """Whether nothing is to be captured for now, so that what there is stays. The agent's to set."""
+        return bool(self._words[_PAUSED_AT])
+
+    @paused.setter
+    def paused(self, paused: bool) -> None:
+        self._words[_PAUSED_AT] = paused
 
     def begin(self, buffer: int) -> None:
         """Say that the buffer is being written: what it held is no more."""

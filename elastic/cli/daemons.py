@@ -32,6 +32,9 @@ def controller_settings(
     join_timeout: float,
     snapshot_every: int,
     redundancy: tuple[int, int],
+    checkpoint_dir: str,
+    checkpoint_every: int,
+    checkpoint_keep: int,
     ledger: Path,
     host: str,
     port: int,
@@ -45,6 +48,10 @@ def controller_settings(
             f"--redundancy {redundancy[0]}+{redundancy[1]} needs {sum(redundancy)} nodes, and --nnodes allows {nnodes[1]}: "
             f"with so many, K+M may be at most {nnodes[1]}"
         )
+    if checkpoint_dir and not snapshot_every:
+        raise ConfigError("--checkpoint-dir writes snapshots from memory, and --snapshot-every 0 takes none: leave one out")
+    if checkpoint_every and not checkpoint_dir:
+        raise ConfigError("--checkpoint-every was given without a place for checkpoints: add --checkpoint-dir")
     return {
         "settings": {
             "job": job,
@@ -58,6 +65,9 @@ def controller_settings(
             "snapshot_every": snapshot_every,
             "data_shards": redundancy[0],
             "parity_shards": redundancy[1],
+            "checkpoint_target": _target(checkpoint_dir),
+            "checkpoint_every": checkpoint_every,
+            "checkpoint_keep": checkpoint_keep,
         },
         "ledger": str(ledger.absolute()),
         "host": host,
@@ -66,6 +76,11 @@ def controller_settings(
         "summary": str(summary) if summary else "",
         "parent": parent,
     }
+
+
+def _target(checkpoint_dir: str) -> str:
+    """An address as it is, a directory from the root: daemons may run elsewhere."""
+    return checkpoint_dir if not checkpoint_dir or "://" in checkpoint_dir else os.path.abspath(checkpoint_dir)
 
 
 def agent_settings(

@@ -127,6 +127,12 @@ job_settings = together(
                  help="With MIN nodes present, seconds that the first world waits for MAX."),
     click.option("--snapshot-every", type=Cadence(), default="auto", show_default=True,
                  help="Steps from one snapshot in the nodes' memory to the next; 0 for none."),
+    click.option("--checkpoint-dir", default="", metavar="DIR|URL",
+                 help="Where checkpoints are written and looked for: a directory, or an address of fsspec."),
+    click.option("--checkpoint-every", type=click.IntRange(0), default=0, show_default="only when asked", metavar="STEPS",
+                 help="Steps from one checkpoint to the next."),
+    click.option("--keep", "checkpoint_keep", type=click.IntRange(1), default=2, show_default=True,
+                 help="How many checkpoints stay."),
     click.option("--redundancy", type=Redundancy(), default="off", show_default=True,
                  help="Erasure code over the nodes' snapshots: K data and M parity shards; any M nodes may be lost."),
 )  # fmt: skip

@@ -1682,6 +1682,7 @@ class AssembleSnapshot(_message.Message):
     WORLD_FIELD_NUMBER: _builtins.int
     NODES_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
     search: _builtins.int
     """Comes back in the answer."""
     step: _builtins.int
@@ -1690,6 +1691,8 @@ class AssembleSnapshot(_message.Message):
     """How many there are."""
     checkpoint: _builtins.str
     """Not empty: read this checkpoint, which is the one slice, instead."""
+    target: _builtins.str
+    """The durable tier that it is in."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SliceSource]:
         """Those that are missing here must be decoded."""
@@ -1718,10 +1721,11 @@ class AssembleSnapshot(_message.Message):
         world: Global___Plan | None = ...,
         nodes: _abc.Iterable[Global___PlanNode] | None = ...,
         checkpoint: _builtins.str = ...,
+        target: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["world", b"world"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "decoded", b"decoded", "generation", b"generation", "nodes", b"nodes", "search", b"search", "slices", b"slices", "sources", b"sources", "step", b"step", "world", b"world"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "decoded", b"decoded", "generation", b"generation", "nodes", b"nodes", "search", b"search", "slices", b"slices", "sources", b"sources", "step", b"step", "target", b"target", "world", b"world"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
