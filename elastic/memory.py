@@ -15,10 +15,10 @@ import mmap
 import os
 import socket
 import struct
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from elastic.checksum import crc32
 from elastic.errors import ConfigError, ElasticError, ProtocolError, TransferError, Unreachable
@@ -327,10 +327,9 @@ class SnapshotMemory:
         self.page: SnapshotPage | None = None
 
     def room(self, buffer: int, size_bytes: int, buffers: int) -> mmap.mmap | None:
-        """Return a buffer to write to, or None while slices of dead workers take the memory that it needs.
+        """Return a buffer to write to, or None for now: its pages are being made, or dead workers' slices are in the way.
 
-        A larger size may be asked for later; then the former mapping of this buffer is to be dropped. The buffer has no
-        pages before they are written to: see `populate`.
+        A larger size may be asked for later; then the former mapping of this buffer is to be dropped.
 
         Args:
             buffer: its number, from 0. size_bytes: the least that it must hold. buffers: how many of this size this
@@ -442,6 +441,6 @@ def populate(memory: mmap.mmap, begin: int, end: int) -> None:
         memory[place] = memory[place]
 
 
-def _close(files: Any) -> None:
+def _close(files: Iterable[int]) -> None:
     for fd in files:
         os.close(fd)
