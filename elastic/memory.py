@@ -16,7 +16,7 @@ import os
 import socket
 import struct
 from collections.abc import Iterable
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass, fields
 from io import FileIO
 from pathlib import Path
 
@@ -32,7 +32,7 @@ NO_STEP = -1
 
 _FREE, _WRITING, _FILLED = range(3)
 _STABLE_AT, _PROTECTED_AT, _BUFFERS_AT = 0, 1, 8  # words of eight bytes
-_RECORD = struct.Struct("=12q")  # turn, the ten numbers of a slice, CRC-32 of these
+_RECORD = struct.Struct("=12q")  # turn, the ten numbers of a slice, CRC-32 of all these
 _BUFFER_WORDS = 16  # the state, and behind it the record
 _READS_MAX = 4
 _MADV_POPULATE_WRITE = 23  # mmap(2); Python has no name for it
@@ -153,8 +153,11 @@ def _checksum(numbers: tuple[int, ...]) -> int:
 
 def numbers_of(piece: Slice) -> tuple[int, ...]:
     """A slice as ten numbers, for pages and messages."""
-    snapshot, *rest = (piece.snapshot, *astuple(piece)[1:])
-    return (snapshot.step, snapshot.generation, *rest)
+    return (
+        *(piece.snapshot.step, piece.snapshot.generation),
+        *(piece.index, piece.count, piece.begin, piece.end, piece.total_bytes),
+        *(piece.description_bytes, piece.payload_crc, piece.description_crc),
+    )
 
 
 def slice_of(numbers: object) -> Slice:
