@@ -41,7 +41,6 @@ from elastic.snapshots import Slice, SnapshotId
 
 CONNECTIONS_MAX = 256
 BACKLOG = 64
-ALLOCATION_WAIT_S = 0.05
 ALLOCATED_AT_ONCE_BYTES = 64 * 2**20
 _PEER = struct.Struct("3i")  # pid, uid, gid: unix(7), SO_PEERCRED
 
@@ -67,10 +66,12 @@ class MemoryService:
     Args:
         socket_path: of the unix socket to listen on.
         budget_bytes: the most that all buffers of workers together may take.
+        allocation_wait_s: how long a worker that asks for room may be held up, so that it has a small buffer at once.
     """
 
-    def __init__(self, socket_path: Path, budget_bytes: int) -> None:
+    def __init__(self, socket_path: Path, budget_bytes: int, *, allocation_wait_s: float = 0.05) -> None:
         self._path = socket_path
+        self._allocation_wait_s = allocation_wait_s
         self._budget_bytes = budget_bytes
         self._pids: dict[str, int] = {}
         self._sets: dict[str, _Set] = {}
@@ -252,30 +253,24 @@ class MemoryService:
                 raise ProtocolError(f"Process {pid} asked {other}, which is an answer: use one version everywhere.")
 
     async def _grant(self, pid: int, request: AskRoom) -> tuple[Message, list[int]]:
-        worker = request.worker
-        one = self._sets.get(worker, _Set(worker))
-        if self._pids.get(worker) != pid:
+        worker, number = request.worker, request.buffer
+        one = self._sets.get(worker)
+        if self._pids.get(worker) != pid or (one is not None and one.page is None):
             raise ProtocolError(f"Process {pid} asks for room as worker {worker}, which it is not.")
-        if request.size_bytes < 1 or not 0 <= request.buffer < request.buffers <= BUFFERS_MAX:
+        if request.size_bytes < 1 or not 0 <= number < request.buffers <= BUFFERS_MAX:
             raise ProtocolError(f"Worker {worker} asks for room that cannot be: {request}.")
         size_bytes = -(-request.size_bytes // PAGE_SIZE_BYTES) * PAGE_SIZE_BYTES
-        image = one.images.get(request.buffer)
-        if image is None or image.size_bytes < size_bytes:
+        if one is None or number not in one.images or one.images[number].size_bytes < size_bytes:
             self._check_budget(worker, request.buffers * size_bytes)
-            added_bytes = size_bytes - (0 if image is None else image.size_bytes)
-            if self.used_bytes + added_bytes > self._budget_bytes:
+            present_bytes = 0 if one is None or number not in one.images else one.images[number].size_bytes
+            if self.used_bytes + size_bytes - present_bytes > self._budget_bytes:
                 return Granted(0), []  # what dead workers left is in the way, until a newer snapshot is stable
-            if one.page is None:
-                one.open_page()
-                self._sets[worker] = one
-            if image is None:
-                image = one.images[request.buffer] = _new_image(worker, request.buffer)
+            one = self._sets.setdefault(worker, one or _Set(worker, SnapshotPage.create(worker)))
             one.promised_bytes = request.buffers * size_bytes
-            image.grow(size_bytes)
-            # Pages are made here, a gigabyte in a second or more, so that no worker stands still for them; what is small
-            # is there at once.
-            await asyncio.wait({image.allocation}, timeout=ALLOCATION_WAIT_S)
-        if not image.allocation.done() or one.images.get(request.buffer) is not image:
+            # The pages are made here, a gigabyte in seconds, so that no worker stands still for them.
+            await asyncio.wait({one.grow(number, size_bytes)}, timeout=self._allocation_wait_s)
+        image = one.images.get(number)
+        if image is None or one.page is None or image.allocation is None or not image.allocation.done():
             return Granted(0), []
         image.allocation.result()
         return Granted(image.size_bytes), [one.page_fd, image.fd]
@@ -311,7 +306,7 @@ class _Image:
     Attributes:
         checked: what was found to be sound, and the CRC-32 of its payload.
         lost: what was found to be damaged.
-        allocation: done when all of the file has pages.
+        allocation: done when all of a file that was made here has pages.
     """
 
     def __init__(self, fd: int, size_bytes: int) -> None:
@@ -320,17 +315,18 @@ class _Image:
         self.checked: tuple[Filled, int] | None = None
         self.lost: Filled | None = None
         self.memory = memoryview(b"")
-        self.allocation: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.allocation: asyncio.Task[None] | None = None
         self._is_open = True
         self._map()
 
-    def grow(self, size_bytes: int) -> None:
+    def grow(self, size_bytes: int) -> asyncio.Task[None]:
         """Make the file longer; what is in it stays."""
         os.ftruncate(self.fd, size_bytes)
         self.size_bytes = size_bytes
         self._map()
         work = asyncio.to_thread(self._allocate, os.dup(self.fd), size_bytes)
         self.allocation = asyncio.get_running_loop().create_task(work)
+        return self.allocation
 
     def close(self) -> None:
         self._is_open = False
@@ -361,10 +357,10 @@ class _Set:
         promised_bytes: what the worker may ask for in all.
     """
 
-    def __init__(self, worker: str) -> None:
+    def __init__(self, worker: str, page_fd: int | None = None) -> None:
         self.worker = worker
-        self.page: SnapshotPage | None = None
-        self.page_fd = -1
+        self.page_fd = -1 if page_fd is None else page_fd
+        self.page = None if page_fd is None else SnapshotPage(page_fd)
         self.images: dict[int, _Image] = {}
         self.promised_bytes = 0
         self._kept: list[Filled] = []
@@ -373,9 +369,11 @@ class _Set:
     def size_bytes(self) -> int:
         return sum(image.size_bytes for image in self.images.values())
 
-    def open_page(self) -> None:
-        self.page_fd = SnapshotPage.create(self.worker)
-        self.page = SnapshotPage(self.page_fd)
+    def grow(self, buffer: int, size_bytes: int) -> asyncio.Task[None]:
+        """Have a buffer of this size; returns what is done when it has all its pages."""
+        if buffer not in self.images:
+            self.images[buffer] = _new_image(self.worker, buffer)
+        return self.images[buffer].grow(size_bytes)
 
     def filled(self) -> list[Filled]:
         """What its buffers hold, without what is lost or cannot be."""

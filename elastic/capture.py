@@ -86,15 +86,16 @@ class Capturer:
     def capture(self, step: int, generation: int, index: int, count: int) -> bool:
         """Copy this worker's share of the state after `step` to a buffer that, by `has_room`, nobody needs.
 
-        The first use of a buffer takes longer, since its memory has to come into being. On the CPU the slice is
-        complete when this returns, otherwise when `finish` has.
+        The first use of a buffer takes longer, since its memory has to be mapped. On the CPU the slice is complete when
+        this returns, otherwise when `finish` has.
 
         Args:
             step: the last step whose effects the state contains. generation: of the world that captures it.
             index, count: the share: which part, of how many.
 
         Returns:
-            False if nothing was captured, since for now slices of dead workers take the memory that it needs.
+            False if nothing was captured, since there is no memory yet: the agent is still making it, or slices of dead
+            workers are in the way.
 
         Raises:
             ConfigError: the node's memory is too small, or something in the state cannot be stored.

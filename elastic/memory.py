@@ -15,10 +15,10 @@ import mmap
 import os
 import socket
 import struct
-from dataclasses import astuple, dataclass, fields
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from io import FileIO
 from pathlib import Path
-from typing import Any
 
 from elastic.checksum import crc32
 from elastic.errors import ConfigError, ElasticError, ProtocolError, TransferError, Unreachable
@@ -32,7 +32,7 @@ NO_STEP = -1
 
 _FREE, _WRITING, _FILLED = range(3)
 _STABLE_AT, _PROTECTED_AT, _PAUSED_AT, _BUFFERS_AT = 0, 1, 3, 8  # words of eight bytes; a snapshot has two
-_RECORD = struct.Struct("=12q")  # turn, the ten numbers of a slice, CRC-32 of these
+_RECORD = struct.Struct("=12q")  # turn, the ten numbers of a slice, CRC-32 of all these
 _BUFFER_WORDS = 16  # the state, and behind it the record
 _READS_MAX = 4
 _MADV_POPULATE_WRITE = 23  # mmap(2); Python has no name for it
@@ -167,8 +167,11 @@ def _checksum(numbers: tuple[int, ...]) -> int:
 
 def numbers_of(piece: Slice) -> tuple[int, ...]:
     """A slice as ten numbers, for pages and messages."""
-    snapshot, *rest = (piece.snapshot, *astuple(piece)[1:])
-    return (snapshot.step, snapshot.generation, *rest)
+    return (
+        *(piece.snapshot.step, piece.snapshot.generation),
+        *(piece.index, piece.count, piece.begin, piece.end, piece.total_bytes),
+        *(piece.description_bytes, piece.payload_crc, piece.description_crc),
+    )
 
 
 def slice_of(numbers: object) -> Slice:
@@ -341,10 +344,9 @@ class SnapshotMemory:
         self.page: SnapshotPage | None = None
 
     def room(self, buffer: int, size_bytes: int, buffers: int) -> mmap.mmap | None:
-        """Return a buffer to write to, or None while slices of dead workers take the memory that it needs.
+        """Return a buffer to write to, or None for now: its pages are being made, or dead workers' slices are in the way.
 
-        A larger size may be asked for later; then the former mapping of this buffer is to be dropped. The buffer has no
-        pages before they are written to: see `populate`.
+        A larger size may be asked for later; then the former mapping of this buffer is to be dropped.
 
         Args:
             buffer: its number, from 0. size_bytes: the least that it must hold. buffers: how many of this size this
@@ -456,6 +458,6 @@ def populate(memory: mmap.mmap, begin: int, end: int) -> None:
         memory[place] = memory[place]
 
 
-def _close(files: Any) -> None:
+def _close(files: Iterable[int]) -> None:
     for fd in files:
         os.close(fd)

@@ -370,7 +370,7 @@ class Watch:
             self._dicts.append(optimizer.state)
             self._dicts += [contents for contents in optimizer.state.values() if isinstance(contents, dict)]
         self._contents = self._found()
-        self._tensors = [value for value in self._contents if isinstance(value, Tensor)]
+        self._tensors = list({id(value): value for value in self._contents if isinstance(value, Tensor)}.values())
         self._places = self._memory()
 
     def unchanged(self) -> bool:

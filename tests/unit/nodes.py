@@ -20,9 +20,9 @@ DEADLINE_S = 60.0
 class Node:
     """A memory service on an event loop of its own thread, as an agent's would be."""
 
-    def __init__(self, folder: Path, budget_bytes: int) -> None:
+    def __init__(self, folder: Path, budget_bytes: int, allocation_wait_s: float) -> None:
         self.path = folder / "memory.sock"
-        self.service = MemoryService(self.path, budget_bytes)
+        self.service = MemoryService(self.path, budget_bytes, allocation_wait_s=allocation_wait_s)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
@@ -52,9 +52,9 @@ class Node:
 
 
 @contextmanager
-def node(folder: Path, budget_bytes: int = 64 * 2**20) -> Iterator[Node]:
-    """A node's memory service."""
-    made = Node(folder, budget_bytes)
+def node(folder: Path, budget_bytes: int = 64 * 2**20, allocation_wait_s: float = DEADLINE_S) -> Iterator[Node]:
+    """A node's memory service; one that has room for a worker at once, however busy the machine is."""
+    made = Node(folder, budget_bytes, allocation_wait_s)
     try:
         made.run(made.service.start())
         yield made

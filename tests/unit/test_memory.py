@@ -255,6 +255,14 @@ def test_the_budget_is_never_exceeded_and_the_refusal_says_what_is_needed(tmp_pa
             first.room(0, 2 * MIB + 1, 3)
 
 
+def test_nobody_waits_for_the_pages_of_a_large_buffer(tmp_path: Path) -> None:
+    with node(tmp_path, allocation_wait_s=0) as place:
+        link = place.link("w0")
+        assert link.room(0, 40 * MIB, 1) is None
+        assert place.do(lambda s: s.used_bytes) == 40 * MIB
+        eventually(lambda: link.room(0, 40 * MIB, 1) is not None, "the pages are there")
+
+
 def test_slices_of_dead_workers_are_in_the_way_only_for_a_while(tmp_path: Path) -> None:
     with node(tmp_path, 2 * MIB) as place:
         dead = place.link("w0")
