@@ -68,6 +68,7 @@ class Snapshotter:
         self._refused = False
         self._due: _Due | None = None
         self._captured: SnapshotId | None = None
+        self._missed = False  # a capture that all had agreed on: others may have it
         self._captured_at_s = self._voted_at_s = -math.inf
         self._step_s = STEP_S_MIN
         self.stable = NO_STEP
@@ -103,7 +104,8 @@ class Snapshotter:
             safe = self._capturer.protected if plan.parity_shards else captured
             if safe is not None and safe.generation == plan.generation:
                 return safe.step
-        return NO_OPINION if self.stable == NO_STEP and captured is None else self.stable
+        has_none = captured is None and self.stable == NO_STEP and not self._missed
+        return NO_OPINION if has_none else self.stable
 
     def decided(self, step: int, plan: Plan, rank: int, stable: int, *, captures: bool) -> None:
         """Take up what the verdict on a step says; the step is committed here."""
@@ -129,6 +131,9 @@ class Snapshotter:
             return
         if captured:
             self._captured, self._captured_at_s = SnapshotId(step, generation), now_s
+        else:
+            self._missed = True
+            self.skipped += 1
 
     def restored(self, step: int) -> None:
         """The whole world has gone back to the snapshot of this step."""

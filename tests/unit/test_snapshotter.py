@@ -23,7 +23,7 @@ class Buffers:
     def __init__(self) -> None:
         self.protected: SnapshotId | None = None
         self.cost_s = 0.0
-        self.room = True
+        self.room = self.room_now = True
         self.error: Exception | None = None
         self.captured: list[tuple[int, int, int, int]] = []
         self.stable = NO_STEP
@@ -35,8 +35,9 @@ class Buffers:
     def capture(self, step: int, generation: int, index: int, count: int) -> bool:
         if self.error is not None:
             raise self.error
-        self.captured.append((step, generation, index, count))
-        return True
+        if self.room_now:
+            self.captured.append((step, generation, index, count))
+        return self.room_now
 
     def finish(self) -> None:
         return
@@ -116,6 +117,16 @@ def test_stable_never_goes_back_but_in_a_restore() -> None:
     assert snapshots.stable == 1
     snapshots.restored(0)
     assert snapshots.stable == 0 and snapshots.vote(1, TWO, 0.0)[0] == 0
+
+
+def test_who_missed_what_others_captured_holds_it_back() -> None:
+    buffers = Buffers()
+    buffers.room_now = False
+    snapshots = Snapshotter(buffers, every=1)
+    assert [step(snapshots, 1), step(snapshots, 2, others=1)] == [NO_OPINION, NO_STEP]
+    buffers.room_now = True
+    assert [step(snapshots, 3, others=2), step(snapshots, 4, others=3)] == [NO_STEP, 3]
+    assert snapshots.stable == 3
 
 
 def test_a_joiner_holds_back_nothing() -> None:
