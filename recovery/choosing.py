@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from elastic.errors import ConfigError
+from elastic.isal import libraries
 from recovery.engines import Engine, ReedsoloEngine, TorchEngine, XorEngine
 from recovery.galois import Matrix, combine, parity_matrix, rebuilding_matrix
-from recovery.isal import IsalEngine, libraries
+from recovery.isal import IsalEngine
 
 Loader = Callable[[], Engine]
 

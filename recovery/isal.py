@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
@@ -17,7 +16,6 @@ from torch import Tensor
 from elastic.errors import ConfigError
 from recovery.galois import Matrix
 
-SYSTEM_LIBRARY = "libisal.so.2"
 _TABLE_BYTES = 32
 """What ec_init_tables writes for each coefficient (isa-l, include/erasure_code.h)."""
 
@@ -69,15 +67,6 @@ class IsalEngine:
         tables = ctypes.create_string_buffer(_TABLE_BYTES * rows * columns)
         self._init(columns, rows, bytes(factor for row in matrix for factor in row), tables)
         return tables
-
-
-def libraries() -> list[str]:
-    """Where ISA-L may be, best first: inside the wheel of pyeclib, then wherever the system has it."""
-    spec = find_spec("pyeclib")
-    if spec is None or spec.origin is None:
-        return [SYSTEM_LIBRARY]
-    beside = Path(spec.origin).parent.parent / "pyeclib.libs"
-    return [*sorted(str(path) for path in beside.glob("libisal*.so*")), SYSTEM_LIBRARY]
 
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:

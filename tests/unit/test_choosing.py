@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
+from elastic import isal
 from elastic.errors import ConfigError
-from recovery import isal
 from recovery.choosing import Trial, choose_engine, describe, self_test, survey
 from recovery.codec import Codec
 from recovery.engines import Engine, ReedsoloEngine, TorchEngine, XorEngine
