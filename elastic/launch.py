@@ -1,4 +1,4 @@
-"""Run a daemon in this interpreter: `python -m elastic.launch controller|agent ARGS...`.
+"""Run a daemon in this interpreter: `python -m elastic.launch controller|agent|keeper ARGS...`.
 
 The daemons' folders have names that users' repositories use too, so they are on nobody's path: this module
 puts them first, here. It must never run in a training process nor set PYTHONPATH: no script may see them.
@@ -10,7 +10,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-DAEMONS = ("controller", "agent")
+DAEMONS = {"controller": "controller.__main__", "agent": "agent.__main__", "keeper": "agent.keeper"}
+"""Each daemon's module with its `main()`. A keeper is started by its agent alone."""
 
 
 def main(argv: list[str]) -> int:
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
         del sys.path[0]  # `-m` put the user's working directory there, and it may hold any name
     sys.path.insert(0, str(installed if installed.is_dir() else package.parent))
     sys.argv = [f"elastic {argv[0]}", *argv[1:]]
-    return int(import_module(f"{argv[0]}.__main__").main() or 0)
+    return int(import_module(DAEMONS[argv[0]]).main() or 0)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ MAY_IMPORT = {
 PURE = (
     "agent/events.py",
     "agent/machine.py",
+    "agent/protection.py",
+    "agent/tables.py",
     "controller/attempts.py",
     "controller/commits.py",
     "controller/endings.py",
@@ -98,7 +100,7 @@ OBJECT_COLLECTIVES = {  # they pickle what they carry
 
 # Dependencies that are named otherwise than what they provide; and imports that no dependency provides, each
 # with how the file does without it.
-PROVIDED_AS = {"google": "protobuf", "grpc": "grpcio"}
+PROVIDED_AS = {"google": "protobuf", "grpc": "grpcio", "zmq": "pyzmq"}
 OPTIONAL_IMPORTS: dict[str, str] = {
     "numpy": "imported only inside functions that are reached when the script itself brought numpy in",
 }
