@@ -199,9 +199,10 @@ class Assembly:
                 chosen += sorted(others, key=lambda row: (self._member(unit, row) != self._node, row))
                 chosen = chosen[: group.k]
                 if len(chosen) < group.k:
+                    here = {self._member(unit, row) for row in wanted if row not in usable}
+                    alike = {self._owners[index] for index in indices} & self._lost.keys() & set(group.nodes)
                     raise self._failure(
-                        f"{len(chosen)} of the {group.k} blocks that stripe needs are left",
-                        {self._member(unit, row) for row in wanted if row not in usable},
+                        f"{len(chosen)} blocks of a stripe are left, and the code needs {group.k}", here | alike
                     )
             rows = [row for row in chosen if row not in have]
             if not rows:

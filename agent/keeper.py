@@ -59,7 +59,7 @@ from elastic.lifeline import die_with_parent
 from elastic.snapshots import SnapshotId
 from recovery.codec import Codec
 
-PROGRESS_S = 1.0
+PROGRESS_S = 0.1
 _STATUS = {Standing.NOT_YET: Status.NOT_YET, Standing.GONE: Status.GONE}
 
 

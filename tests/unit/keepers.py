@@ -21,6 +21,7 @@ from elastic.snapshots import Slice, SnapshotId, aligned
 from recovery.placement import ProtectionGroup
 
 DEADLINE_S = 30.0
+PLAIN = KeeperSettings()
 DESCRIPTION = b'{"manifest": [], "small": {}}'
 
 
@@ -155,9 +156,12 @@ def make_slices(snapshot: SnapshotId, sizes_bytes: Sequence[int], known: bool = 
 class Site:
     """Several nodes in one protection group, and one snapshot after another on them."""
 
-    def __init__(self, k: int, m: int, per_node: int = 1, settings: KeeperSettings | None = None) -> None:
+    def __init__(
+        self, k: int, m: int, per_node: int = 1, settings: KeeperSettings | Sequence[KeeperSettings] = PLAIN
+    ) -> None:
         self.group = ProtectionGroup(tuple(f"node-{i}" for i in range(k + m)), k, m)
-        self.nodes = {name: Node(name, settings or KeeperSettings()) for name in self.group.nodes}
+        each = [settings] * (k + m) if isinstance(settings, KeeperSettings) else settings
+        self.nodes = {name: Node(name, own) for name, own in zip(self.group.nodes, each, strict=True)}
         self.slices = {name: tuple(range(i * per_node, (i + 1) * per_node)) for i, name in enumerate(self.group.nodes)}
         self.owner = {index: name for name, indices in self.slices.items() for index in indices}
         self.contents: dict[SnapshotId, dict[int, tuple[Slice, bytes]]] = {}
@@ -173,14 +177,17 @@ class Site:
     def enter(self, generation: int) -> None:
         """Tell every node of a world with all those that are there."""
         peers = {name: node.address for name, node in self.nodes.items()}
+        keys = {name: node.settings.public_key for name, node in self.nodes.items()}
         for name, node in self.nodes.items():
-            node.keeper.enter(World(generation, name, peers, self.slices, (self.group,)))
+            node.keeper.enter(World(generation, name, peers, self.slices, (self.group,)), keys)
 
-    def capture(self, snapshot: SnapshotId, sizes_bytes: Sequence[int], known: bool = True) -> None:
-        """Every worker has captured its slice."""
+    def capture(self, snapshot: SnapshotId, sizes_bytes: Sequence[int], known: bool = True, wrong: int = -1) -> None:
+        """Every worker has captured its slice; that of index `wrong` is other than its checksum says."""
         made = make_slices(snapshot, sizes_bytes, known)
         self.contents[snapshot] = {part.index: (part, content) for part, content in made}
         for part, content in made:
+            if part.index == wrong:
+                content = b"?" + content[1:]
             self.nodes[self.owner[part.index]].hold(part, content)
 
     async def until_protected(self, snapshot: SnapshotId) -> None:
@@ -193,9 +200,9 @@ class Site:
         for name in names:
             await self.nodes.pop(name).keeper.stop()
 
-    async def join(self, name: str) -> Node:
+    async def join(self, name: str, launch: Launch = fork) -> Node:
         """Start a keeper on a new node."""
-        node = self.nodes[name] = Node(name)
+        node = self.nodes[name] = Node(name, launch=launch)
         await node.keeper.start()
         return node
 
