@@ -39,7 +39,9 @@ PURE = (
     "agent/crcs.py",
     "agent/events.py",
     "agent/machine.py",
+    "agent/protection.py",
     "agent/rotation.py",
+    "agent/tables.py",
     "controller/attempts.py",
     "controller/commits.py",
     "controller/endings.py",
@@ -100,7 +102,7 @@ OBJECT_COLLECTIVES = {  # they pickle what they carry
 
 # Dependencies that are named otherwise than what they provide; and imports that no dependency provides, each
 # with how the file does without it.
-PROVIDED_AS = {"google": "protobuf", "grpc": "grpcio"}
+PROVIDED_AS = {"google": "protobuf", "grpc": "grpcio", "zmq": "pyzmq"}
 OPTIONAL_IMPORTS: dict[str, str] = {
     "fsspec": "imported only for a target with an address instead of a path, with a sentence where it is missing",
     "numpy": "imported only inside functions that are reached when the script itself brought numpy in",
