@@ -30,6 +30,7 @@ from agent.orders import AssemblyOrder, KeeperSettings, world_from_json
 from agent.protection import (
     POLL_S,
     AskTable,
+    Covered,
     DropParity,
     DropSlices,
     Event,
@@ -238,6 +239,8 @@ class Keeper:
                     self._shards.pop(snapshot, None)
                 case Protected(snapshot):
                     self._say("protected", snapshot=asdict(snapshot))
+                case Covered(snapshot):
+                    self._say("covered", snapshot=asdict(snapshot))
                 case Vulnerable(snapshot, reason):
                     self._say("vulnerable", snapshot=asdict(snapshot), reason=reason)
 

@@ -179,11 +179,15 @@ class MemoryService:
         """Free everything that was adopted."""
         self._adopted.keep([])
 
-    def set_protected(self, worker: str, snapshot: SnapshotId) -> None:
-        """Show a worker the newest snapshot of which its slice is protected."""
-        one = self._sets.get(worker)
-        if one is not None and one.page is not None:
-            one.page.protected = snapshot
+    def show_protected(self, snapshot: SnapshotId) -> None:
+        """Show the living workers the newest snapshot of which their slices are protected."""
+        for one in self._sets.values():
+            if one.page is not None:
+                one.page.protected = snapshot
+
+    def limit(self, budget_bytes: int) -> None:
+        """Allow so much from now on; what has been granted stays."""
+        self._budget_bytes = budget_bytes
 
     def pause(self, paused: bool) -> None:
         """Let workers capture nothing for now, so that what they have captured stays as it is; or let them again."""

@@ -45,7 +45,7 @@ from agent.events import (
     WorkerSaid,
 )
 from agent.machine import AgentMachine, AgentSettings
-from agent.processes import Script, Standby, WorkerProcess, worker_environment
+from agent.processes import ForkedDaemon, Script, Standby, WorkerProcess, worker_environment
 from agent.snapshots import NodeSnapshots
 from agent.store import StoreService
 from elastic import config
@@ -53,9 +53,11 @@ from elastic.domain import (
     AgentHello,
     AgentMessage,
     AssembleSnapshot,
+    Commit,
     FindCheckpoint,
     FindSnapshots,
     PeersProbed,
+    Prepare,
     ProbePeers,
     SaveCheckpoint,
     StartWorker,
@@ -121,6 +123,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         peer_address: str,
         store: StoreService,
         snapshots: NodeSnapshots,
+        standby: Standby,
     ) -> None:
         self.config = settings
         self.socket_path = socket_path
@@ -144,7 +147,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 controller_timeout_s=settings.controller_timeout_s,
             )
         )
-        self.standby = Standby()
+        self.standby = standby
         self.warm = asyncio.Event()
         self.ending = asyncio.Event()
         self.workers: dict[str, _Worker] = {}
@@ -170,6 +173,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 case Report(message):
                     self._send(message)
                 case Forward(worker_id, command):
+                    self._note_world(command)
                     worker = self.workers.get(worker_id)
                     if worker is not None:
                         worker.commands.put_nowait(command)
@@ -185,6 +189,13 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                     self.over.set()
         if self.machine.ending is not None:
             self.ending.set()
+
+    def _note_world(self, command: WorkerCommand) -> None:
+        match command:
+            case Prepare(plan):
+                self.snapshots.world_prepared(plan)
+            case Commit(generation):
+                self.snapshots.world_committed(generation)
 
     def _send(self, message: AgentMessage | None) -> None:
         if self.outgoing is not None:
@@ -405,9 +416,9 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
 
     async def close(self) -> None:
         """Release what is left."""
+        await self.snapshots.close()
         await self.standby.stop()
         await self.store.close()
-        await self.snapshots.close()
 
 
 def _worker_base_environment() -> dict[str, str]:
@@ -432,9 +443,23 @@ async def _serve(settings: AgentConfig, socket_path: Path) -> int:
     peers, local = channels.server(), channels.server()
     runtime_pb2_grpc.add_StoreServicer_to_server(store, peers)
     port = channels.listen(peers, settings.local_addr, 0, what="the agent's peer service")
-    snapshots = NodeSnapshots(settings.job, socket_path.with_name("memory.sock"), settings.snapshot_memory_bytes)
+    standby = Standby()
+
+    async def launch_keeper(fd: int) -> ForkedDaemon:
+        return ForkedDaemon(standby, await standby.fork_daemon("keeper", fd))
+
+    snapshots = NodeSnapshots(
+        settings.job,
+        settings.node,
+        settings.local_addr,
+        socket_path.with_name("memory.sock"),
+        settings.snapshot_memory_bytes,
+        store,
+        launch_keeper,
+    )
     await snapshots.start()
-    agent = AgentServer(settings, socket_path, channels.join_address(settings.local_addr, port), store, snapshots)
+    peer_address = channels.join_address(settings.local_addr, port)
+    agent = AgentServer(settings, socket_path, peer_address, store, snapshots, standby)
     runtime_pb2_grpc.add_WorkerServicer_to_server(agent, local)
     runtime_pb2_grpc.add_StoreServicer_to_server(store, local)
     local.add_insecure_port(f"unix:{socket_path}")

@@ -54,3 +54,40 @@ def test_every_worker_killed_at_once_costs_one_step_and_no_bit(
     assert read_record(record) == {key: ids for key, ids in expected.items() if ids}
     assert job.fingerprint() == undisturbed(*SHORT)
     job.assert_nothing_is_left()
+
+
+def start_nodes(job: Job, nodes: str, *options: object) -> Status:
+    """Start a controller and an agent with one worker for each letter."""
+    job.controller("--nnodes", f"1:{len(nodes)}", "--snapshot-every", 1, "--join-timeout", 60, *options)
+    for node in nodes:
+        job.agent(node, 1, train=(*SHORT, *job.held, "--pause-ms", 30))
+    return job.wait_for_world(len(nodes), beyond_step=3)
+
+
+def finish_nodes(job: Job, undisturbed: Callable[..., str], redone_max: int) -> None:
+    job.let_go()
+    done = job.ended(job.started["controller"])
+    assert done.code == 0, done.err
+    summary = job.summary()
+    assert summary["state"] == "succeeded" and summary["step"] == STEPS
+    assert max(incident["steps_redone"] for incident in summary["incidents"]) <= redone_max, summary["incidents"]
+    assert job.fingerprint() == undisturbed(*SHORT)
+
+
+def test_workers_of_two_nodes_read_each_others_slices(job: Job, undisturbed: Callable[..., str]) -> None:
+    before = start_nodes(job, "ab")
+    kill_all(before)
+    after = job.wait_for_world(2, beyond_step=before["step"] + 2)
+    assert not pids_of(before) & pids_of(after)
+    finish_nodes(job, undisturbed, redone_max=2)
+
+
+def test_a_lost_nodes_slice_is_decoded_from_parity(job: Job, undisturbed: Callable[..., str]) -> None:
+    before = start_nodes(job, "abc", "--redundancy", "2+1")
+    stable = job.wait_for(lambda s: s if s["stable"] >= 3 else None, "a protected snapshot")
+    job.kill_node("c")
+    kill_all(before)
+    after = job.wait_for_world(2, beyond_step=stable["step"] + 2)
+    assert not pids_of(before) & pids_of(after)
+    assert "decoded" in job.said("controller")
+    finish_nodes(job, undisturbed, redone_max=3)

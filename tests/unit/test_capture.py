@@ -183,7 +183,7 @@ def test_a_buffer_is_used_again_only_when_nobody_needs_it(tmp_path: Path) -> Non
         steps = {(h.slice.snapshot.step, h.slice.snapshot.generation) for h in place.do(lambda s: s.held())}
         assert steps == {(1, 1), (3, 2), (4, 2)}  # and the stable one stays.
         assert capturer.protected is None
-        place.do(lambda s: s.set_protected("w0", SnapshotId(4, 1)))
+        place.do(lambda s: s.show_protected(SnapshotId(4, 1)))
         assert capturer.protected == SnapshotId(4, 1)
         assert capturer.cost_s > 0
 

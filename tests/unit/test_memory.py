@@ -211,7 +211,7 @@ def test_what_a_worker_fills_is_held_checked_and_read_back(tmp_path: Path) -> No
         assert held.slice == replace(piece, payload_crc=crc32(payload))
         stored = link.slice(piece.snapshot, 0)
         assert stored.slice == held.slice and read(stored) == payload
-        place.do(lambda s: s.set_protected("w0", SnapshotId(5, 1)))
+        place.do(lambda s: s.show_protected(SnapshotId(5, 1)))
         assert link.page is not None and link.page.protected == SnapshotId(5, 1)
         link.page.stable = 4
         assert place.do(lambda s: s.stable) == 4
