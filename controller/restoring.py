@@ -216,7 +216,8 @@ def take_checkpoint(job: Job, node: Node, answer: CheckpointFound, now: float) -
         job.emit(Persist("checkpoint-passed-over", sentence, {}))
     if job.plan is None:
         job.looked = True
-        job.emit(Persist("checkpoint-looked", answer.path or "no checkpoint to begin with", {}))
+        found = answer.path or "no checkpoint to begin with"
+        job.emit(Persist("checkpoint-looked", found, {"found": bool(answer.path)}))
     if answer.refusal:
         end_job(job, "failed", answer.refusal, now)
     elif not answer.path and job.plan is None:
