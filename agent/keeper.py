@@ -16,7 +16,7 @@ import socket
 import sys
 import time
 from collections.abc import Coroutine
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -184,8 +184,8 @@ class Keeper:
         self._handle(SliceHeld(stored.slice))
 
     async def _assemble(self, number: int, order: AssemblyOrder) -> None:
-        groups = order.groups or self._known_groups(order.snapshot)
-        order = AssemblyOrder(order.snapshot, order.count, order.sources, order.decoded, groups)
+        if not order.groups and (world := self._machine.worlds.get(order.snapshot.generation)) is not None:
+            order = replace(order, groups=world.groups)
         reader = Reader(self._peers, order.snapshot, self._node)
         held = frozenset(self._slices.get(order.snapshot, ()))
         assembly = Assembly(order, self._node, reader, held, codec, self._settings.image_bytes_max)
@@ -199,12 +199,7 @@ class Keeper:
             raise
         for image in images:
             self._say("assembled", (image.fd,), number=number, slice=slice_to_json(image.slice))
-            os.close(image.fd)
         self._say("complete", number=number)
-
-    def _known_groups(self, snapshot: SnapshotId) -> Any:
-        world = self._machine.worlds.get(snapshot.generation)
-        return world.groups if world is not None else ()
 
     async def _report(self) -> None:
         """Tell the agent the counters when they have changed."""

@@ -106,7 +106,7 @@ def test_a_slice_that_was_damaged_before_it_was_handed_over_is_not_protected() -
 def test_a_node_that_dies_while_it_is_read_from_is_decoded_instead() -> None:
     async def scenario() -> None:
         async with Site(2, 1, settings=QUICK) as site:
-            site.capture(FIRST, [96 * MIB] * 3)
+            site.capture(FIRST, [64 * MIB] * 3)
             await site.until_protected(FIRST)
             assembling = asyncio.create_task(site.assemble("node-0", FIRST, []))
             await until_bytes_came(site.nodes["node-0"])
@@ -120,7 +120,7 @@ def test_a_node_that_dies_while_it_is_read_from_is_decoded_instead() -> None:
 def test_a_node_that_stands_still_while_it_is_decoded_from_is_done_without() -> None:
     async def scenario() -> None:
         async with Site(2, 2, settings=QUICK) as site:
-            site.capture(FIRST, [64 * MIB] * 4)
+            site.capture(FIRST, [48 * MIB] * 4)
             await site.until_protected(FIRST)
             assembling = asyncio.create_task(site.assemble("node-0", FIRST, ["node-1"]))
             victim = site.nodes["node-3"].keeper.pid
