@@ -10,6 +10,7 @@ sides of that talk. It must never touch a worker, speak to the controller, or un
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import socket
@@ -21,7 +22,7 @@ from functools import cache
 from typing import Any
 
 import torch
-import zmq.asyncio
+import zmq
 
 from agent.assembly import Assembly, AssemblyFailed
 from agent.channel import Channel
@@ -52,7 +53,7 @@ from agent.protection import (
     WriteParity,
 )
 from agent.reading import GoneError, Reader, work_through
-from agent.shards import Answer, Keys, Kind, Peer, Peers, Request, ShardServer, Status, Traffic
+from agent.shards import CHUNK_BYTES, Answer, Keys, Kind, Peer, Peers, Request, ShardServer, Status, Traffic
 from agent.tables import slice_from_json, slice_to_json, table_to_json
 from elastic.errors import ConfigError, ElasticError, ProtocolError, TransferError, Unreachable
 from elastic.lifeline import die_with_parent
@@ -60,6 +61,7 @@ from elastic.snapshots import SnapshotId
 from recovery.codec import Codec
 
 PROGRESS_S = 0.1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STATUS = {Standing.NOT_YET: Status.NOT_YET, Standing.GONE: Status.GONE}
 
 
@@ -74,10 +76,12 @@ class Keeper:
 
     def __init__(self, end: socket.socket) -> None:
         """Listen to the agent at `end`."""
-        self._over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[int] = loop.create_future()
+        loop.set_exception_handler(self._fault)
         self._inbox: asyncio.Queue[tuple[dict[str, Any], list[int]]] = asyncio.Queue()
         self._channel = Channel(end, lambda message, fds: self._inbox.put_nowait((message, fds)), self._agent_ended)
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._traffic = Traffic()
         self._node = ""
         self._slices: dict[SnapshotId, dict[int, Stored]] = {}
@@ -100,7 +104,7 @@ class Keeper:
             self._server = ShardServer(self._context, self._settings.address, self._answer, self._traffic, self._keys)
             self._peers = Peers(self._answer, self._connect)
             self._say("bound", address=self._server.address)
-            for work in (self._server.serve_forever(), self._obey(), self._tick(), self._report()):
+            for work in (self._obey(), self._tick(), self._report()):
                 self._spawn(work)
             return await self._over
         finally:
@@ -132,8 +136,16 @@ class Keeper:
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not self._over.done():
-            self._over.set_exception(error)  # a fault of this program: the agent starts another keeper
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._end(error)
+
+    def _fault(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self._end(context.get("exception") or RuntimeError(context["message"]))
+
+    def _end(self, error: BaseException) -> None:
+        """A fault of this program: the agent starts another keeper."""
+        if not self._over.done():
+            self._over.set_exception(error)
 
     async def _tick(self) -> None:
         while True:
@@ -323,9 +335,17 @@ class Keeper:
         return shard
 
 
+def _keep_freed_memory() -> None:
+    """Have the allocator keep what is freed: by default each chunk that arrives costs fresh pages from the kernel."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 32 * CHUNK_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, 256 * CHUNK_BYTES)
+
+
 def run_keeper(end: socket.socket) -> int:
     """Be the keeper at this end of a line to an agent until the agent hangs up; returns the exit code."""
     torch.set_num_threads(1)  # training has the cores
+    _keep_freed_memory()
 
     async def keep() -> int:
         return await Keeper(end).run()
