@@ -240,6 +240,7 @@ class Keeper:
                     for task in self._writing.pop(snapshot, ()):
                         task.cancel()
                 case DropParity(snapshot):
+                    self._say("covered", snapshot=asdict(snapshot), is_covered=False)
                     self._parity_memory.give_back(self._parities.pop(snapshot).memory)
                 case DropSlices(snapshot):
                     self._slices.pop(snapshot, None)
@@ -247,7 +248,7 @@ class Keeper:
                 case Protected(snapshot):
                     self._say("protected", snapshot=asdict(snapshot))
                 case Covered(snapshot):
-                    self._say("covered", snapshot=asdict(snapshot))
+                    self._say("covered", snapshot=asdict(snapshot), is_covered=True)
                 case Vulnerable(snapshot, reason):
                     self._say("vulnerable", snapshot=asdict(snapshot), reason=reason)
 

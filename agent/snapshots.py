@@ -215,6 +215,7 @@ class NodeSnapshots:
     # What the keeper says (`agent.keeping.Listener`).
 
     def keeper_bound(self, address: str) -> None:
+        self._covered.clear()  # the one before had it
         self._store.keeper_address = address
 
     def slice_held(self, part: Slice) -> None:
@@ -223,8 +224,8 @@ class NodeSnapshots:
     def protected(self, snapshot: SnapshotId) -> None:
         self._memory.show_protected(snapshot)
 
-    def covered(self, snapshot: SnapshotId) -> None:
-        self._covered.add(snapshot)
+    def covered(self, snapshot: SnapshotId, is_covered: bool) -> None:
+        (self._covered.add if is_covered else self._covered.discard)(snapshot)
 
     def vulnerable(self, snapshot: SnapshotId, reason: str) -> None:
         return
@@ -234,7 +235,6 @@ class NodeSnapshots:
 
     def keeper_gone(self, reason: str) -> None:
         self._store.keeper_address = ""
-        self._covered.clear()
         self._say(reason)
         self._spawn(self._revive())
 
