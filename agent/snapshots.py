@@ -259,12 +259,12 @@ class NodeSnapshots:
     async def assemble(self, order: AssembleSnapshot) -> SnapshotAssembled:
         """Have every slice of a snapshot here, so that this node's workers can read it."""
         self._restored = order.step
-        self._memory.drop_adopted()
+        snapshot = SnapshotId(order.step, order.generation)
+        self._memory.drop_adopted(but=snapshot)
         try:
             if order.checkpoint:
                 await self._read_checkpoint(order)
             else:
-                snapshot = SnapshotId(order.step, order.generation)
                 sources = {source.slice: source.node for source in order.sources}
                 for piece, fd in await self._gathered(snapshot, order.world, order.nodes, sources, order.decoded):
                     self._memory.adopt(piece, fd)

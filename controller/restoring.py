@@ -138,7 +138,7 @@ def check_restoring(job: Job, now: float) -> None:
         return  # a first world: `founding.py` waits for it
     if now - restoring.since > job.settings.start_timeout_s:
         here = [node for node in _here(job) if node.state == "attached"]
-        cold = [w.id for w in job.workers.values() if w.alive and w.state != "warm"]
+        cold = [w.id for w in job.workers.values() if w.alive and w.state not in ("warm", "member")]
         end_job(
             job,
             "failed",
@@ -216,8 +216,10 @@ def take_checkpoint(job: Job, node: Node, answer: CheckpointFound, now: float) -
         job.emit(Persist("checkpoint-passed-over", sentence, {}))
     if job.plan is None:
         job.looked = True
+        if answer.path:
+            job.saved_step, job.saved_path = answer.step, answer.path
         found = answer.path or "no checkpoint to begin with"
-        job.emit(Persist("checkpoint-looked", found, {"found": bool(answer.path)}))
+        job.emit(Persist("checkpoint-looked", found, {"step": job.saved_step, "path": answer.path}))
     if answer.refusal:
         end_job(job, "failed", answer.refusal, now)
     elif not answer.path and job.plan is None:
@@ -292,8 +294,13 @@ def _open_if_ready(job: Job, restoring: Restoring, choice: Restore, now: float) 
         state_lost(job, "; ".join(restoring.refusals.values()), now)
         return
     able = [node for node in here if node.incarnation not in restoring.refusals]
+    if len(able) < min(len(here), job.settings.nodes_min):
+        job.failed_searches += 1  # some have all of it by now, and the others can read it there
+        state_lost(job, "; ".join(restoring.refusals.values()), now)
+        return
     ready = {node.id for node in able if node.incarnation in restoring.assembled}
-    warm = [w for w in job.workers.values() if w.state == "warm" and w.node in ready]
+    # Members that live and hold nothing, since the world that was to give it to them never did, are as good as warm ones.
+    warm = [w for w in job.workers.values() if w.state in ("warm", "member") and w.node in ready]
     warm.sort(key=lambda w: (natural(w.node), w.local_rank))
     if not warm or len({w.node for w in warm}) < job.settings.nodes_min:
         return

@@ -46,7 +46,7 @@ from elastic.domain import (
 )
 from elastic.snapshots import SnapshotId
 from tests.sim.links import Stream
-from tests.sim.memory import Memory, assemble, group_of
+from tests.sim.memory import Memory, Shot, assemble, group_of
 from tests.sim.process import Process
 from tests.sim.worker import Worker
 from tests.sim.world import World
@@ -252,7 +252,7 @@ class Agent(Process):
         else:
             digest = assemble(self.world.memories(self.node.name), order.world, snapshot, sources, order.decoded)
         if digest is not None:
-            self.memory.readable[snapshot] = digest
+            self.memory.readable = {snapshot: tuple(Shot(snapshot, index, digest) for index in range(order.slices))}
         refusal = "" if digest is not None else "a slice is gone"
         self.handle(CarriedOut(SnapshotAssembled(order.search, refusal)))
 
