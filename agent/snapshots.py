@@ -43,6 +43,7 @@ PLANS_KEPT = 64
 LOOK_S, LOOK_AGAIN_S = 0.1, 2.0
 """Between two questions for the keepers of other nodes: until all are known, and after that, since one may be another."""
 PEER_TIMEOUT_S = 2.0
+KEEPERS_TIMEOUT_S = 20.0
 ASSEMBLY_TIMEOUT_S = 600.0
 RESTART_S = 1.0
 
@@ -73,6 +74,7 @@ class NodeSnapshots:
         self._plan = Plan()  # of the newest committed world
         self._keeper: KeeperProcess | None = None
         self._starting = asyncio.Lock()
+        self._parity_bytes = 0  # what the keeper may take
         self._entered = Plan()  # what the keeper was told last
         self._told: set[tuple[SnapshotId, int]] = set()  # slices that it was told of
         self._covered: set[SnapshotId] = set()  # of which all parity that this node holds is complete
@@ -159,11 +161,15 @@ class NodeSnapshots:
     async def _running_keeper(self) -> KeeperProcess:
         """The keeper; started when it is first needed. Raises Unreachable."""
         async with self._starting:
+            data, parity = self._plan.data_shards, self._plan.parity_shards
+            if self._keeper is not None and parity and not self._parity_bytes:
+                await self._keeper.stop()  # it was started to read, and there is something to protect now
+                self._keeper = None
+                self._told.clear()
             if self._keeper is None:
-                data, parity = self._plan.data_shards, self._plan.parity_shards
-                parity_bytes = self._budget_bytes * parity // (data + parity) if parity else 0
-                self._memory.limit(self._budget_bytes - parity_bytes)
-                settings = KeeperSettings(address=self._address, parity_bytes_max=parity_bytes)
+                self._parity_bytes = self._budget_bytes * parity // (data + parity) if parity else 0
+                self._memory.limit(self._budget_bytes - self._parity_bytes)
+                settings = KeeperSettings(address=self._address, parity_bytes_max=self._parity_bytes)
                 keeper = KeeperProcess(settings, self, self._launch)
                 await keeper.start()
                 self._keeper = keeper
@@ -289,9 +295,12 @@ class NodeSnapshots:
         keeper = await self._running_keeper()
         self._plans.setdefault(world.generation, world)
         needed = [node for node in nodes if node.node != self._node]
-        async with asyncio.timeout(PEER_TIMEOUT_S * 5):
-            while len(peers := await self._keepers_of(needed)) < len(needed):
-                await asyncio.sleep(LOOK_S)
+        deadline = asyncio.get_running_loop().time() + KEEPERS_TIMEOUT_S
+        while len(peers := await self._keepers_of(needed)) < len(needed):
+            if asyncio.get_running_loop().time() > deadline:
+                silent = sorted({node.node for node in needed} - peers.keys())
+                raise Unreachable(f"The keepers of {', '.join(silent)} did not say where they listen; order again.")
+            await asyncio.sleep(LOOK_S)
         self._enter(keeper, max(world, self._entered, key=lambda plan: plan.generation), peers)
         order = AssemblyOrder(snapshot, world.world_size, sources, tuple(decoded), _groups(world))
         return await keeper.assemble(order, ASSEMBLY_TIMEOUT_S)

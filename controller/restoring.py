@@ -172,8 +172,8 @@ def _choose(job: Job, restoring: Restoring, now: float) -> None:
     missing = [node for node in here if node.incarnation not in restoring.found]
     # A member's agent whose stream was only reset is back at once.
     may_return = any(w.state == "lost" for w in job.known(job.last_members()))
-    if (missing or may_return or not here) and now - restoring.since < job.settings.failure_timeout_s:
-        return
+    if missing or ((may_return or not here) and now - restoring.since < job.settings.failure_timeout_s):
+        return  # an agent that is here answers, or its lease lapses
     holdings = [
         Holding(node.id, SnapshotId(held.step, held.generation), held.slices, held.parity)
         for node in here
