@@ -32,12 +32,11 @@ from elastic.memory import (
     Refused,
     SnapshotPage,
     is_spent,
-    numbers_of,
     pack,
     populate,
     unpack,
 )
-from elastic.snapshots import Slice, SnapshotId
+from elastic.snapshots import Slice, SnapshotId, numbers_of
 
 CONNECTIONS_MAX = 256
 BACKLOG = 64

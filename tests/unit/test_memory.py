@@ -29,12 +29,10 @@ from elastic.memory import (
     SnapshotPage,
     StoredSlice,
     is_spent,
-    numbers_of,
     pack,
-    slice_of,
     unpack,
 )
-from elastic.snapshots import Slice, SnapshotId, aligned
+from elastic.snapshots import Slice, SnapshotId, aligned, numbers_of, slice_of
 from tests.unit.nodes import DEADLINE_S, Node, node
 from tests.unit.worlds import eventually, open_files
 
