@@ -31,13 +31,12 @@ from elastic.memory import (
     Message,
     Refused,
     SnapshotPage,
-    is_spent,
     numbers_of,
     pack,
     populate,
     unpack,
 )
-from elastic.snapshots import Slice, SnapshotId
+from elastic.snapshots import Slice, SnapshotId, is_spent
 
 CONNECTIONS_MAX = 256
 BACKLOG = 64

@@ -189,17 +189,6 @@ def slice_of(numbers: object) -> Slice:
     return piece
 
 
-def is_spent(snapshot: SnapshotId, generation: int, stable: int) -> bool:
-    """Whether no restore needs the snapshot any more.
-
-    Args:
-        generation: of the world that trains now. stable: the newest step that is protected everywhere.
-
-    Older than the stable one; or of a world that is over, which nobody will protect any more.
-    """
-    return snapshot.step < stable or (snapshot.generation != generation and snapshot.step != stable)
-
-
 # ----------------------------------------------------------------------------------------------------
 # Messages
 

@@ -28,13 +28,12 @@ from elastic.memory import (
     SnapshotMemory,
     SnapshotPage,
     StoredSlice,
-    is_spent,
     numbers_of,
     pack,
     slice_of,
     unpack,
 )
-from elastic.snapshots import Slice, SnapshotId, aligned
+from elastic.snapshots import Slice, SnapshotId, aligned, is_spent
 from tests.unit.nodes import DEADLINE_S, Node, node
 from tests.unit.worlds import eventually, open_files
 
