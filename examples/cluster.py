@@ -191,8 +191,8 @@ class Cluster:
                 )
             time.sleep(POLL_S)
 
-    def wait_for_world(self, size: int, timeout_s: float, *, steps: int = 3) -> StatusReply:
-        """Wait until a world of this size has committed a few steps; returns the status then."""
+    def wait_for_world(self, size: int, timeout_s: float, *, steps: int = 3, beyond_step: int = 0) -> StatusReply:
+        """Wait until a world of this size has committed a few steps, and all up to one; returns the status then."""
         seen: dict[int, int] = {}
         last: list[StatusReply] = []
 
@@ -204,7 +204,7 @@ class Cluster:
             here = [w for w in workers if (w.state, w.generation) == ("member", reply.generation)]
             if not reply.world_size == len(here) == size:
                 return False
-            return reply.step >= seen.setdefault(reply.generation, reply.step) + steps
+            return reply.step >= max(seen.setdefault(reply.generation, reply.step), beyond_step) + steps
 
         self.wait(f"a world of {size} trains", trains, timeout_s)
         return last[0]

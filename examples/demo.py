@@ -32,7 +32,7 @@ NODES = 4
 SLOTS = 8  # divides well over 4, 3 and 2 workers
 MODEL = {"dim": 96, "layers": 3, "context": 64, "batch": 2}
 REDUNDANCY = "2+2"  # of four nodes, any two may be lost
-TRAINING_S = 30.0  # how long the disturbed job should train on this machine, without its losses
+TRAINING_S = 40.0  # how long the disturbed job should train on this machine, without its losses
 STOPPED_S = 4.0  # twice the failure timeout
 STEPS_WITHOUT_CONTROLLER = 8
 STEPS_BETWEEN = 6
@@ -179,25 +179,27 @@ class Demo:
         with self.act(
             cluster, "all workers killed (-9)", "killing the workers of all nodes at once with -9; the agents live on"
         ):
+            step = cluster.status().step
             cluster.kill_workers()
-            reply = cluster.wait_for_world(NODES, WAIT_S, steps=STEPS_BETWEEN)
-        self.say(f"new workers train on from their agents' memory, step {reply.step}")
+            reply = cluster.wait_for_world(NODES, WAIT_S, steps=STEPS_BETWEEN, beyond_step=step)
         self.say(cluster.newest_event("snapshot-chosen"))
+        self.say(f"new workers train on from their agents' memory, step {reply.step}")
 
     def lose_two_nodes(self, cluster: Cluster) -> None:
         lost = ("node4", "node5")
-        with self.doing(f"waiting until the new world is protected by the erasure code {REDUNDANCY}"):
-            step = cluster.status().step
+        step = cluster.status().step
+        with self.doing(f"waiting until a snapshot of these workers is protected by the erasure code {REDUNDANCY}"):
             cluster.wait("a snapshot is protected", lambda: cluster.status().stable >= step, WAIT_S)
         with self.act(
             cluster,
             "all workers and two nodes killed (-9)",
             f"killing all workers again, and with them the agents of {' and '.join(lost)}: half of the memory is gone",
         ):
+            step = cluster.status().step
             cluster.kill_workers(*lost)
-            reply = cluster.wait_for_world(NODES - len(lost), WAIT_S, steps=STEPS_BETWEEN)
-        self.say(f"what was lost was decoded, and {reply.world_size} workers train on, step {reply.step}")
+            reply = cluster.wait_for_world(NODES - len(lost), WAIT_S, steps=STEPS_BETWEEN, beyond_step=step)
         self.say(cluster.newest_event("snapshot-chosen"))
+        self.say(f"{reply.world_size} new workers train on from what was decoded, step {reply.step}")
         with self.act(cluster, "both nodes back", f"starting {' and '.join(lost)} again", "their agents attached"):
             for node in lost:
                 cluster.start_agent(node)
