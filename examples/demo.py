@@ -252,7 +252,7 @@ def choose_steps() -> int:
         times_s.append(time.perf_counter() - began_s)
     cores = len(os.sched_getaffinity(0))
     step_s = SLOTS * statistics.median(times_s) / min(cores, NODES) + 0.03  # and what a step costs besides
-    return max(150, min(3000, round(TRAINING_S / step_s)))
+    return max(300, min(3000, round(TRAINING_S / step_s)))
 
 
 def compare(demo: Demo, summary: dict[str, Any], undisturbed: dict[str, Any]) -> bool:
