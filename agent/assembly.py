@@ -8,7 +8,6 @@ group allows it. Nothing is handed out before its checksums are right. This file
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -93,22 +92,17 @@ class Assembly:
         self._images: dict[int, Image] = {}
 
     async def run(self) -> list[Image]:
-        """Return an image of each slice that was not held; they are the caller's.
+        """Return an image of each slice that was needed and not held.
 
         Raises:
             AssemblyFailed: a slice cannot be had; nothing is kept.
         """
-        try:
-            await self._ask_tables()
-            self._make_images()
-            wrong = set(self._images)
-            while wrong:
-                await work_through(list(self._units(wrong)), partial(self._work, frozenset(wrong)))
-                wrong = await self._wrong(wrong)
-        except BaseException:
-            for image in self._images.values():
-                os.close(image.fd)
-            raise
+        await self._ask_tables()
+        self._make_images()
+        wrong = set(self._images)
+        while wrong:
+            await work_through(list(self._units(wrong)), partial(self._work, frozenset(wrong)))
+            wrong = await self._wrong(wrong)
         return list(self._images.values())
 
     # -- what there is ---------------------------------------------------------------------------------------------
@@ -138,7 +132,7 @@ class Assembly:
 
     def _make_images(self) -> None:
         parts = {part.index: (node, part) for node, table in self._tables.items() for part in table}
-        needed = [index for index in range(self._order.count) if index not in self._held]
+        needed = [index for index in self._order.indices or range(self._order.count) if index not in self._held]
         missing = [index for index in needed if index not in parts]
         if missing:
             hidden = {self._order.sources[index] for index in missing if index in self._order.sources}
@@ -183,7 +177,7 @@ class Assembly:
             data = await self._reader.shard(unit.node, unit.offset, unit.length, shard_bytes(table))
         except (Unreachable, TransferError, ProtocolError) as error:
             raise self._failure(f"no group protects it, and: {error}", [unit.node]) from error
-        self._store(table, unit.offset, data)
+        await asyncio.to_thread(self._store, table, unit.offset, data)
 
     async def _read_and_decode(self, unit: _Unit, group: ProtectionGroup, indices: Collection[int]) -> None:
         wanted = [row for row in range(group.k) if self._pieces(unit, row, indices)]
@@ -218,38 +212,24 @@ class Assembly:
                         bad.add(row)
                     case _:
                         raise result
+        await asyncio.to_thread(self._decode_and_store, unit, group, have, wanted)
+
+    def _decode_and_store(
+        self, unit: _Unit, group: ProtectionGroup, have: Mapping[int, Tensor], wanted: Collection[int]
+    ) -> None:
+        decoded = {row: torch.empty(unit.length, dtype=torch.uint8) for row in wanted if row not in have}
+        if decoded:
+            self._codec(group.k, group.m).decode(have, decoded)
         for row in wanted:
-            if row in have:
-                self._store(self._tables[self._member(unit, row)], self._shard_offset(unit, row), have[row])
-        self._decode(unit, group, have, [row for row in wanted if row not in have])
-
-    def _decode(self, unit: _Unit, group: ProtectionGroup, have: Mapping[int, Tensor], rows: Collection[int]) -> None:
-        if not rows:
-            return
-        targets = {row: self._target(unit, row) for row in rows}
-        outputs = {
-            row: torch.empty(unit.length, dtype=torch.uint8) if target is None else target
-            for row, target in targets.items()
-        }
-        self._codec(group.k, group.m).decode(have, outputs)
-        for row, target in targets.items():
-            if target is None:
-                self._store(self._tables[self._member(unit, row)], self._shard_offset(unit, row), outputs[row])
-
-    def _target(self, unit: _Unit, row: int) -> Tensor | None:
-        """Where a chunk belongs, if all of it belongs to one image."""
-        table = self._tables[self._member(unit, row)]
-        for number, start, span in cut(table, self._shard_offset(unit, row), unit.length):
-            image = self._images.get(table[number].index)
-            if image is not None and len(span) == unit.length:
-                return image.tensor[start : start + unit.length]
-        return None
+            table = self._tables[self._member(unit, row)]
+            self._store(table, self._shard_offset(unit, row), decoded[row] if row in decoded else have[row])
 
     def _store(self, table: Table, offset: int, data: Tensor) -> None:
+        """Write a chunk of a shard to the images that want some of it."""
         for number, start, span in cut(table, offset, len(data)):
             image = self._images.get(table[number].index)
             if image is not None:
-                image.tensor[start : start + len(span)] = data[span.start : span.stop]
+                image.write(start, data[span.start : span.stop])
 
     async def _read(self, unit: _Unit, row: int) -> Tensor:
         assert unit.stripe is not None and unit.coded is not None

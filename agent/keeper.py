@@ -10,18 +10,19 @@ sides of that talk. It must never touch a worker, speak to the controller, or un
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import json
 import os
 import socket
 import sys
 import time
 from collections.abc import Coroutine
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
 import torch
-import zmq.asyncio
+import zmq
 
 from agent.assembly import Assembly, AssemblyFailed
 from agent.channel import Channel
@@ -53,7 +54,7 @@ from agent.protection import (
     WriteParity,
 )
 from agent.reading import GoneError, Reader, work_through
-from agent.shards import Answer, Keys, Kind, Peer, Peers, Request, ShardServer, Status, Traffic
+from agent.shards import CHUNK_BYTES, Answer, Keys, Kind, Peer, Peers, Request, ShardServer, Status, Traffic
 from agent.tables import slice_from_json, slice_to_json, table_to_json
 from elastic.errors import ConfigError, ElasticError, ProtocolError, TransferError, Unreachable
 from elastic.lifeline import die_with_parent
@@ -61,6 +62,7 @@ from elastic.snapshots import SnapshotId
 from recovery.codec import Codec
 
 PROGRESS_S = 0.1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _STATUS = {Standing.NOT_YET: Status.NOT_YET, Standing.GONE: Status.GONE}
 
 
@@ -75,10 +77,12 @@ class Keeper:
 
     def __init__(self, end: socket.socket) -> None:
         """Listen to the agent at `end`."""
-        self._over: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._over: asyncio.Future[int] = loop.create_future()
+        loop.set_exception_handler(self._fault)
         self._inbox: asyncio.Queue[tuple[dict[str, Any], list[int]]] = asyncio.Queue()
         self._channel = Channel(end, lambda message, fds: self._inbox.put_nowait((message, fds)), self._agent_ended)
-        self._context = zmq.asyncio.Context()
+        self._context = zmq.Context()
         self._traffic = Traffic()
         self._node = ""
         self._slices: dict[SnapshotId, dict[int, Stored]] = {}
@@ -101,7 +105,7 @@ class Keeper:
             self._server = ShardServer(self._context, self._settings.address, self._answer, self._traffic, self._keys)
             self._peers = Peers(self._answer, self._connect)
             self._say("bound", address=self._server.address)
-            for work in (self._server.serve_forever(), self._obey(), self._tick(), self._report()):
+            for work in (self._obey(), self._tick(), self._report()):
                 self._spawn(work)
             return await self._over
         finally:
@@ -133,8 +137,16 @@ class Keeper:
 
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None and not self._over.done():
-            self._over.set_exception(error)  # a fault of this program: the agent starts another keeper
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._end(error)
+
+    def _fault(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        self._end(context.get("exception") or RuntimeError(context["message"]))
+
+    def _end(self, error: BaseException) -> None:
+        """A fault of this program: the agent starts another keeper."""
+        if not self._over.done():
+            self._over.set_exception(error)
 
     async def _tick(self) -> None:
         while True:
@@ -185,8 +197,8 @@ class Keeper:
         self._handle(SliceHeld(stored.slice))
 
     async def _assemble(self, number: int, order: AssemblyOrder) -> None:
-        groups = order.groups or self._known_groups(order.snapshot)
-        order = AssemblyOrder(order.snapshot, order.count, order.sources, order.decoded, groups)
+        if not order.groups and (world := self._machine.worlds.get(order.snapshot.generation)) is not None:
+            order = replace(order, groups=world.groups)
         reader = Reader(self._peers, order.snapshot, self._node)
         held = frozenset(self._slices.get(order.snapshot, ()))
         assembly = Assembly(order, self._node, reader, held, codec, self._settings.image_bytes_max)
@@ -200,12 +212,7 @@ class Keeper:
             raise
         for image in images:
             self._say("assembled", (image.fd,), number=number, slice=slice_to_json(image.slice))
-            os.close(image.fd)
         self._say("complete", number=number)
-
-    def _known_groups(self, snapshot: SnapshotId) -> Any:
-        world = self._machine.worlds.get(snapshot.generation)
-        return world.groups if world is not None else ()
 
     async def _report(self) -> None:
         """Tell the agent the counters when they have changed."""
@@ -233,6 +240,7 @@ class Keeper:
                     for task in self._writing.pop(snapshot, ()):
                         task.cancel()
                 case DropParity(snapshot):
+                    self._say("covered", snapshot=asdict(snapshot), is_covered=False)
                     self._parity_memory.give_back(self._parities.pop(snapshot).memory)
                 case DropSlices(snapshot):
                     self._slices.pop(snapshot, None)
@@ -240,7 +248,7 @@ class Keeper:
                 case Protected(snapshot):
                     self._say("protected", snapshot=asdict(snapshot))
                 case Covered(snapshot):
-                    self._say("covered", snapshot=asdict(snapshot))
+                    self._say("covered", snapshot=asdict(snapshot), is_covered=True)
                 case Vulnerable(snapshot, reason):
                     self._say("vulnerable", snapshot=asdict(snapshot), reason=reason)
 
@@ -331,9 +339,17 @@ class Keeper:
         return shard
 
 
+def _keep_freed_memory() -> None:
+    """Have the allocator keep what is freed: by default each chunk that arrives costs fresh pages from the kernel."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, 32 * CHUNK_BYTES)
+    libc.mallopt(_M_TRIM_THRESHOLD, 256 * CHUNK_BYTES)
+
+
 def run_keeper(end: socket.socket) -> int:
     """Be the keeper at this end of a line to an agent until the agent hangs up; returns the exit code."""
     torch.set_num_threads(1)  # training has the cores
+    _keep_freed_memory()
 
     async def keep() -> int:
         return await Keeper(end).run()

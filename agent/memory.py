@@ -125,10 +125,10 @@ class MemoryService:
             self._drop_empty()
 
     def held(self) -> list[HeldSlice]:
-        """The slices of all workers, living and dead, without those that were found to be damaged."""
+        """The slices of all workers, living and dead, and what was adopted, without those that were found to be damaged."""
         return [
             HeldSlice(one.worker, filled.buffer, one.known(filled), one.images[filled.buffer].fd)
-            for one in self._sets.values()
+            for one in (*self._sets.values(), self._adopted)
             for filled in one.filled()
         ]
 
@@ -174,9 +174,9 @@ class MemoryService:
         image.checked = filled, piece.payload_crc
         self._adopted.keep([*self._adopted.filled(), filled])
 
-    def drop_adopted(self) -> None:
-        """Free everything that was adopted."""
-        self._adopted.keep([])
+    def drop_adopted(self, but: SnapshotId | None = None) -> None:
+        """Free everything that was adopted, but the slices of one snapshot."""
+        self._adopted.keep([filled for filled in self._adopted.filled() if filled.slice.snapshot == but])
 
     def show_protected(self, snapshot: SnapshotId) -> None:
         """Show the living workers the newest snapshot of which their slices are protected."""

@@ -43,10 +43,12 @@ class AssemblyOrder:
 
     Attributes:
         snapshot: which one.
-        count: of how many slices it consists; all that the keeper does not hold are assembled.
+        count: of how many slices it consists.
         sources: index -> node that has this slice.
         decoded: nodes that are lost, whose slices come out of their groups' parity.
-        groups: the protection groups of the snapshot's generation, at least those with a lost node.
+        groups: the protection groups of the snapshot's generation, at least those with a lost node; none for those of
+            the world that the keeper knows.
+        indices: the slices that are needed; none for all. Those that the keeper holds are not assembled.
     """
 
     snapshot: SnapshotId
@@ -54,6 +56,7 @@ class AssemblyOrder:
     sources: Mapping[int, str]
     decoded: tuple[str, ...] = ()
     groups: tuple[ProtectionGroup, ...] = ()
+    indices: tuple[int, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """As an object of JSON."""
@@ -63,6 +66,7 @@ class AssemblyOrder:
             "sources": {str(index): node for index, node in self.sources.items()},
             "decoded": list(self.decoded),
             "groups": [asdict(group) for group in self.groups],
+            "indices": list(self.indices),
         }
 
     @classmethod
@@ -74,6 +78,7 @@ class AssemblyOrder:
             {int(index): node for index, node in value["sources"].items()},
             tuple(value["decoded"]),
             _groups(value["groups"]),
+            tuple(value["indices"]),
         )
 
 

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
 import zmq
-import zmq.asyncio
 from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
@@ -33,6 +32,7 @@ TRIES = 2
 _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1000
 _BACKLOG_FRAMES = 256
+_MESSAGES_AT_ONCE = 16
 
 _REQUEST = struct.Struct("!4sBHQqqQI")
 _REPLY = struct.Struct("!4sBI")
@@ -151,12 +151,48 @@ def parse_request(frame: Buffer) -> tuple[int, Request] | None:
     return number, Request(Kind(kind), SnapshotId(step, generation), stripe, offset, length, sender)
 
 
+class _Wire:
+    """A ZeroMQ socket in the running loop, at a fraction of what zmq.asyncio costs a message.
+
+    Its descriptor tells of a change only, not of a state: whatever may have changed it is followed by a look.
+    """
+
+    def __init__(self, socket: zmq.Socket[bytes], received: Callable[[list[zmq.Frame]], None]) -> None:
+        self.socket = socket
+        self._received = received
+        self._loop = asyncio.get_running_loop()
+        self._descriptor = int(socket.getsockopt(zmq.FD))
+        self._loop.add_reader(self._descriptor, self._look)
+        self._loop.call_soon(self._look)
+
+    def send(self, frames: Sequence[Buffer]) -> None:
+        """Send at once, large frames without a copy; raises zmq.Again where too much is waiting already."""
+        self.socket.send_multipart(frames, zmq.DONTWAIT, copy=False)
+        self._loop.call_soon(self._look)
+
+    def close(self) -> None:
+        if not self.socket.closed:
+            self._loop.remove_reader(self._descriptor)
+            self.socket.close(0)
+
+    def _look(self) -> None:
+        for _ in range(_MESSAGES_AT_ONCE):
+            if self.socket.closed:
+                return
+            try:
+                frames = self.socket.recv_multipart(zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                return
+            self._received(frames)
+        self._loop.call_soon(self._look)  # others have their turn first
+
+
 class ShardServer:
-    """Answers the other keepers."""
+    """Answers the other keepers for as long as the loop runs."""
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[zmq.Socket[bytes]],
         address: str,
         answer: Callable[[Request], Answer],
         traffic: Traffic,
@@ -178,54 +214,53 @@ class ShardServer:
         self._traffic = traffic
         self.allowed: frozenset[str] = frozenset()
         """Public keys of those who may ask, where there are keys."""
-        self._socket = context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.MAXMSGSIZE, _REQUEST.size + NAME_BYTES_MAX)
-        self._socket.setsockopt(zmq.SNDHWM, _BACKLOG_FRAMES)
-        self._socket.setsockopt(zmq.RCVHWM, _BACKLOG_FRAMES)
+        socket = context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.MAXMSGSIZE, _REQUEST.size + NAME_BYTES_MAX)
+        socket.setsockopt(zmq.SNDHWM, _BACKLOG_FRAMES)
+        socket.setsockopt(zmq.RCVHWM, _BACKLOG_FRAMES)
+        self._wire = _Wire(socket, self._serve)
         self._authenticator: AsyncioAuthenticator | None = None
         if keys is not None:
             self._authenticator = AsyncioAuthenticator(context)
             self._authenticator.start()
             self._authenticator.configure_curve_callback("*", self)
-            self._socket.curve_publickey = keys.public.encode()
-            self._socket.curve_secretkey = keys.secret.encode()
-            self._socket.curve_server = True
+            socket.curve_publickey = keys.public.encode()
+            socket.curve_secretkey = keys.secret.encode()
+            socket.curve_server = True
         host = f"[{address}]" if ":" in address else address
-        self._socket.setsockopt(zmq.IPV6, int(":" in address))
+        socket.setsockopt(zmq.IPV6, int(":" in address))
         try:
-            self._socket.bind(f"tcp://{host}:0")
+            socket.bind(f"tcp://{host}:0")
         except zmq.ZMQError as error:
             self.close()
             raise ConfigError(
                 f"The keeper cannot listen at {address} ({error}): name an address of this node."
             ) from error
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.address = socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def callback(self, _domain: str, key: bytes) -> bool:
         """Whether the owner of a public key may ask (the authenticator's interface)."""
         return key.decode("ascii", "replace") in self.allowed
 
-    async def serve_forever(self) -> None:
-        """Answer whatever comes."""
-        while True:
-            identity, *frames = await self._socket.recv_multipart(copy=False)
-            parsed = parse_request(frames[0].buffer) if len(frames) == 1 else None
-            if parsed is None:
-                self._traffic.refused += 1
-                continue
-            _, request = parsed
-            answer = self._answer(request)
-            self._traffic.refused += answer.status is Status.REFUSED
-            self._traffic.sent_bytes += len(answer.data)
-            header = _REPLY.pack(_MAGIC, answer.status, answer.crc) + bytes(frames[0].buffer[: _REQUEST.size])
-            await self._socket.send_multipart([identity.bytes, header, answer.data], copy=False)
-
     def close(self) -> None:
         """Stop listening."""
         if self._authenticator is not None:
             self._authenticator.stop()
-        self._socket.close(0)
+        self._wire.close()
+
+    def _serve(self, frames: list[zmq.Frame]) -> None:
+        identity, *rest = frames
+        parsed = parse_request(rest[0].buffer) if len(rest) == 1 else None
+        if parsed is None:
+            self._traffic.refused += 1
+            return
+        _, request = parsed
+        answer = self._answer(request)
+        self._traffic.refused += answer.status is Status.REFUSED
+        self._traffic.sent_bytes += len(answer.data)
+        header = _REPLY.pack(_MAGIC, answer.status, answer.crc) + bytes(rest[0].buffer[: _REQUEST.size])
+        self._wire.send([identity.bytes, header, answer.data])  # never too much: a ROUTER drops, and is asked again
 
 
 class _Lost(Exception):
@@ -243,7 +278,7 @@ class Peer:
 
     def __init__(
         self,
-        context: zmq.asyncio.Context,
+        context: zmq.Context[zmq.Socket[bytes]],
         node: str,
         address: str,
         traffic: Traffic,
@@ -272,7 +307,7 @@ class Peer:
         self._is_refused = False
         self._loop = asyncio.get_running_loop()
         self._quiet_since_s = self._loop.time()
-        self._socket = context.socket(zmq.DEALER)
+        socket = context.socket(zmq.DEALER)
         for option, value in (
             (zmq.LINGER, 0),
             (zmq.MAXMSGSIZE, CHUNK_BYTES),
@@ -281,14 +316,16 @@ class Peer:
             (zmq.SNDHWM, _BACKLOG_FRAMES),
             (zmq.IPV6, int("[" in address)),
         ):
-            self._socket.setsockopt(option, value)
+            socket.setsockopt(option, value)
         if keys is not None:
-            self._socket.curve_publickey = keys.public.encode()
-            self._socket.curve_secretkey = keys.secret.encode()
-            self._socket.curve_serverkey = public_key.encode()
-        self._monitor = self._socket.get_monitor_socket(zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED)
-        self._socket.connect(address)
-        self._tasks = [asyncio.create_task(work()) for work in (self._read, self._watch, self._listen)]
+            socket.curve_publickey = keys.public.encode()
+            socket.curve_secretkey = keys.secret.encode()
+            socket.curve_serverkey = public_key.encode()
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED
+        self._monitor = _Wire(socket.get_monitor_socket(events), self._learn)
+        self._wire = _Wire(socket, self._read)
+        socket.connect(address)
+        self._watching = asyncio.create_task(self._watch())
 
     async def ask(self, request: Request) -> Answer:
         """Return the answer, whose checksum has been found right.
@@ -323,11 +360,10 @@ class Peer:
         """Ask nothing more; whoever waits gets Unreachable."""
         self._is_refused = True
         self._lose_all()
-        for task in self._tasks:
-            task.cancel()
-        self._socket.disable_monitor()
-        self._monitor.close(0)
-        self._socket.close(0)
+        self._watching.cancel()
+        self._wire.socket.disable_monitor()
+        self._monitor.close()
+        self._wire.close()
 
     async def _ask_once(self, request: Request) -> Answer:
         self._number += 1
@@ -338,30 +374,28 @@ class Peer:
         asked = self._outstanding[number] = _Asked(frame[: _REQUEST.size], self._loop.create_future())
         try:
             try:
-                await self._socket.send(frame, zmq.DONTWAIT)
+                self._wire.send([frame])
             except zmq.Again as error:
                 raise _Lost from error
             return await asked.reply
         finally:
             del self._outstanding[number]
 
-    async def _read(self) -> None:
-        while True:
-            frames = await self._socket.recv_multipart(copy=False)
-            self._quiet_since_s = self._loop.time()
-            if len(frames) != 2 or len(frames[0]) != _REPLY.size + _REQUEST.size:
-                self._traffic.refused += 1
-                continue
-            header, data = frames[0].buffer, frames[1].buffer
-            magic, status, crc = _REPLY.unpack_from(header)
-            echo = bytes(header[_REPLY.size :])
-            asked = self._outstanding.get(_REQUEST.unpack(echo)[3])
-            if asked is None or asked.header != echo or asked.reply.done():
-                self._traffic.stale += 1
-            elif magic != _MAGIC or status not in _STATUSES:
-                self._traffic.refused += 1
-            else:
-                asked.reply.set_result(Answer(Status(status), data, crc))
+    def _read(self, frames: list[zmq.Frame]) -> None:
+        self._quiet_since_s = self._loop.time()
+        if len(frames) != 2 or len(frames[0]) != _REPLY.size + _REQUEST.size:
+            self._traffic.refused += 1
+            return
+        header, data = frames[0].buffer, frames[1].buffer
+        magic, status, crc = _REPLY.unpack_from(header)
+        echo = bytes(header[_REPLY.size :])
+        asked = self._outstanding.get(_REQUEST.unpack(echo)[3])
+        if asked is None or asked.header != echo or asked.reply.done():
+            self._traffic.stale += 1
+        elif magic != _MAGIC or status not in _STATUSES:
+            self._traffic.refused += 1
+        else:
+            asked.reply.set_result(Answer(Status(status), data, crc))
 
     async def _watch(self) -> None:
         """Nothing is believed to be on its way after a long silence."""
@@ -371,13 +405,12 @@ class Peer:
                 self._lose_all()
                 self._quiet_since_s = self._loop.time()
 
-    async def _listen(self) -> None:
+    def _learn(self, frames: list[zmq.Frame]) -> None:
         """A broken connection loses what was asked over it; one that is refused says that nobody is there."""
-        while True:
-            event = parse_monitor_message(await self._monitor.recv_multipart())["event"]
-            self._is_refused = event == zmq.EVENT_CLOSED
-            if event != zmq.EVENT_CONNECTED:
-                self._lose_all()
+        event = parse_monitor_message([frame.bytes for frame in frames])["event"]
+        self._is_refused = event == zmq.EVENT_CLOSED
+        if event != zmq.EVENT_CONNECTED:
+            self._lose_all()
 
     def _lose_all(self) -> None:
         for asked in self._outstanding.values():

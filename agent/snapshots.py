@@ -43,6 +43,7 @@ PLANS_KEPT = 64
 LOOK_S, LOOK_AGAIN_S = 0.1, 2.0
 """Between two questions for the keepers of other nodes: until all are known, and after that, since one may be another."""
 PEER_TIMEOUT_S = 2.0
+KEEPERS_TIMEOUT_S = 20.0
 ASSEMBLY_TIMEOUT_S = 600.0
 RESTART_S = 1.0
 
@@ -73,6 +74,7 @@ class NodeSnapshots:
         self._plan = Plan()  # of the newest committed world
         self._keeper: KeeperProcess | None = None
         self._starting = asyncio.Lock()
+        self._parity_bytes = 0  # what the keeper may take
         self._entered = Plan()  # what the keeper was told last
         self._told: set[tuple[SnapshotId, int]] = set()  # slices that it was told of
         self._covered: set[SnapshotId] = set()  # of which all parity that this node holds is complete
@@ -154,11 +156,16 @@ class NodeSnapshots:
     async def _running_keeper(self) -> KeeperProcess:
         """The keeper; started when it is first needed. Raises Unreachable."""
         async with self._starting:
+            data, parity = self._plan.data_shards, self._plan.parity_shards
+            if self._keeper is not None and parity and not self._parity_bytes:
+                await self._keeper.stop()  # it was started to read, and there is something to protect now
+                self._keeper = None
+                self._told.clear()
+                self._forgotten = NO_STEP
             if self._keeper is None:
-                data, parity = self._plan.data_shards, self._plan.parity_shards
-                parity_bytes = self._budget_bytes * parity // (data + parity) if parity else 0
-                self._memory.limit(self._budget_bytes - parity_bytes)
-                settings = KeeperSettings(address=self._address, parity_bytes_max=parity_bytes)
+                self._parity_bytes = self._budget_bytes * parity // (data + parity) if parity else 0
+                self._memory.limit(self._budget_bytes - self._parity_bytes)
+                settings = KeeperSettings(address=self._address, parity_bytes_max=self._parity_bytes)
                 keeper = KeeperProcess(settings, self, self._launch)
                 await keeper.start()
                 self._keeper = keeper
@@ -215,6 +222,7 @@ class NodeSnapshots:
     # What the keeper says (`agent.keeping.Listener`).
 
     def keeper_bound(self, address: str) -> None:
+        self._covered.clear()  # the one before had it
         self._store.keeper_address = address
 
     def slice_held(self, part: Slice) -> None:
@@ -223,8 +231,8 @@ class NodeSnapshots:
     def protected(self, snapshot: SnapshotId) -> None:
         self._memory.show_protected(snapshot)
 
-    def covered(self, snapshot: SnapshotId) -> None:
-        self._covered.add(snapshot)
+    def covered(self, snapshot: SnapshotId, is_covered: bool) -> None:
+        (self._covered.add if is_covered else self._covered.discard)(snapshot)
 
     def vulnerable(self, snapshot: SnapshotId, reason: str) -> None:
         return
@@ -234,7 +242,6 @@ class NodeSnapshots:
 
     def keeper_gone(self, reason: str) -> None:
         self._store.keeper_address = ""
-        self._covered.clear()
         self._say(reason)
         self._spawn(self._revive())
 
@@ -259,12 +266,12 @@ class NodeSnapshots:
     async def assemble(self, order: AssembleSnapshot) -> SnapshotAssembled:
         """Have every slice of a snapshot here, so that this node's workers can read it."""
         self._restored = order.step
-        self._memory.drop_adopted()
+        snapshot = SnapshotId(order.step, order.generation)
+        self._memory.drop_adopted(but=snapshot)
         try:
             if order.checkpoint:
                 await self._read_checkpoint(order)
             else:
-                snapshot = SnapshotId(order.step, order.generation)
                 sources = {source.slice: source.node for source in order.sources}
                 for piece, fd in await self._gathered(snapshot, order.world, order.nodes, sources, order.decoded):
                     self._memory.adopt(piece, fd)
@@ -289,9 +296,12 @@ class NodeSnapshots:
         keeper = await self._running_keeper()
         self._plans.setdefault(world.generation, world)
         needed = [node for node in nodes if node.node != self._node]
-        async with asyncio.timeout(PEER_TIMEOUT_S * 5):
-            while len(peers := await self._keepers_of(needed)) < len(needed):
-                await asyncio.sleep(LOOK_S)
+        deadline = asyncio.get_running_loop().time() + KEEPERS_TIMEOUT_S
+        while len(peers := await self._keepers_of(needed)) < len(needed):
+            if asyncio.get_running_loop().time() > deadline:
+                silent = sorted({node.node for node in needed} - peers.keys())
+                raise Unreachable(f"The keepers of {', '.join(silent)} did not say where they listen; order again.")
+            await asyncio.sleep(LOOK_S)
         self._enter(keeper, max(world, self._entered, key=lambda plan: plan.generation), peers)
         order = AssemblyOrder(snapshot, world.world_size, sources, tuple(decoded), _groups(world))
         return await keeper.assemble(order, ASSEMBLY_TIMEOUT_S)

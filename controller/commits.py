@@ -15,7 +15,7 @@ from controller.probing import begin_probing
 from controller.restoring import state_lost
 from controller.state import Attempt, Worker
 from controller.switching import consider_switch, retry_switch_later
-from elastic.domain import Commit, Finish, PlanKind, Prepared
+from elastic.domain import FRESH_STEP, Commit, Finish, PlanKind, Prepared
 
 
 def worker_prepared(job: Job, worker: Worker, report: Prepared, now: float) -> None:
@@ -40,11 +40,16 @@ def worker_prepared(job: Job, worker: Worker, report: Prepared, now: float) -> N
         )
         consider_switch(job, now)
         return
-    holders = [report for report in _reports(attempt).values() if report.has_state]
+    holders = [report for report in _reports(attempt).values() if _holds_state(job, report)]
     if not holders and attempt.snapshot is None:
         state_lost(job, "no survivor holds the state", now)
         return
     _commit(job, attempt, holders, now)
+
+
+def _holds_state(job: Job, report: Prepared) -> bool:
+    """Whether a worker holds the job's state: the initial one is not, in a job that has trained or begins with a checkpoint."""
+    return report.has_state and (job.step_committed == FRESH_STEP or max(report.committed, report.voted) > FRESH_STEP)
 
 
 def _reports(attempt: Attempt) -> dict[str, Prepared]:

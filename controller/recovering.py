@@ -69,7 +69,8 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
             case "job-unfounded":
                 job.plan, job.leavers = None, ()
             case "checkpoint-looked":
-                job.looked = True
+                job.looked = not data["path"]  # what was found is read by the world that begins with it, or is looked for again
+                job.saved_step, job.saved_path = data["step"], data["path"]
             case "checkpoint-saved":
                 job.saved_step, job.saved_path = data["step"], data["path"]
             case "node-draining":

@@ -138,7 +138,7 @@ def check_restoring(job: Job, now: float) -> None:
         return  # a first world: `founding.py` waits for it
     if now - restoring.since > job.settings.start_timeout_s:
         here = [node for node in _here(job) if node.state == "attached"]
-        cold = [w.id for w in job.workers.values() if w.alive and w.state != "warm"]
+        cold = [w.id for w in job.workers.values() if w.alive and w.state not in ("warm", "member")]
         end_job(
             job,
             "failed",
@@ -172,8 +172,8 @@ def _choose(job: Job, restoring: Restoring, now: float) -> None:
     missing = [node for node in here if node.incarnation not in restoring.found]
     # A member's agent whose stream was only reset is back at once.
     may_return = any(w.state == "lost" for w in job.known(job.last_members()))
-    if (missing or may_return or not here) and now - restoring.since < job.settings.failure_timeout_s:
-        return
+    if missing or ((may_return or not here) and now - restoring.since < job.settings.failure_timeout_s):
+        return  # an agent that is here answers, or its lease lapses
     holdings = [
         Holding(node.id, SnapshotId(held.step, held.generation), held.slices, held.parity)
         for node in here
@@ -216,7 +216,10 @@ def take_checkpoint(job: Job, node: Node, answer: CheckpointFound, now: float) -
         job.emit(Persist("checkpoint-passed-over", sentence, {}))
     if job.plan is None:
         job.looked = True
-        job.emit(Persist("checkpoint-looked", answer.path or "no checkpoint to begin with", {}))
+        if answer.path:
+            job.saved_step, job.saved_path = answer.step, answer.path
+        found = answer.path or "no checkpoint to begin with"
+        job.emit(Persist("checkpoint-looked", found, {"step": job.saved_step, "path": answer.path}))
     if answer.refusal:
         end_job(job, "failed", answer.refusal, now)
     elif not answer.path and job.plan is None:
@@ -291,8 +294,13 @@ def _open_if_ready(job: Job, restoring: Restoring, choice: Restore, now: float) 
         state_lost(job, "; ".join(restoring.refusals.values()), now)
         return
     able = [node for node in here if node.incarnation not in restoring.refusals]
+    if len(able) < min(len(here), job.settings.nodes_min):
+        job.failed_searches += 1  # some have all of it by now, and the others can read it there
+        state_lost(job, "; ".join(restoring.refusals.values()), now)
+        return
     ready = {node.id for node in able if node.incarnation in restoring.assembled}
-    warm = [w for w in job.workers.values() if w.state == "warm" and w.node in ready]
+    # Members that live and hold nothing, since the world that was to give it to them never did, are as good as warm ones.
+    warm = [w for w in job.workers.values() if w.state in ("warm", "member") and w.node in ready]
     warm.sort(key=lambda w: (natural(w.node), w.local_rank))
     if not warm or len({w.node for w in warm}) < job.settings.nodes_min:
         return

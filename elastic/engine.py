@@ -138,8 +138,10 @@ class Engine:
             on_progress=self.beat,
         )
         self.memory = memory
-        capturer = Capturer(self.state, memory) if memory is not None and snapshot_every else None
-        self.snapshots = Snapshotter(capturer, snapshot_every)
+        self.snapshots = Snapshotter(every=snapshot_every)
+        if memory is not None and snapshot_every:
+            capturer = Capturer(self.state, memory, buffers=3 if snapshot_every == 1 else 2)
+            self.snapshots = Snapshotter(capturer, snapshot_every)
         self.plan: Plan | None = None
         self.rank = 0
         self.group: Group | None = None

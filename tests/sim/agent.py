@@ -29,19 +29,24 @@ from agent.events import (
 )
 from agent.machine import AgentMachine, AgentSettings
 from elastic.domain import (
+    NO_STEP,
     AgentHello,
     AssembleSnapshot,
+    CheckpointFound,
+    CheckpointSaved,
+    FindCheckpoint,
     FindSnapshots,
     PeersProbed,
     Plan,
     ProbePeers,
+    SaveCheckpoint,
     SnapshotAssembled,
     SnapshotsFound,
     StartWorker,
 )
 from elastic.snapshots import SnapshotId
 from tests.sim.links import Stream
-from tests.sim.memory import Memory, assemble, group_of
+from tests.sim.memory import Memory, Shot, assemble, group_of
 from tests.sim.process import Process
 from tests.sim.worker import Worker
 from tests.sim.world import World
@@ -162,6 +167,10 @@ class Agent(Process):
                     self.post(self.random.uniform(0.001, 0.05), self._answer_search, order)
                 case CarryOut(AssembleSnapshot() as order):
                     self.post(self.random.uniform(0.002, 0.3), self._assemble, order)
+                case CarryOut(FindCheckpoint() as order):
+                    self.post(self.random.uniform(0.05, 0.5), self._look_for_checkpoint, order)
+                case CarryOut(SaveCheckpoint() as order):
+                    self.post(self.random.uniform(0.05, 1.5), self._save, order)
                 case OpenGeneration():
                     pass  # no rendezvous store here: groups.py builds by itself
                 case CarryOut(ProbePeers() as order):
@@ -221,6 +230,7 @@ class Agent(Process):
                 0.0,
                 worker.page_committed,
                 waits=worker.page_waits,
+                stable=worker.snapshotter.stable,
             )
         )
 
@@ -237,11 +247,33 @@ class Agent(Process):
     def _assemble(self, order: AssembleSnapshot) -> None:
         snapshot = SnapshotId(order.step, order.generation)
         sources = {source.slice: source.node for source in order.sources}
-        digest = assemble(self.world.memories(self.node.name), order.world, snapshot, sources, order.decoded)
+        if order.checkpoint:
+            digest = self.world.disk.get(snapshot)
+        else:
+            digest = assemble(self.world.memories(self.node.name), order.world, snapshot, sources, order.decoded)
         if digest is not None:
-            self.memory.readable[snapshot] = digest
+            self.memory.readable = {snapshot: tuple(Shot(snapshot, index, digest) for index in range(order.slices))}
         refusal = "" if digest is not None else "a slice is gone"
         self.handle(CarriedOut(SnapshotAssembled(order.search, refusal)))
+
+    def _look_for_checkpoint(self, order: FindCheckpoint) -> None:
+        newest = max(self.world.disk, default=None)
+        answer = CheckpointFound(order.search)
+        if newest is not None:
+            answer = CheckpointFound(order.search, f"disk/{newest.step}", newest.step, newest.generation)
+        self.handle(CarriedOut(answer))
+
+    def _save(self, order: SaveCheckpoint) -> None:
+        stable = max((w.snapshotter.stable for w in self.workers.values() if w.alive), default=NO_STEP)
+        snapshot = SnapshotId(stable, order.world.generation)
+        sources = {member.rank: member.node for member in order.world.members}
+        digest = assemble(self.world.memories(self.node.name), order.world, snapshot, sources, ())
+        if digest is None or self.random.random() < 0.1:
+            self.handle(CarriedOut(CheckpointSaved(order.number, refusal="the disk is full")))
+            return
+        self.world.disk[snapshot] = digest
+        self.world.moment("saved", self)
+        self.handle(CarriedOut(CheckpointSaved(order.number, stable, f"disk/{stable}")))
 
     def captured(self, plan: Plan, snapshot: SnapshotId) -> None:
         """A worker has captured a slice of a snapshot."""

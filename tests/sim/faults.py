@@ -107,6 +107,7 @@ MEMORY = {
     "voted": 30,
     "captured": 20,
     "restored": 4,
+    "saved": 2,
     "forked": 12,
     "said:Warm": 6,
     "said:Prepared": 12,

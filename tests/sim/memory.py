@@ -26,15 +26,18 @@ class Memory:
     buffers: dict[str, list[Shot | None]] = field(default_factory=dict)  # of each worker that ever was
     parity: set[SnapshotId] = field(default_factory=set)
     protected: SnapshotId | None = None
-    readable: dict[SnapshotId, int] = field(default_factory=dict)  # what was assembled for this node's workers
+    readable: dict[SnapshotId, tuple[Shot, ...]] = field(default_factory=dict)  # assembled for this node's workers
 
     def shots(self, snapshot: SnapshotId) -> dict[int, Shot]:
         """Slices of one snapshot, by number."""
-        held = (shot for buffers in self.buffers.values() for shot in buffers)
-        return {shot.index: shot for shot in held if shot is not None and shot.snapshot == snapshot}
+        return {shot.index: shot for shot in self._held() if shot.snapshot == snapshot}
+
+    def _held(self) -> list[Shot]:
+        captured = [shot for buffers in self.buffers.values() for shot in buffers if shot is not None]
+        return [*captured, *(shot for shots in self.readable.values() for shot in shots)]
 
     def holdings(self) -> tuple[SnapshotHolding, ...]:
-        snapshots = {shot.snapshot for buffers in self.buffers.values() for shot in buffers if shot is not None}
+        snapshots = {shot.snapshot for shot in self._held()}
         return tuple(
             SnapshotHolding(s.step, s.generation, tuple(sorted(self.shots(s))), s in self.parity)
             for s in sorted(snapshots | self.parity)

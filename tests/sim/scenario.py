@@ -11,6 +11,7 @@ from tests.sim.faults import Fault, draw_faults
 from tests.sim.links import LinkQuality
 
 INITIAL_DIGEST = 12345
+CHECKPOINT_DIGEST = 54321
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Scenario:
         stops_at: From which step on the worker of rank 0 asks all to stop; 0 for never.
         concludes: Whether something must run once after the loop.
         buffers: For snapshots, of each worker.
+        begins_after: Step of the checkpoint that the durable tier holds at the start; 0 for none.
         late_spec: What workers train that are started again; None for the same as the first.
     """
 
@@ -63,6 +65,7 @@ class Scenario:
     concludes: bool = False
     controller_timeout_s: float = 25.0
     buffers: int = 3
+    begins_after: int = 0
     initial_digest: int = INITIAL_DIGEST
     user_error: str = field(default="ValueError: bad sample")
 
@@ -128,6 +131,8 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
         ),
         buffers=memory.choice((2, 3)),
     )
+    if memory.random() < 0.25:
+        scenario = _with_durable_tier(scenario, memory)
     faults = draw_faults(random)
     scenario = replace(scenario, faults=faults, quiet_at_s=random.uniform(8.0, 14.0) if faults else 0.0)
     dice = random.random()
@@ -143,3 +148,15 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
     elif dice < 0.19:
         scenario = replace(scenario, never_prepares=True)
     return scenario
+
+
+def _with_durable_tier(scenario: Scenario, random: Random) -> Scenario:
+    settings = replace(scenario.settings, checkpoint_target="disk", checkpoint_every=random.randint(0, 4))
+    begins_after = random.choice((0, 0, random.randint(1, 20)))
+    return replace(
+        scenario,
+        settings=settings,
+        begins_after=begins_after,
+        steps=scenario.steps + begins_after,
+        stops_at=scenario.stops_at + begins_after if scenario.stops_at else 0,
+    )

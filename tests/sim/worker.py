@@ -368,12 +368,12 @@ class Worker(Process):
 
     def _restore(self, snapshot: SnapshotId) -> Generator[Request, Any, None]:
         yield Sleep(self.random.uniform(0.001, 0.05))
-        digest = self.keeper.memory.readable.get(snapshot)
-        if digest is None:
+        shots = self.keeper.memory.readable.get(snapshot)
+        if shots is None:
             raise Violation(f"worker {self.id} is to restore {snapshot}, which its agent has not assembled")
         self.donate, self.snapshot = (), None
         self.committed = self.page_committed = snapshot.step
-        self.digest = digest
+        self.digest = shots[0].digest
         self.slots_done, self.reduced = {}, None
         self.snapshotter.restored(snapshot.step)
         self.world.observe("received", self)

@@ -90,6 +90,35 @@ def test_a_bit_that_flipped_is_found_and_its_node_done_without() -> None:
     asyncio.run(scenario())
 
 
+def test_a_bit_that_flipped_in_parity_is_found_and_another_row_taken() -> None:
+    async def scenario() -> None:
+        async with Site(2, 2) as site:
+            site.capture(FIRST, [2 * MIB] * 4)
+            await site.until_protected(FIRST)
+            assembler = site.nodes["node-0"]
+            assert flip_anonymous_memory(site.nodes["node-2"].keeper.pid) > 0
+            assert await site.assemble("node-0", FIRST, ["node-1"]) == {1, 2, 3}
+            await assembler.until(lambda: assembler.counted["damaged"] > 0)
+
+    asyncio.run(scenario())
+
+
+def flip_anonymous_memory(pid: int) -> int:
+    """Flip a bit in every 64 KiB of the shared anonymous memory of a process, which is parity; returns how many."""
+    flipped = 0
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        for line in maps:
+            if "/dev/zero (deleted)" in line:
+                begin, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+                for place in range(begin, end, 1 << 16):
+                    memory.seek(place)
+                    (byte,) = memory.read(1)
+                    memory.seek(place)
+                    memory.write(bytes([byte ^ 1]))
+                    flipped += 1
+    return flipped
+
+
 def test_a_slice_that_was_damaged_before_it_was_handed_over_is_not_protected() -> None:
     async def scenario() -> None:
         async with Site(2, 1) as site:
@@ -106,7 +135,7 @@ def test_a_slice_that_was_damaged_before_it_was_handed_over_is_not_protected() -
 def test_a_node_that_dies_while_it_is_read_from_is_decoded_instead() -> None:
     async def scenario() -> None:
         async with Site(2, 1, settings=QUICK) as site:
-            site.capture(FIRST, [96 * MIB] * 3)
+            site.capture(FIRST, [64 * MIB] * 3)
             await site.until_protected(FIRST)
             assembling = asyncio.create_task(site.assemble("node-0", FIRST, []))
             await until_bytes_came(site.nodes["node-0"])
@@ -120,7 +149,7 @@ def test_a_node_that_dies_while_it_is_read_from_is_decoded_instead() -> None:
 def test_a_node_that_stands_still_while_it_is_decoded_from_is_done_without() -> None:
     async def scenario() -> None:
         async with Site(2, 2, settings=QUICK) as site:
-            site.capture(FIRST, [64 * MIB] * 4)
+            site.capture(FIRST, [48 * MIB] * 4)
             await site.until_protected(FIRST)
             assembling = asyncio.create_task(site.assemble("node-0", FIRST, ["node-1"]))
             victim = site.nodes["node-3"].keeper.pid

@@ -53,10 +53,10 @@ class Ends:
     """A server, and what asks it."""
 
     def __init__(self, answer: Callable[[Request], Answer], keys: Keys | None = None) -> None:
-        self.context = zmq.asyncio.Context()
+        self.context = zmq.Context()
+        self.raw_context = zmq.asyncio.Context.shadow(self.context)
         self.served, self.asked = Traffic(), Traffic()
         self.server = ShardServer(self.context, "127.0.0.1", answer, self.served, keys)
-        self.serving = asyncio.create_task(self.server.serve_forever())
         self.peers: list[Peer] = []
 
     def peer(self, address: str = "", silence_s: float = 0.3, keys: Keys | None = None, public_key: str = "") -> Peer:
@@ -74,7 +74,7 @@ class Ends:
 
     def raw(self, kind: int = zmq.DEALER) -> zmq.asyncio.Socket:
         """A socket that sends whatever it is given."""
-        made = self.context.socket(kind)
+        made = self.raw_context.socket(kind)
         made.connect(self.server.address)
         return made
 
@@ -86,7 +86,6 @@ async def ends(answer: Callable[[Request], Answer] = content, keys: Keys | None 
         async with asyncio.timeout(DEADLINE_S):
             yield made
     finally:
-        made.serving.cancel()
         for peer in made.peers:
             peer.close()
         made.server.close()
@@ -230,7 +229,7 @@ def test_a_peer_that_is_gone_is_known_at_once_and_one_that_is_silent_after_its_t
 def test_replies_to_nothing_that_was_asked_are_dropped() -> None:
     async def scenario() -> None:
         async with ends() as both:
-            router = both.context.socket(zmq.ROUTER)
+            router = both.raw_context.socket(zmq.ROUTER)
             router.bind("tcp://127.0.0.1:0")
             asking = asyncio.create_task(both.peer(router.getsockopt_string(zmq.LAST_ENDPOINT), 5.0).ask(read()))
             identity, frame = await router.recv_multipart()
@@ -256,7 +255,7 @@ def test_replies_to_nothing_that_was_asked_are_dropped() -> None:
 def test_no_more_than_the_credits_are_outstanding() -> None:
     async def scenario() -> None:
         async with ends() as both:
-            router = both.context.socket(zmq.ROUTER)
+            router = both.raw_context.socket(zmq.ROUTER)
             router.bind("tcp://127.0.0.1:0")
             peer = both.peer(router.getsockopt_string(zmq.LAST_ENDPOINT), 5.0)
             asking = [asyncio.create_task(peer.ask(read(i, 1))) for i in range(3 * CREDITS)]
@@ -328,7 +327,7 @@ def test_a_key_that_is_not_allowed_gets_nothing() -> None:
 
 def test_an_address_of_another_machine_is_refused_in_words() -> None:
     async def scenario() -> None:
-        context = zmq.asyncio.Context()
+        context = zmq.Context()
         with pytest.raises(ConfigError, match=r"The keeper cannot listen at 203.0.113.1"):
             ShardServer(context, "203.0.113.1", content, Traffic())
         context.destroy(0)
@@ -338,12 +337,12 @@ def test_an_address_of_another_machine_is_refused_in_words() -> None:
 
 def test_a_stopped_server_is_silent_and_one_that_goes_on_is_believed_again() -> None:
     script = (
-        "import asyncio, zmq.asyncio\n"
+        "import asyncio, zmq\n"
         "from tests.unit.test_shards import *\n"
         "async def main():\n"
-        "    server = ShardServer(zmq.asyncio.Context(), '127.0.0.1', content, Traffic())\n"
+        "    server = ShardServer(zmq.Context(), '127.0.0.1', content, Traffic())\n"
         "    print(server.address, flush=True)\n"
-        "    await server.serve_forever()\n"
+        "    await asyncio.sleep(60)\n"
         "asyncio.run(main())\n"
     )
     with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True) as process:
