@@ -12,7 +12,7 @@ import contextlib
 import os
 import sys
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
 from agent import channel
@@ -114,6 +114,7 @@ class KeeperProcess:
         self._bound: asyncio.Future[str] | None = None
         self._worlds: dict[int, tuple[World, Mapping[str, str]]] = {}
         self._held: dict[SnapshotId, dict[int, tuple[Slice, int]]] = {}
+        self._before_step = 0  # what is older was forgotten
         self._forgetting: list[tuple[int, asyncio.Future[None]]] = []
         self._orders: dict[int, _Ordered] = {}
         self._number = 0
@@ -168,22 +169,28 @@ class KeeperProcess:
         self._worlds[world.generation] = (world, public_keys or {})
         self._tell_world(world, public_keys or {})
 
-    async def forget(self, before_step: int) -> None:
-        """Let go of all snapshots before this step; when it returns, their memory may be used again.
+    def forget(self, before_step: int) -> Coroutine[Any, Any, None]:
+        """Tell it that the snapshot of this step is stable, so that it lets go of all before; it hears that before anything
+        that it is told later. When what is returned has ended, their memory may be used again.
 
         Raises:
             Unreachable: the keeper does not answer.
         """
+        self._before_step = max(self._before_step, before_step)
         for snapshot in [snapshot for snapshot in self._held if snapshot.step < before_step]:
             for _, fd in self._held.pop(snapshot).values():
                 os.close(fd)
         needed = {max(self._worlds, default=0), *(snapshot.generation for snapshot in self._held)}
         self._worlds = {number: world for number, world in self._worlds.items() if number in needed}
-        if self._channel is None:
-            return
         forgotten: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._forgetting.append((before_step, forgotten))
-        self._channel.send({"say": "forget", "before_step": before_step})
+        if self._channel is None:
+            forgotten.set_result(None)
+        else:
+            self._forgetting.append((before_step, forgotten))
+            self._channel.send({"say": "forget", "before_step": before_step})
+        return self._until_forgotten(before_step, forgotten)
+
+    async def _until_forgotten(self, before_step: int, forgotten: asyncio.Future[None]) -> None:
         try:
             await asyncio.wait_for(forgotten, FORGET_TIMEOUT_S)
         except TimeoutError as error:
@@ -231,6 +238,7 @@ class KeeperProcess:
 
     def _tell_all(self) -> None:
         """Everything again, world by world: a new world ends what is unfinished of the one before."""
+        self._send({"say": "forget", "before_step": self._before_step})
         for generation, (world, public_keys) in sorted(self._worlds.items()):
             self._tell_world(world, public_keys)
             for snapshot in sorted(self._held):

@@ -31,12 +31,11 @@ from elastic.memory import (
     Message,
     Refused,
     SnapshotPage,
-    is_spent,
     pack,
     populate,
     unpack,
 )
-from elastic.snapshots import Slice, SnapshotId, numbers_of
+from elastic.snapshots import Slice, SnapshotId, is_spent, numbers_of
 
 CONNECTIONS_MAX = 256
 BACKLOG = 64

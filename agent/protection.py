@@ -7,7 +7,8 @@ another question. This file must never see bytes, nor how they travel.
 
 Snapshots are protected in order. One is given up only when it can no longer be completed: a node of the group says that
 it will never have its slices, or the world has changed. Parity of a snapshot that was protected once is kept until the
-agent says that it may go; at most SETS_MAX snapshots have parity at a time, the stable one and the one being written.
+agent says that it may go, or a new world needs the memory and it is not the stable one; at most SETS_MAX snapshots have
+parity at a time, the stable one and the one being written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from agent.tables import Table, make_table, shard_bytes
-from elastic.snapshots import Slice, SnapshotId
+from elastic.snapshots import Slice, SnapshotId, is_spent
 from recovery.placement import ProtectionGroup, Stripe
 
 SETS_MAX = 2
@@ -78,7 +79,7 @@ class WorldCame:
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """A newer snapshot than those before this step is stable everywhere."""
+    """The snapshot of this step is stable everywhere: none before it is needed, and of worlds that are over no other."""
 
     before_step: int
 
@@ -454,18 +455,18 @@ class ProtectionMachine:
                 self._emit(WriteParity(kept.id, group, stripe, row, block_bytes, shards))
 
     def _make_room(self, kept: _Kept, size_bytes: int) -> bool:
-        """Free what was given up, oldest first, until a snapshot's parity fits; False if it cannot yet."""
+        """Free what is of no use any more until a snapshot's parity fits, first what was given up; False if it cannot yet."""
         sets = [other for other in self._in_order() if other.block_bytes is not None]
 
         def taken_bytes() -> int:
             return sum(self._set_bytes(other) for other in sets)
 
         while len(sets) >= SETS_MAX or taken_bytes() + size_bytes > self.parity_bytes_max:
-            useless = next((other for other in sets if other.given_up), None)
-            if useless is None:
+            useless = [other for other in sets if other.given_up] or [other for other in sets if self._is_spent(other)]
+            if not useless:
                 break
-            self._drop_parity(useless)
-            sets.remove(useless)
+            self._drop_parity(useless[0])
+            sets.remove(useless[0])
         if len(sets) >= SETS_MAX:
             return False  # the usual wait: a set is free once the newer of them is stable
         if taken_bytes() + size_bytes > self.parity_bytes_max:
@@ -476,6 +477,10 @@ class ProtectionMachine:
             )
             return False
         return True
+
+    def _is_spent(self, kept: _Kept) -> bool:
+        """Whether it was protected in a world that is over and never became stable, which it cannot any more."""
+        return is_spent(kept.id, self._newest(), self.before_step)
 
     def _set_bytes(self, kept: _Kept) -> int:
         group = self._group(kept)

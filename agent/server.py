@@ -156,7 +156,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         self.exit_code = 0
         self.reason = ""
         self.tasks: set[asyncio.Task[None]] = set()
-        self.base_environment = _worker_base_environment()
+        self.base_environment = config.worker_base_environment()
 
     # -- the machine -----------------------------------------------------------------------------------------------
 
@@ -419,16 +419,6 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         await self.snapshots.close()
         await self.standby.stop()
         await self.store.close()
-
-
-def _worker_base_environment() -> dict[str, str]:
-    environment = config.current_environment()
-    # Workers share the cores, and the number of threads is part of a kernel's bits: it must be the same on every node,
-    # however many workers each of them runs.
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    environment.setdefault("PYTHONUNBUFFERED", "1")
-    environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # workers fork data loaders, which never use the channel
-    return environment
 
 
 async def serve(settings: AgentConfig) -> int:

@@ -136,11 +136,6 @@ class NodeSnapshots:
             self._memory.drop_adopted()
         if self._keeper is not None:
             self._tell_slices(self._keeper)
-            if stable > self._forgotten:
-                self._forgotten = stable
-                self._covered = {snapshot for snapshot in self._covered if snapshot.step >= stable}
-                self._told = {(snapshot, index) for snapshot, index in self._told if snapshot.step >= stable}
-                self._spawn(self._forget(self._keeper, stable))
 
     def _spawn(self, work) -> asyncio.Task[None]:  # type: ignore[no-untyped-def]
         task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
@@ -166,6 +161,7 @@ class NodeSnapshots:
                 await self._keeper.stop()  # it was started to read, and there is something to protect now
                 self._keeper = None
                 self._told.clear()
+                self._forgotten = NO_STEP
             if self._keeper is None:
                 self._parity_bytes = self._budget_bytes * parity // (data + parity) if parity else 0
                 self._memory.limit(self._budget_bytes - self._parity_bytes)
@@ -204,14 +200,19 @@ class NodeSnapshots:
         self._tell_slices(keeper)
 
     def _tell_slices(self, keeper: KeeperProcess) -> None:
-        for one in self._memory.held():
-            name = (one.slice.snapshot, one.slice.index)
-            if name not in self._told and one.slice.snapshot.generation in self._plans:
+        """Tell the keeper what is stable and what has come, in this order: what it lets go of for a slice depends on it."""
+        held = self._memory.held()
+        stable = self.stable  # read after the slices: a worker shows it before it captures the first one of a new world
+        if stable > self._forgotten:
+            self._forgotten = stable
+            self._covered = {snapshot for snapshot in self._covered if snapshot.step >= stable}
+            self._told = {(snapshot, index) for snapshot, index in self._told if snapshot.step >= stable}
+            self._spawn(keeper.forget(stable))
+        for one in held:
+            name, snapshot = (one.slice.snapshot, one.slice.index), one.slice.snapshot
+            if name not in self._told and snapshot.step >= stable and snapshot.generation in self._plans:
                 self._told.add(name)
                 keeper.hold(one.slice, one.fd)
-
-    async def _forget(self, keeper: KeeperProcess, stable: int) -> None:
-        await keeper.forget(stable)
 
     async def _revive(self) -> None:
         await asyncio.sleep(RESTART_S)  # it went with the standby, perhaps, which is started again

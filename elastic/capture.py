@@ -27,11 +27,10 @@ from elastic.memory import (
     SnapshotMemory,
     SnapshotPage,
     StoredSlice,
-    is_spent,
     populate,
 )
 from elastic.payload import Layout, Unpacker, describe, manifest_of, manifest_text, read_description
-from elastic.snapshots import Slice, SnapshotId, share_of
+from elastic.snapshots import Slice, SnapshotId, is_spent, share_of
 from elastic.state import TrainingState, Watch
 
 PIECE_SIZE_BYTES = 2**20

@@ -12,6 +12,7 @@ import mmap
 import zlib
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 
 from elastic.isal import libraries
 
@@ -45,17 +46,22 @@ def crc32_at(address: int, size_bytes: int, value: int = 0) -> int:
     return carrier()(address, size_bytes, value)
 
 
-@cache
 def carrier() -> Carrier:
-    """Return what computes in this process: the first library that is right, otherwise zlib."""
+    """Return what computes in this process."""
+    return engine()[1]
+
+
+@cache
+def engine() -> tuple[str, Carrier]:
+    """Return the name and the function of the first library that is right, otherwise zlib's."""
     for library in libraries():
         try:
             candidate = isal_carrier(library)
         except (OSError, AttributeError):
             continue  # not on this machine, or an older one that lacks the function
         if is_right(candidate):
-            return candidate
-    return zlib_carrier
+            return f"ISA-L ({Path(library).name})", candidate
+    return "zlib", zlib_carrier
 
 
 def isal_carrier(library: str) -> Carrier:

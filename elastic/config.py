@@ -97,6 +97,17 @@ def current_environment() -> dict[str, str]:
     return dict(os.environ)
 
 
+def worker_base_environment() -> dict[str, str]:
+    """Return what the environment of every worker begins with."""
+    environment = current_environment()
+    # Workers share the cores, and the number of threads is part of a kernel's bits: it must be the same on every node,
+    # however many workers each of them runs.
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    environment.setdefault("PYTHONUNBUFFERED", "1")
+    environment["GRPC_ENABLE_FORK_SUPPORT"] = "0"  # workers fork data loaders, which never use the channel
+    return environment
+
+
 def replace_environment(environ: Mapping[str, str]) -> None:
     """Make this process's environment exactly this one (in a freshly forked worker)."""
     os.environ.clear()

@@ -1,4 +1,4 @@
-"""Run a daemon in this interpreter: `python -m elastic.launch controller|agent|keeper|checkpointer ARGS...`.
+"""Run a daemon in this interpreter: `python -m elastic.launch controller|agent|keeper|checkpointer|doctor ARGS...`.
 
 The daemons' folders have names that users' repositories use too, so they are on nobody's path: this module
 puts them first, here. It must never run in a training process nor set PYTHONPATH: no script may see them.
@@ -15,8 +15,10 @@ DAEMONS = {
     "agent": "agent.__main__",
     "keeper": "agent.keeper",
     "checkpointer": "agent.checkpointer",
+    "doctor": "agent.doctor",
 }
-"""Each one's name, and the module whose `main()` it is. The last two are started by an agent alone."""
+"""Each one's name, and the module whose `main()` it is. Keeper and checkpointer are started by an agent alone; the doctor
+only looks, and ends."""
 
 
 def main(argv: list[str]) -> int:

@@ -165,15 +165,6 @@ def _checksum(numbers: tuple[int, ...]) -> int:
     return crc32(struct.pack(f"={len(numbers)}q", *numbers))
 
 
-def is_spent(snapshot: SnapshotId, generation: int, stable: int) -> bool:
-    """Whether no restore needs the snapshot any more.
-
-    Args:
-        generation: of the world that trains now. stable: the newest step that is protected everywhere.
-
-    Older than the stable one; or of a world that is over, which nobody will protect any more.
-    """
-    return snapshot.step < stable or (snapshot.generation != generation and snapshot.step != stable)
 
 
 # ----------------------------------------------------------------------------------------------------

@@ -60,6 +60,17 @@ class Slice:
         return self.description_at + self.description_bytes
 
 
+def is_spent(snapshot: SnapshotId, generation: int, stable: int) -> bool:
+    """Whether no restore needs the snapshot any more.
+
+    Args:
+        generation: of the world that trains now. stable: the newest step that is protected everywhere.
+
+    Older than the stable one; or of a world that is over, which nobody will protect any more.
+    """
+    return snapshot.step < stable or (snapshot.generation != generation and snapshot.step != stable)
+
+
 def aligned(size_bytes: int) -> int:
     """The least multiple of the alignment that holds so many bytes."""
     return -(-size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES

@@ -49,7 +49,7 @@ class Cluster:
         folder: For ledger, logs and sockets; its path must be short (a socket's path has 107 bytes).
         script: The script and its arguments, as for `elastic agent`; ("-m", module, ...) for a module.
         nodes_min, nodes_max: Nodes that the job may have; it begins as soon as the most are there.
-        agent_options: More options for each `elastic agent`.
+        controller_options, agent_options: More options for `elastic controller`, and for each `elastic agent`.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Cluster:
         *,
         nodes_min: int = 1,
         nodes_max: int = 1,
+        controller_options: Sequence[str] = (),
         agent_options: Sequence[str] = (),
     ) -> None:
         self.folder = folder
@@ -66,6 +67,7 @@ class Cluster:
         self.on_status: Callable[[StatusReply], None] = ignore  # sees every answer of the controller
         self._script = tuple(script)
         self._nodes = (nodes_min, nodes_max)
+        self._controller_options = tuple(controller_options)
         self._agent_options = tuple(agent_options)
         self._controller: subprocess.Popen[bytes] | None = None
         self._agents: dict[str, subprocess.Popen[bytes]] = {}
@@ -91,7 +93,7 @@ class Cluster:
         self._controller = self._start(
             "controller", "controller", "--nnodes", f"{low}:{high}", "--port", str(self._port),
             "--ledger", str(self.folder / "ledger.sqlite"), "--port-file", str(port_file),
-            "--summary", str(self.summary_file), "--host", self._host,
+            "--summary", str(self.summary_file), "--host", self._host, *self._controller_options,
         )  # fmt: skip
         self.wait("the controller listens", port_file.exists, START_TIMEOUT_S)
         self._port = int(port_file.read_text())
@@ -153,6 +155,14 @@ class Cluster:
         """Return the workers of the present world."""
         return [worker for node in self.status().nodes for worker in node.workers if worker.state == "member"]
 
+    def newest_event(self, kind: str) -> str:
+        """Return what the newest event of a kind says."""
+        assert self._people is not None, "the controller was not started"
+        texts = [event.text for event in self._people.events(0, follow=False) if event.kind == kind]
+        if not texts:
+            raise ClusterError(f"the job has had no event {kind!r}")
+        return texts[-1]
+
     def summary(self) -> dict[str, Any]:
         """Return what the controller wrote at the end of the job."""
         summary: dict[str, Any] = json.loads(self.summary_file.read_text())
@@ -181,8 +191,8 @@ class Cluster:
                 )
             time.sleep(POLL_S)
 
-    def wait_for_world(self, size: int, timeout_s: float, *, steps: int = 3) -> StatusReply:
-        """Wait until a world of this size has committed a few steps; returns the status then."""
+    def wait_for_world(self, size: int, timeout_s: float, *, steps: int = 3, beyond_step: int = 0) -> StatusReply:
+        """Wait until a world of this size has committed a few steps, and all up to one; returns the status then."""
         seen: dict[int, int] = {}
         last: list[StatusReply] = []
 
@@ -194,7 +204,7 @@ class Cluster:
             here = [w for w in workers if (w.state, w.generation) == ("member", reply.generation)]
             if not reply.world_size == len(here) == size:
                 return False
-            return reply.step >= seen.setdefault(reply.generation, reply.step) + steps
+            return reply.step >= max(seen.setdefault(reply.generation, reply.step), beyond_step) + steps
 
         self.wait(f"a world of {size} trains", trains, timeout_s)
         return last[0]
@@ -229,6 +239,15 @@ class Cluster:
         """SIGKILL a node's agent; its workers die with it."""
         self._agents[name].kill()
         self._agents[name].wait()
+
+    def kill_workers(self, *lost_nodes: str) -> None:
+        """SIGKILL every worker of the present world, and the agents of these nodes in the same moment."""
+        lost = [self._agents[name] for name in lost_nodes]
+        for pid in [*(agent.pid for agent in lost), *(worker.pid for worker in self.members())]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        for agent in lost:
+            agent.wait()
 
     def stop_node(self, name: str) -> None:
         """SIGSTOP everything on a node."""

@@ -1,4 +1,4 @@
-"""Four nodes on this machine train a GPT while nodes and the controller are killed, stopped and added.
+"""Four nodes on this machine train a GPT while nodes, workers and the controller are killed, stopped and added.
 
     make demo
 
@@ -31,7 +31,8 @@ from examples.cluster import Cluster, ClusterError, end_on_signals, run_undistur
 NODES = 4
 SLOTS = 8  # divides well over 4, 3 and 2 workers
 MODEL = {"dim": 96, "layers": 3, "context": 64, "batch": 2}
-TRAINING_S = 30.0  # how long the disturbed job should train on this machine, without its losses
+REDUNDANCY = "2+2"  # of four nodes, any two may be lost
+TRAINING_S = 40.0  # how long the disturbed job should train on this machine, without its losses
 STOPPED_S = 4.0  # twice the failure timeout
 STEPS_WITHOUT_CONTROLLER = 8
 STEPS_BETWEEN = 6
@@ -98,9 +99,9 @@ class Demo:
 
     def run(self) -> dict[str, Any]:
         """Train with incidents; returns the job's summary."""
-        with Cluster(
-            self.folder, self.script(f"--timeline={self.timeline_file}"), nodes_max=NODES
-        ) as cluster:
+        script = self.script(f"--timeline={self.timeline_file}")
+        memory = ("--snapshot-every", "1", "--redundancy", REDUNDANCY)
+        with Cluster(self.folder, script, nodes_max=NODES, controller_options=memory) as cluster:
             cluster.on_status = self.show
             with self.doing(f"starting a controller and {NODES} nodes of one worker each"):
                 cluster.start_controller()
@@ -111,13 +112,13 @@ class Demo:
             self.add_a_node(cluster)
             self.stop_a_node(cluster)
             self.kill_the_controller(cluster)
+            self.kill_all_workers(cluster)
+            self.lose_two_nodes(cluster)
             with self.doing(f"nothing more is done to it: training to step {self.steps}"):
                 code = cluster.wait_for_end(END_S)
             summary = cluster.summary()
             if code != 0 or summary["step"] != self.steps:
-                raise ClusterError(
-                    f"the job {summary['state']} at step {summary['step']}: {summary['reason']}"
-                )
+                raise ClusterError(f"the job {summary['state']} at step {summary['step']}: {summary['reason']}")
             self.say(f"the job ended after step {summary['step']}, digest {summary['digest']}")
             return summary
 
@@ -132,9 +133,7 @@ class Demo:
 
     def kill_a_node(self, cluster: Cluster) -> None:
         pid = cluster.node("node2").agent_pid
-        with self.act(
-            cluster, "node2 killed (-9)", f"killing node2 with -9 (agent {pid}; its worker dies with it)"
-        ):
+        with self.act(cluster, "node2 killed (-9)", f"killing node2 with -9 (agent {pid}; its worker dies with it)"):
             cluster.kill_node("node2")
             reply = cluster.wait_for_world(NODES - 1, WAIT_S, steps=STEPS_BETWEEN)
         self.say(f"{reply.world_size} workers train on, step {reply.step}; none of them was restarted")
@@ -146,15 +145,11 @@ class Demo:
         self.say(f"node5 was given the state and trains, step {reply.step}")
 
     def stop_a_node(self, cluster: Cluster) -> None:
-        with self.act(
-            cluster, "node3 stopped (SIGSTOP)", f"stopping every process of node3 for {STOPPED_S:.0f} s"
-        ):
+        with self.act(cluster, "node3 stopped (SIGSTOP)", f"stopping every process of node3 for {STOPPED_S:.0f} s"):
             cluster.stop_node("node3")
             stopped_s = time.monotonic()
             reply = cluster.wait_for_world(NODES - 1, WAIT_S)
-            cluster.wait(
-                "node3 has been stopped long enough", lambda: time.monotonic() > stopped_s + STOPPED_S, WAIT_S
-            )
+            cluster.wait("node3 has been stopped long enough", lambda: time.monotonic() > stopped_s + STOPPED_S, WAIT_S)
         self.say(f"the others went on without it, step {reply.step}")
         with self.act(cluster, "node3 continued", "letting node3 run again", "its agent attached again"):
             cluster.continue_node("node3")
@@ -175,12 +170,41 @@ class Demo:
                 lambda: len(self.commits()) >= before + STEPS_WITHOUT_CONTROLLER,
                 WAIT_S,
             )
-            self.say(
-                f"{len(self.commits()) - before} steps were committed without it; starting it on its ledger"
-            )
+            self.say(f"{len(self.commits()) - before} steps were committed without it; starting it on its ledger")
             cluster.start_controller()
             reply = cluster.wait_for_world(NODES, WAIT_S, steps=STEPS_BETWEEN)
         self.say(f"the controller is back, generation {reply.generation}, step {reply.step}")
+
+    def kill_all_workers(self, cluster: Cluster) -> None:
+        with self.act(
+            cluster, "all workers killed (-9)", "killing the workers of all nodes at once with -9; the agents live on"
+        ):
+            step = cluster.status().step
+            cluster.kill_workers()
+            reply = cluster.wait_for_world(NODES, WAIT_S, steps=STEPS_BETWEEN, beyond_step=step)
+        self.say(cluster.newest_event("snapshot-chosen"))
+        self.say(f"new workers train on from their agents' memory, step {reply.step}")
+
+    def lose_two_nodes(self, cluster: Cluster) -> None:
+        lost = ("node4", "node5")
+        step = cluster.status().step
+        with self.doing(f"waiting until a snapshot of these workers is protected by the erasure code {REDUNDANCY}"):
+            cluster.wait("a snapshot is protected", lambda: cluster.status().stable >= step, WAIT_S)
+        with self.act(
+            cluster,
+            "all workers and two nodes killed (-9)",
+            f"killing all workers again, and with them the agents of {' and '.join(lost)}: half of the memory is gone",
+        ):
+            step = cluster.status().step
+            cluster.kill_workers(*lost)
+            reply = cluster.wait_for_world(NODES - len(lost), WAIT_S, steps=STEPS_BETWEEN, beyond_step=step)
+        self.say(cluster.newest_event("snapshot-chosen"))
+        self.say(f"{reply.world_size} new workers train on from what was decoded, step {reply.step}")
+        with self.act(cluster, "both nodes back", f"starting {' and '.join(lost)} again", "their agents attached"):
+            for node in lost:
+                cluster.start_agent(node)
+            reply = cluster.wait_for_world(NODES, WAIT_S, steps=STEPS_BETWEEN)
+        self.say(f"both were given the state and train, step {reply.step}")
 
     # -- what it cost ----------------------------------------------------------------------------------------
 
@@ -188,9 +212,7 @@ class Demo:
         """Return (clock, step) of each committed step, in order."""
         if not self.timeline_file.exists():
             return []
-        lines = [
-            json.loads(line) for line in self.timeline_file.read_text().splitlines() if line.endswith("}")
-        ]
+        lines = [json.loads(line) for line in self.timeline_file.read_text().splitlines() if line.endswith("}")]
         first: dict[int, float] = {}
         for line in lines:
             first.setdefault(line["step"], line["clock_s"])
@@ -206,11 +228,11 @@ class Demo:
             lost_s = max(0.0, max(pauses, default=0.0) - median_s)
             own = summary["incidents"][act.incidents_before : act.incidents_after]
             found = "; ".join(dict.fromkeys(f"{i['detected_by']}: {i['reason']}" for i in own)) or act.found
-            redone = sum(incident["steps_redone"] for incident in own)
-            table.add_row(act.title, escape(found) or "not at all", f"{lost_s:.2f}", str(redone))
-        table.caption = (
-            f"lost: the longest pause between two commits, less the median step ({median_s:.2f} s)"
-        )
+            redone = {
+                incident["generation"]: incident["steps_redone"] for incident in own
+            }  # shared by all of one fence
+            table.add_row(act.title, escape(found) or "not at all", f"{lost_s:.2f}", str(sum(redone.values())))
+        table.caption = f"lost: the longest pause between two commits, less the median step ({median_s:.2f} s)"
         return table
 
 
@@ -230,7 +252,7 @@ def choose_steps() -> int:
         times_s.append(time.perf_counter() - began_s)
     cores = len(os.sched_getaffinity(0))
     step_s = SLOTS * statistics.median(times_s) / min(cores, NODES) + 0.03  # and what a step costs besides
-    return max(150, min(3000, round(TRAINING_S / step_s)))
+    return max(300, min(3000, round(TRAINING_S / step_s)))
 
 
 def compare(demo: Demo, summary: dict[str, Any], undisturbed: dict[str, Any]) -> bool:
@@ -240,9 +262,7 @@ def compare(demo: Demo, summary: dict[str, Any], undisturbed: dict[str, Any]) ->
     demo.console.print(f"digest of this job's weights      {summary['digest']}", highlight=False)
     demo.console.print(f"digest of the run left alone      {undisturbed['digest']}", highlight=False)
     verdict = "[green]equal, bit for bit[/green]" if equal else "[red]the weights differ[/red]"
-    demo.console.print(
-        f"after {summary['step']} steps and {len(demo.acts)} incidents: {verdict}", highlight=False
-    )
+    demo.console.print(f"after {summary['step']} steps and {len(demo.acts)} incidents: {verdict}", highlight=False)
     return equal
 
 
@@ -259,9 +279,7 @@ def attempt(action: Callable[[], int], console: Console) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=0, help="steps to train [about a minute of training]")
     steps: int = parser.parse_args().steps
     end_on_signals()

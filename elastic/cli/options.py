@@ -137,6 +137,11 @@ job_settings = together(
                  help="Erasure code over the nodes' snapshots: K data and M parity shards; any M nodes may be lost."),
 )  # fmt: skip
 
+snapshot_memory = click.option(
+    "--snapshot-memory", type=MemorySize(), default=None, show_default="a quarter of the machine's",
+    help="Most memory of this node that snapshots may take.",
+)  # fmt: skip
+
 agent_settings = together(
     click.option("--nproc-per-node", "--nproc_per_node", "nproc_per_node", type=WorkerCount(), default="1",
                  show_default=True, help="Workers on this node."),
@@ -155,8 +160,7 @@ agent_settings = together(
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling and all randomness."),
     click.option("--share-memory/--no-share-memory", default=True, show_default=True,
                  help="Let workers of this node read each other's gradients in shared memory."),
-    click.option("--snapshot-memory", type=MemorySize(), default=None, show_default="a quarter of the machine's",
-                 help="Most memory of this node that snapshots may take."),
+    snapshot_memory,
     click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label of this node."),
     click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as in python -m."),
 )  # fmt: skip

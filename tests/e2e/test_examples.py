@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
+
+from examples.demo import Act, Demo
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES_MAX = 150
@@ -81,6 +84,30 @@ def test_careful_stops_early_and_saves_once(tmp_path: Path) -> None:
     first, second = (torch.load(path, weights_only=True) for path in saved)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_demo_says_what_each_act_cost(tmp_path: Path) -> None:
+    demo = Demo(tmp_path, 8, Console())
+    clocks_s = {1: 1.0, 2: 2.0, 3: 3.0, 4: 4.0, 5: 5.0, 6: 13.5, 7: 14.5, 8: 15.5}  # 4 and 5 were redone before 6
+    lines = [*clocks_s.items(), (4, 11.5), (5, 12.5)]
+    demo.timeline_file.write_text("".join(json.dumps({"clock_s": s, "step": step}) + "\n" for step, s in lines))
+    demo.acts = [
+        Act("one killed", "", 0, 1, began_s=2.5, ended_s=4.5),
+        Act("all killed", "", 1, 3, began_s=5.5, ended_s=14.0),
+        Act("one added", "its agent attached", 3, 3, began_s=14.1, ended_s=16.0),
+    ]
+    fences = [(2, 1), (3, 3), (3, 3)]  # two losses, after which all went on in one generation
+    incidents = [
+        {"detected_by": "pidfd", "reason": "killed", "generation": generation, "steps_redone": redone}
+        for generation, redone in fences
+    ]
+    columns = [list(column.cells) for column in demo.table({"incidents": incidents}).columns]
+    assert columns == [
+        ["one killed", "all killed", "one added"],
+        ["pidfd: killed", "pidfd: killed", "its agent attached"],
+        ["0.00", "7.50", "0.00"],
+        ["1", "3", "0"],
+    ]
 
 
 @pytest.mark.parametrize("name", ["digits", "gpt", "careful"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from agent import protection
@@ -172,6 +172,19 @@ def test_a_new_world_ends_what_is_unfinished_and_keeps_what_was_protected() -> N
     assert machine.written(FIRST) == (mine,)
 
 
+def test_what_was_protected_in_an_older_world_and_is_not_stable_gives_way_to_the_present_one() -> None:
+    machine = machine_of("a")
+    for snapshot in (FIRST, SECOND):
+        (write,) = writes(feed(machine, *hold(snapshot, "a"), *tables(snapshot, (0, 1, 2))))
+        feed(machine, ParityWritten(*write))
+    feed(machine, Forgotten(FIRST.step), WorldCame(world("a", 2)))
+    later = SnapshotId(7, 2)
+    said = feed(machine, *hold(later, "a"), *tables(later))
+    assert DropParity(SECOND) in said and DropParity(FIRST) not in said
+    assert {snapshot for snapshot, _ in writes(said)} == {later}
+    assert machine.written(FIRST) != ()
+
+
 def test_a_third_set_of_parity_waits_until_the_first_is_forgotten() -> None:
     machine = machine_of("a")
     for snapshot in (FIRST, SECOND):
@@ -335,8 +348,11 @@ class Cluster:
             self.give(node, Tick())
 
     def settle_stable(self) -> None:
-        """What the verdict does: the newest snapshot that every node says is protected becomes stable."""
-        newest = [max((s.step for s in self.protected[node]), default=0) for node in self.nodes]
+        """What the verdict does: the newest snapshot of this world that every node says is protected becomes stable."""
+        newest = [
+            max((s.step for s in self.protected[node] if s.generation == self.generation), default=0)
+            for node in self.nodes
+        ]
         self.before_step = max(self.before_step, min(newest))
         for node in self.nodes:
             self.captured[node] = [s for s in self.captured[node] if s.step >= self.before_step]
@@ -382,6 +398,9 @@ class Cluster:
         ),
         max_size=80,
     ),
+)
+@example(  # two snapshots protected, neither of them known to be stable, and then another world
+    code=(2, 1), deeds=[*[("deliver", 0)] * 60, ("capture", 0), *[("deliver", 0)] * 60, ("world", 0)]
 )
 def test_whatever_the_order_protected_is_true_and_in_the_end_everything_is(
     code: tuple[int, int], deeds: list[tuple[str, int]]
