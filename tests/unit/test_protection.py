@@ -378,7 +378,8 @@ class Cluster:
             ),
             st.integers(0, 1 << 16),
         ),
-        max_size=80,
+        min_size=40,  # it takes some before there is anything to lose
+        max_size=120,
     ),
 )
 def test_whatever_the_order_protected_is_true_and_in_the_end_everything_is(
