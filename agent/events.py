@@ -5,14 +5,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from elastic.domain import (
+    NO_STEP,
     AgentMessage,
+    AssembleSnapshot,
+    CheckpointFound,
+    CheckpointSaved,
     ControllerMessage,
+    FindCheckpoint,
+    FindSnapshots,
     PeersProbed,
     ProbePeers,
+    SaveCheckpoint,
+    SnapshotAssembled,
+    SnapshotsFound,
     StartWorker,
     WorkerCommand,
     WorkerMessage,
 )
+
+Order = ProbePeers | FindSnapshots | AssembleSnapshot | FindCheckpoint | SaveCheckpoint
+"""What the controller asks for that takes time ..."""
+Answer = PeersProbed | SnapshotsFound | SnapshotAssembled | CheckpointFound | CheckpointSaved
+"""... and its answers."""
 
 # Events -----------------------------------------------------------------------------------------------------------
 
@@ -85,13 +99,14 @@ class Looked:
     samples: int
     busy_until_s: float = 0.0
     waits: bool = False
+    stable: int = NO_STEP
 
 
 @dataclass(frozen=True, slots=True)
-class Probed:
-    """The nodes that were to be probed have answered, or not in time."""
+class CarriedOut:
+    """An order of the controller has been carried out; this is its answer."""
 
-    result: PeersProbed
+    answer: Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +130,7 @@ AgentEvent = (
     | WorkerSaid
     | ProcessEnded
     | Looked
-    | Probed
+    | CarriedOut
     | EndAsked
     | Tick
 )
@@ -163,10 +178,10 @@ class OpenGeneration:
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
-    """Ask these nodes whether they are there, side by side; then say Probed."""
+class CarryOut:
+    """Do what the controller asks for beside everything else; then say CarriedOut."""
 
-    order: ProbePeers
+    order: Order
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,4 +199,4 @@ class EndAgent:
     reason: str
 
 
-AgentEffect = Fork | Signal | Report | Forward | OpenGeneration | Probe | DropConnection | EndAgent
+AgentEffect = Fork | Signal | Report | Forward | OpenGeneration | CarryOut | DropConnection | EndAgent

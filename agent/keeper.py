@@ -31,6 +31,7 @@ from agent.orders import AssemblyOrder, KeeperSettings, world_from_json
 from agent.protection import (
     POLL_S,
     AskTable,
+    Covered,
     DropParity,
     DropSlices,
     Event,
@@ -239,12 +240,15 @@ class Keeper:
                     for task in self._writing.pop(snapshot, ()):
                         task.cancel()
                 case DropParity(snapshot):
+                    self._say("covered", snapshot=asdict(snapshot), is_covered=False)
                     self._parity_memory.give_back(self._parities.pop(snapshot).memory)
                 case DropSlices(snapshot):
                     self._slices.pop(snapshot, None)
                     self._shards.pop(snapshot, None)
                 case Protected(snapshot):
                     self._say("protected", snapshot=asdict(snapshot))
+                case Covered(snapshot):
+                    self._say("covered", snapshot=asdict(snapshot), is_covered=True)
                 case Vulnerable(snapshot, reason):
                     self._say("vulnerable", snapshot=asdict(snapshot), reason=reason)
 

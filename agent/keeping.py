@@ -52,6 +52,9 @@ class Listener(Protocol):
     def protected(self, snapshot: SnapshotId) -> None:
         """This node's shard of the snapshot survives whatever its group survives."""
 
+    def covered(self, snapshot: SnapshotId, is_covered: bool) -> None:
+        """Whether all parity of the snapshot that this node is to hold is complete; it is dropped when it is outdated."""
+
     def vulnerable(self, snapshot: SnapshotId, reason: str) -> None:
         """This node's shard of the snapshot is not protected, or not any more."""
 
@@ -262,6 +265,8 @@ class KeeperProcess:
                 self._listener.slice_held(slice_from_json(message["slice"]))
             case "protected":
                 self._listener.protected(SnapshotId(**message["snapshot"]))
+            case "covered":
+                self._listener.covered(SnapshotId(**message["snapshot"]), message["is_covered"])
             case "vulnerable":
                 self._listener.vulnerable(SnapshotId(**message["snapshot"]), message["reason"])
             case "progress":

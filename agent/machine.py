@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from agent.events import (
     AgentEffect,
     AgentEvent,
+    CarriedOut,
+    CarryOut,
     Connected,
     Disconnected,
     DropConnection,
@@ -24,8 +26,6 @@ from agent.events import (
     Heard,
     Looked,
     OpenGeneration,
-    Probe,
-    Probed,
     ProcessEnded,
     Report,
     Signal,
@@ -35,10 +35,13 @@ from agent.events import (
 from elastic.domain import (
     AgentHello,
     AgentMessage,
+    AssembleSnapshot,
     CollectiveFailed,
     Concluded,
     ControllerMessage,
     Failed,
+    FindCheckpoint,
+    FindSnapshots,
     FromWorker,
     Goodbye,
     Heartbeat,
@@ -49,6 +52,7 @@ from elastic.domain import (
     ProbePeers,
     Refused,
     Registered,
+    SaveCheckpoint,
     Shutdown,
     StartWorker,
     Switched,
@@ -154,8 +158,8 @@ class AgentMachine:
                 self._process_ended(worker_id, code, detected_by)
             case Looked():
                 self._looked(event, now)
-            case Probed(result):
-                self._report(result)
+            case CarriedOut(answer):
+                self._report(answer)
             case EndAsked(reason):
                 self._shut_down(Shutdown(reason, 0 if self.ending is None else self.ending.exit_code), now)
             case Tick():
@@ -203,8 +207,8 @@ class AgentMachine:
                 self._forward(worker_id, command)
             case Shutdown():
                 self._shut_down(message, now)
-            case ProbePeers():
-                self._emit(Probe(message))
+            case ProbePeers() | FindSnapshots() | AssembleSnapshot() | FindCheckpoint() | SaveCheckpoint():
+                self._emit(CarryOut(message))
             case HeartbeatAck():
                 pass
 
@@ -322,6 +326,7 @@ class AgentMachine:
             loss=look.loss,
             samples=look.samples,
             waits=look.waits and look.process_state not in STOPPED,
+            stable=look.stable,
         )
         if worker.end_reason:
             return

@@ -91,6 +91,12 @@ class Standby:
         answer = await self._ask(lambda channel: socket.send_fds(channel, [data], fds), "forked", worker)
         return int(answer["pid"])
 
+    async def fork_daemon(self, name: str, fd: int) -> int:
+        """Return the pid of a daemon (of `elastic.launch`) that has torch from the start, and this descriptor."""
+        data = json.dumps({"daemon": name}).encode()
+        answer = await self._ask(lambda channel: socket.send_fds(channel, [data], [fd]), "forked", name)
+        return int(answer["pid"])
+
     async def reap(self, pid: int) -> int:
         """Return the exit code of a worker whose pidfd has said that it ended."""
         data = json.dumps({"reap": pid}).encode()
@@ -137,6 +143,33 @@ async def _receive(channel: socket.socket, timeout_s: float) -> dict[str, Any]:
         raise OSError("the warm standby has ended")
     answer: dict[str, Any] = json.loads(data)
     return answer
+
+
+class ForkedDaemon:
+    """A daemon that the standby has forked."""
+
+    def __init__(self, standby: Standby, pid: int) -> None:
+        self.pid = pid
+        self._standby = standby
+        self._pidfd = os.pidfd_open(pid)
+
+    def kill(self) -> None:
+        """Send SIGKILL."""
+        os.kill(self.pid, signal.SIGKILL)
+
+    async def wait(self) -> int:
+        """Return its exit code once it has ended."""
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        loop.add_reader(self._pidfd, ended.set)
+        try:
+            await ended.wait()
+        finally:
+            loop.remove_reader(self._pidfd)
+            os.close(self._pidfd)
+        try:
+            return await self._standby.reap(self.pid)
+        except OSError:
+            return -signal.SIGKILL  # it went with the standby
 
 
 class WorkerProcess:
@@ -195,6 +228,7 @@ def worker_environment(
     record_dir: str,
     seed: int,
     shares_memory: bool,
+    memory_socket: Path,
 ) -> dict[str, str]:
     """Return the environment of one worker; the names are torchrun's where it has them."""
     environment = dict(base)
@@ -205,6 +239,7 @@ def worker_environment(
             config.ENV_RECORD_DIR: record_dir,
             config.ENV_SEED: str(seed),
             config.ENV_SHARES_MEMORY: str(int(shares_memory)),
+            config.ENV_MEMORY: str(memory_socket),
             "RANK": str(rank),
             "WORLD_SIZE": str(world_size),
             "LOCAL_RANK": str(local_rank),

@@ -218,6 +218,13 @@ class Protected:
 
 
 @dataclass(frozen=True, slots=True)
+class Covered:
+    """All parity of a snapshot that this node holds is complete."""
+
+    snapshot: SnapshotId
+
+
+@dataclass(frozen=True, slots=True)
 class Vulnerable:
     """This node's shard of a snapshot is not protected, or not any more, and why."""
 
@@ -225,7 +232,7 @@ class Vulnerable:
     reason: str
 
 
-Command = AskTable | WriteParity | Notify | StopWriting | DropParity | DropSlices | Protected | Vulnerable
+Command = AskTable | WriteParity | Notify | StopWriting | DropParity | DropSlices | Protected | Covered | Vulnerable
 
 
 @dataclass(slots=True)
@@ -384,6 +391,9 @@ class ProtectionMachine:
                     kept.writing.remove(stripe)
                     kept.written.add(stripe)
                     self._notify(kept, stripe)
+                    group = self._group(kept)
+                    if group is not None and len(kept.written) == group.m:
+                        self._emit(Covered(kept.id))
             case ParityFailed(_, stripe, gone, reason):
                 kept.writing.discard(stripe)
                 kept.write_at = now + POLL_S

@@ -22,6 +22,9 @@ import grpc.aio
 from agent.console import OutputPipe, open_outputs
 from agent.events import (
     AgentEvent,
+    Answer,
+    CarriedOut,
+    CarryOut,
     Connected,
     Disconnected,
     DropConnection,
@@ -34,8 +37,7 @@ from agent.events import (
     Heard,
     Looked,
     OpenGeneration,
-    Probe,
-    Probed,
+    Order,
     ProcessEnded,
     Report,
     Signal,
@@ -43,10 +45,24 @@ from agent.events import (
     WorkerSaid,
 )
 from agent.machine import AgentMachine, AgentSettings
-from agent.processes import Script, Standby, WorkerProcess, worker_environment
+from agent.processes import ForkedDaemon, Script, Standby, WorkerProcess, worker_environment
+from agent.snapshots import NodeSnapshots
 from agent.store import StoreService
 from elastic import config
-from elastic.domain import AgentHello, AgentMessage, PeersProbed, ProbePeers, StartWorker, WorkerCommand
+from elastic.domain import (
+    AgentHello,
+    AgentMessage,
+    AssembleSnapshot,
+    Commit,
+    FindCheckpoint,
+    FindSnapshots,
+    PeersProbed,
+    Prepare,
+    ProbePeers,
+    SaveCheckpoint,
+    StartWorker,
+    WorkerCommand,
+)
 from elastic.progress import ProgressPage
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -74,6 +90,7 @@ class AgentConfig:
     record_dir: str = ""
     seed: int = 0
     share_memory: bool = True
+    snapshot_memory_bytes: int = 0
     connect_timeout_s: float = 30.0
     controller_timeout_s: float = 600.0
     labels: tuple[tuple[str, str], ...] = ()
@@ -99,10 +116,19 @@ class _Worker:
 class AgentServer(runtime_pb2_grpc.WorkerServicer):
     """One node's agent."""
 
-    def __init__(self, settings: AgentConfig, socket_path: Path, peer_address: str, store: StoreService) -> None:
+    def __init__(
+        self,
+        settings: AgentConfig,
+        socket_path: Path,
+        peer_address: str,
+        store: StoreService,
+        snapshots: NodeSnapshots,
+        standby: Standby,
+    ) -> None:
         self.config = settings
         self.socket_path = socket_path
         self.store = store
+        self.snapshots = snapshots
         hello = AgentHello(
             job=settings.job,
             node=settings.node,
@@ -121,7 +147,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 controller_timeout_s=settings.controller_timeout_s,
             )
         )
-        self.standby = Standby()
+        self.standby = standby
         self.warm = asyncio.Event()
         self.ending = asyncio.Event()
         self.workers: dict[str, _Worker] = {}
@@ -147,13 +173,14 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 case Report(message):
                     self._send(message)
                 case Forward(worker_id, command):
+                    self._note_world(command)
                     worker = self.workers.get(worker_id)
                     if worker is not None:
                         worker.commands.put_nowait(command)
                 case OpenGeneration(generation):
                     self.store.open_generation(generation)
-                case Probe(order):
-                    self._spawn(self._probe(order))
+                case CarryOut(order):
+                    self._spawn(self._carry_out(order))
                 case DropConnection():
                     self._send(None)
                 case EndAgent(code, reason):
@@ -162,6 +189,13 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                     self.over.set()
         if self.machine.ending is not None:
             self.ending.set()
+
+    def _note_world(self, command: WorkerCommand) -> None:
+        match command:
+            case Prepare(plan):
+                self.snapshots.world_prepared(plan)
+            case Commit(generation):
+                self.snapshots.world_committed(generation)
 
     def _send(self, message: AgentMessage | None) -> None:
         if self.outgoing is not None:
@@ -179,11 +213,25 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             self.exit_code = 1
             self.over.set()
 
-    async def _probe(self, order: ProbePeers) -> None:
+    async def _carry_out(self, order: Order) -> None:
+        match order:
+            case ProbePeers():
+                answer: Answer = await self._probe(order)
+            case FindSnapshots():
+                answer = await self.snapshots.find(order)
+            case AssembleSnapshot():
+                answer = await self.snapshots.assemble(order)
+            case FindCheckpoint():
+                answer = await self.snapshots.look(order)
+            case SaveCheckpoint():
+                answer = await self.snapshots.save(order)
+        self.handle(CarriedOut(answer))
+
+    async def _probe(self, order: ProbePeers) -> PeersProbed:
         timeout_s = order.timeout_ms / 1000
         reached = await asyncio.gather(*(self.store.reaches(p.node, p.address, timeout_s) for p in order.peers))
         silent = tuple(peer.node for peer, answered in zip(order.peers, reached, strict=True) if not answered)
-        self.handle(Probed(PeersProbed(order.generation, silent)))
+        return PeersProbed(order.generation, silent)
 
     # -- processes -------------------------------------------------------------------------------------------------
 
@@ -232,6 +280,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 record_dir=self.config.record_dir,
                 seed=self.config.seed,
                 shares_memory=self.config.share_memory and not self.standby.memory_obstacle,
+                memory_socket=self.snapshots.socket_path,
             )
             out, err = worker.outputs
             pid = await self.standby.fork(
@@ -247,6 +296,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             os.close(progress_fd)
             for pipe in worker.outputs or ():
                 pipe.handed_over()
+        self.snapshots.worker_started(order.worker, pid)
         self.handle(Forked(order.worker, pid))
 
     def _process_ended(self, worker_id: str) -> None:
@@ -260,6 +310,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         except (OSError, TimeoutError):
             code, detected_by = -signal.SIGKILL, "pidfd, with its fork server"
         self._look(worker_id, worker)
+        self.snapshots.worker_ended(worker_id)
         worker.process.signal_group(signal.SIGKILL)  # whatever it started must not outlive it
         self.handle(ProcessEnded(worker_id, code, detected_by))
         worker.release()
@@ -288,6 +339,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 shown.samples,
                 shown.busy_until_s,
                 shown.waits,
+                self.snapshots.stable,
             )
         )
 
@@ -297,6 +349,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             for worker_id, worker in list(self.workers.items()):
                 self._look(worker_id, worker)
             self.handle(Tick())
+            self.snapshots.tick()
             await asyncio.sleep(TICK_S)
 
     # -- workers ---------------------------------------------------------------------------------------------------
@@ -363,6 +416,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
 
     async def close(self) -> None:
         """Release what is left."""
+        await self.snapshots.close()
         await self.standby.stop()
         await self.store.close()
 
@@ -389,7 +443,23 @@ async def _serve(settings: AgentConfig, socket_path: Path) -> int:
     peers, local = channels.server(), channels.server()
     runtime_pb2_grpc.add_StoreServicer_to_server(store, peers)
     port = channels.listen(peers, settings.local_addr, 0, what="the agent's peer service")
-    agent = AgentServer(settings, socket_path, channels.join_address(settings.local_addr, port), store)
+    standby = Standby()
+
+    async def launch_keeper(fd: int) -> ForkedDaemon:
+        return ForkedDaemon(standby, await standby.fork_daemon("keeper", fd))
+
+    snapshots = NodeSnapshots(
+        settings.job,
+        settings.node,
+        settings.local_addr,
+        socket_path.with_name("memory.sock"),
+        settings.snapshot_memory_bytes,
+        store,
+        launch_keeper,
+    )
+    await snapshots.start()
+    peer_address = channels.join_address(settings.local_addr, port)
+    agent = AgentServer(settings, socket_path, peer_address, store, snapshots, standby)
     runtime_pb2_grpc.add_WorkerServicer_to_server(agent, local)
     runtime_pb2_grpc.add_StoreServicer_to_server(store, local)
     local.add_insecure_port(f"unix:{socket_path}")

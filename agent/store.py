@@ -39,6 +39,7 @@ class StoreService(runtime_pb2_grpc.StoreServicer):
 
     def __init__(self, node: str) -> None:
         self.node = node
+        self.keeper_address = ""  # where this node's keeper listens, told to other agents
         self._oldest = 0
         self._generations: dict[int, _Generation] = {}
         self._peers: dict[str, grpc.aio.Channel] = {}
@@ -74,18 +75,26 @@ class StoreService(runtime_pb2_grpc.StoreServicer):
         """Say that this node is here."""
         if request.node != self.node:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"this is node {self.node}")
-        return runtime_pb2.ProbeReply()
+        return runtime_pb2.ProbeReply(shard_address=self.keeper_address)
 
     async def reaches(self, node: str, address: str, timeout_s: float) -> bool:
         """Whether another node's agent answers in time."""
+        return await self._probe(node, address, timeout_s) is not None
+
+    async def keeper_of(self, node: str, address: str, timeout_s: float) -> str:
+        """Where another node's keeper listens; "" if its agent does not say so in time."""
+        reply = await self._probe(node, address, timeout_s)
+        return reply.shard_address if reply is not None else ""
+
+    async def _probe(self, node: str, address: str, timeout_s: float) -> runtime_pb2.ProbeReply | None:
         try:
             # Not over a channel that may have been waiting to connect again.
             async with channels.client(address) as channel:
                 request = runtime_pb2.ProbeRequest(node=node)
-                await runtime_pb2_grpc.StoreStub(channel).Probe(request, timeout=timeout_s, wait_for_ready=True)
+                stub = runtime_pb2_grpc.StoreStub(channel)
+                return await stub.Probe(request, timeout=timeout_s, wait_for_ready=True)
         except grpc.aio.AioRpcError:
-            return False
-        return True
+            return None
 
     async def Set(
         self, request: runtime_pb2.StoreSetRequest, context: channels.Context

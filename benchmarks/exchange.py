@@ -63,6 +63,9 @@ class Node:
     def protected(self, snapshot: SnapshotId) -> None:
         self.is_protected.setdefault(snapshot, asyncio.Event()).set()
 
+    def covered(self, snapshot: SnapshotId, is_covered: bool) -> None:
+        return
+
     def vulnerable(self, snapshot: SnapshotId, reason: str) -> None:
         raise RuntimeError(reason)
 

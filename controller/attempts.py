@@ -10,21 +10,31 @@ from collections.abc import Iterable
 
 from controller.events import Persist
 from controller.job import Job
-from controller.state import Attempt, Suspicion
-from elastic.domain import Abandon, Member, PlanKind, Prepare
+from controller.state import Attempt, Node, Suspicion
+from elastic.domain import Abandon, Member, PlanKind, PlanNode, Prepare
+from elastic.snapshots import SnapshotId
 from recovery.plan import Candidate, make_plan
 
 
 def open_generation(
-    job: Job, kind: PlanKind, members: list[str], reason: str, now: float, *, leavers: Iterable[Member] = ()
+    job: Job,
+    kind: PlanKind,
+    members: list[str],
+    reason: str,
+    now: float,
+    *,
+    leavers: Iterable[Member] = (),
+    snapshot: SnapshotId | None = None,
 ) -> None:
     """Make the plan of the next generation, write it down, and have everybody concerned prepare for it.
 
-    `members` are in order of rank; `leavers` are members of the world before, who leave with this switch.
+    `members` are in order of rank; `leavers` are members of the world before, who leave with this switch; `snapshot` is
+    what the members read the state from, where nobody holds it.
     """
     assert job.spec is not None
     before = job.attempt.plan if job.attempt is not None and job.membership_from_attempt() else job.plan
     job.newest_generation += 1
+    nodes = [job.nodes[name] for name in dict.fromkeys(job.workers[worker_id].node for worker_id in members)]
     plan = make_plan(
         generation=job.newest_generation,
         kind=kind,
@@ -33,12 +43,15 @@ def open_generation(
         virtual_replicas=job.spec.virtual_replicas,
         prepare_timeout_ms=int(job.settings.failure_timeout_s * 1000),
         reason=reason,
-        before=before if kind is PlanKind.FENCE else None,
+        before=before if kind is PlanKind.FENCE and snapshot is None else None,
+        nodes=[site_of(node) for node in nodes],
+        redundancy=(job.settings.data_shards, job.settings.parity_shards),
     )
     job.attempt = Attempt(
         plan,
         now + job.settings.prepare_timeout_s,
         leavers=tuple(leavers),
+        snapshot=snapshot,
         replaces=job.plan.generation if job.plan is not None else 0,
     )
     job.emit(
@@ -50,6 +63,11 @@ def open_generation(
     )
     for worker_id in sorted(job.attempt.participants):
         job.tell(job.workers[worker_id], Prepare(plan))
+
+
+def site_of(node: Node) -> PlanNode:
+    """Return a node as plans name it."""
+    return PlanNode(node.id, node.domain, node.peer_address)
 
 
 def _candidate(job: Job, worker_id: str) -> Candidate:

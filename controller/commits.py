@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from controller.attempts import abandon_switch, suspect
 from controller.events import Persist
-from controller.fencing import state_lost
 from controller.job import Job
 from controller.probing import begin_probing
+from controller.restoring import state_lost
 from controller.state import Attempt, Worker
 from controller.switching import consider_switch, retry_switch_later
-from elastic.domain import Commit, Finish, PlanKind, Prepared
+from elastic.domain import FRESH_STEP, Commit, Finish, PlanKind, Prepared
 
 
 def worker_prepared(job: Job, worker: Worker, report: Prepared, now: float) -> None:
@@ -40,11 +40,16 @@ def worker_prepared(job: Job, worker: Worker, report: Prepared, now: float) -> N
         )
         consider_switch(job, now)
         return
-    holders = [report for report in _reports(attempt).values() if report.has_state]
-    if not holders:
+    holders = [report for report in _reports(attempt).values() if _holds_state(job, report)]
+    if not holders and attempt.snapshot is None:
         state_lost(job, "no survivor holds the state", now)
         return
     _commit(job, attempt, holders, now)
+
+
+def _holds_state(job: Job, report: Prepared) -> bool:
+    """Whether a worker holds the job's state: the initial one is not, in a job that has trained or begins with a checkpoint."""
+    return report.has_state and (job.step_committed == FRESH_STEP or max(report.committed, report.voted) > FRESH_STEP)
 
 
 def _reports(attempt: Attempt) -> dict[str, Prepared]:
@@ -54,9 +59,11 @@ def _reports(attempt: Attempt) -> dict[str, Prepared]:
 
 def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> None:
     """Commit a generation that all have prepared; `holders` are the reports of those who hold the state."""
-    plan, reports = attempt.plan, _reports(attempt)
-    restore = _restore_step(job, holders)
-    if plan.kind is PlanKind.SWITCH and job.plan is not None:
+    plan, reports, snapshot = attempt.plan, _reports(attempt), attempt.snapshot
+    restore = _restore_step(job, holders) if snapshot is None else snapshot.step
+    if snapshot is not None:
+        given = plan.workers()
+    elif plan.kind is PlanKind.SWITCH and job.plan is not None:
         given = plan.workers() - job.plan.workers()  # all others have it by the step that decides the switch
     else:
         given = frozenset(w for w, r in reports.items() if not (r.has_state and restore in (r.committed, r.voted)))
@@ -67,7 +74,11 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
     for member in plan.members:
         job.workers[member.worker].state = "member"
         job.workers[member.worker].holds_state = reports[member.worker].has_state and member.worker not in given
+    job.note_world(plan)
     redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
+    if snapshot is not None:
+        redone = job.step_committed - restore + 1
+        job.step_committed, job.restoring = restore, None  # what came after it is lost
     if plan.kind is not PlanKind.SWITCH:
         job.note_step(restore, now)
         job.incidents.regrouped(plan.generation, restore, redone)
@@ -76,12 +87,19 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
             "generation-committed",
             f"generation {plan.generation} committed"
             + (f", continuing after step {restore}" if plan.kind is PlanKind.FENCE else "")
-            + (f", {len(joiners)} joiner(s) receive the state" if joiners else ""),
-            {"generation": plan.generation, "restore_step": restore, "joiner_ranks": list(joiners)},
+            + (", which all read from memory" if snapshot is not None else "")
+            + (f", {len(joiners)} joiner(s) receive the state" if joiners and snapshot is None else ""),
+            {
+                "generation": plan.generation,
+                "restore_step": restore,
+                "joiner_ranks": list(joiners),
+                "snapshot_generation": snapshot.generation if snapshot is not None else 0,
+            },
         )
     )
     # Whoever has seen the verdict knows whether it ends the loop, and all others do what it said.
-    command = Commit(plan.generation, restore, joiners, any(report.stopping for report in holders))
+    stop = any(report.stopping for report in holders)
+    command = Commit(plan.generation, restore, joiners, stop, snapshot.generation if snapshot is not None else 0)
     for worker_id in sorted(attempt.participants):
         job.tell(job.workers[worker_id], command)
 

@@ -44,6 +44,11 @@ class DrainAsked:
 
 
 @dataclass(frozen=True, slots=True)
+class SaveAsked:
+    """A person wants a checkpoint."""
+
+
+@dataclass(frozen=True, slots=True)
 class StopAsked:
     """A person wants the job to end."""
 
@@ -55,7 +60,7 @@ class Tick:
     """Time has passed."""
 
 
-ControllerEvent = AgentAttached | AgentSaid | AgentGone | DrainAsked | StopAsked | Tick
+ControllerEvent = AgentAttached | AgentSaid | AgentGone | DrainAsked | SaveAsked | StopAsked | Tick
 
 
 @dataclass(frozen=True, slots=True)

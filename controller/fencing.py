@@ -2,8 +2,8 @@
 
     fault -> FENCE g: Prepare to all survivors -> all Prepared (sealed, group built, what they hold) -> `commits.py`
 
-Here is decided who is in that generation, and what is done when nobody is left who holds the state. A fence replaces
-whatever generation is on its way, and takes in nobody new unless it is told to.
+Here is decided who is in that generation; if nobody is left who holds the state, `restoring.py` brings it back. A fence
+replaces whatever generation is on its way, and takes in nobody new unless it is told to.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Iterable
 
 from controller.attempts import abandon_switch, open_generation
 from controller.endings import end_job
-from controller.events import Persist
 from controller.founding import found_anew
 from controller.job import Job
+from controller.restoring import state_lost
 from elastic.domain import PlanKind
 
 FRUITLESS_LIMIT = 5  # generations in a row that failed although nobody was lost
@@ -34,6 +34,10 @@ def fence(job: Job, reason: str, now: float, *, loss: bool, joining: Iterable[st
     abandon_switch(job, reason)
     if job.plan is None:
         found_anew(job, survivors, now)
+        return
+    attempt = job.attempt
+    if attempt is not None and attempt.snapshot is not None and not attempt.committed:
+        state_lost(job, reason, now)  # nobody has read it yet, so whoever is left holds nothing
         return
     members = _seats(job, survivors)
     if not members:
@@ -60,30 +64,3 @@ def _seats(job: Job, survivors: list[str]) -> list[str]:
             job.kill(job.workers[worker_id], "the world goes on without it")
             job.workers[worker_id].state = "dead"
     return members
-
-
-def state_lost(job: Job, reason: str, now: float) -> None:
-    """Nobody who holds the state can be reached. Wait for nodes that may come back with it, else give it up."""
-    job.attempt, job.suspicion = None, None
-    if job.recovering_until is None and any(w.state == "lost" for w in job.known(job.last_members())):
-        job.recovering_until = now + job.settings.start_timeout_s
-        job.emit(
-            Persist("job-waits", f"no worker that holds the state can be reached ({reason}): waiting for its node", {})
-        )
-        return
-    last = job.last_failure()
-    if job.step_committed == 0:
-        job.plan, job.leavers, job.founding_since = None, (), now
-        job.emit(Persist("job-unfounded", f"nothing was trained yet, so the first world forms anew: {reason}", {}))
-        for worker in job.workers.values():
-            if worker.alive and worker.spec is not None:
-                job.kill(worker, "the first world forms anew")
-        return
-    end_job(
-        job,
-        "failed",
-        f"every copy of the training state was lost after step {job.step_committed} ({reason}); "
-        "no checkpoint exists, so the job must be started again from step 0",
-        now,
-        last,
-    )

@@ -13,6 +13,7 @@ from controller.attempts import open_generation
 from controller.endings import end_job
 from controller.events import Persist
 from controller.job import Job
+from controller.restoring import begin_with_checkpoint
 from controller.state import Worker, natural
 from elastic.domain import Admitted, PlanKind, TrainingSpec
 
@@ -31,6 +32,8 @@ def found_if_complete(job: Job, now: float) -> None:
         return
     if job.enough_since is None:
         job.enough_since = now
+    if begin_with_checkpoint(job, now):
+        return
     if len(nodes) < job.settings.nodes_max and now - job.enough_since < job.settings.join_timeout_s:
         return
     _found(job, ready, now)
@@ -56,8 +59,10 @@ def _found(job: Job, ready: list[Worker], now: float) -> None:
         worker.holds_state = worker.state == "registered"
         worker.state = "member"
         if worker.holds_state:
-            job.tell(worker, Admitted(fixed.slots, fixed.virtual_replicas, fixed.reduction, fixed.seed, 0))
-    open_generation(job, PlanKind.FOUND, [w.id for w in order], f"first world of {len(order)} worker(s)", now)
+            job.tell(worker, _admission(job, joins=False))
+    snapshot = job.restoring.snapshot if job.restoring is not None else None
+    reason = f"first world of {len(order)} worker(s)"
+    open_generation(job, PlanKind.FOUND, [w.id for w in order], reason, now, snapshot=snapshot)
 
 
 def _fix_job(job: Job, spec: TrainingSpec, workers: int, now: float) -> bool:
@@ -90,18 +95,20 @@ def _fix_job(job: Job, spec: TrainingSpec, workers: int, now: float) -> bool:
 
 def admit_joiner(job: Job, worker: Worker) -> None:
     """Tell a worker which numbers are fixed, and to warm up: it is to join a world, not to found one."""
-    assert job.spec is not None
     worker.state = "warming"
-    job.tell(
-        worker,
-        Admitted(
-            job.spec.slots,
-            job.spec.virtual_replicas,
-            job.spec.reduction,
-            job.spec.seed,
-            job.step_committed,
-            joins_running_world=True,
-        ),
+    job.tell(worker, _admission(job, joins=True))
+
+
+def _admission(job: Job, *, joins: bool) -> Admitted:
+    assert job.spec is not None
+    return Admitted(
+        slots=job.spec.slots,
+        virtual_replicas=job.spec.virtual_replicas,
+        reduction=job.spec.reduction,
+        seed=job.spec.seed,
+        committed=job.step_committed if joins else 0,
+        joins_running_world=joins,
+        snapshot_every=job.settings.snapshot_every,
     )
 
 

@@ -13,9 +13,11 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from controller.events import ControllerEffect, Persist, ToAgent
 from controller.incidents import IncidentBook, describe
-from controller.state import Attempt, JobSettings, Node, Probing, Standstill, Suspicion, Worker
-from elastic.domain import Failed, Incident, KillWorker, Member, Plan, ToWorker, TrainingSpec, WorkerCommand
+from controller.state import Attempt, JobSettings, Node, Probing, Restoring, Saving, Standstill, Suspicion, Worker
+from elastic.domain import NO_STEP, Failed, Incident, KillWorker, Member, Plan, ToWorker, TrainingSpec, WorkerCommand
 from monitoring.goodput import StepClock
+
+WORLDS_KEPT = 64
 
 
 @dataclass(slots=True, eq=False)
@@ -47,6 +49,19 @@ class Job:
     standstill: Standstill | None = None
     probing: Probing | None = None
     probed_cut_at: float = float("-inf")  # when nodes that were left out for a dead link were last probed
+    worlds: dict[int, Plan] = field(default_factory=dict)  # newest committed ones; snapshots of them may be needed
+    restoring: Restoring | None = None
+    searches: int = 0  # for snapshots so far
+    failed_searches: int = 0  # in a row, since a world has trained
+    looked: bool = False  # for a checkpoint to begin with
+    saving: Saving | None = None
+    saves: int = 0  # so far
+    saved_step: int = NO_STEP  # of the newest checkpoint ...
+    saved_path: str = ""  # ... and where it lies
+    save_fault: str = ""  # why the last one was not written
+    save_again_at: float = float("-inf")
+    stopping: str = ""  # why the job ends once its last checkpoint is written ...
+    stopping_since: float = 0.0  # ... and since when
     fruitless: int = 0  # generations in a row that failed although nobody was lost
 
     # How far it is, and what it has cost.
@@ -123,6 +138,12 @@ class Job:
         """Who may hold the state as of the newest committed generation."""
         return (*self.plan.members, *self.leavers) if self.plan is not None else ()
 
+    def note_world(self, plan: Plan) -> None:
+        """Note a world that was committed, and forget those whose snapshots are long gone."""
+        self.worlds[plan.generation] = plan
+        for generation in sorted(self.worlds)[:-WORLDS_KEPT]:
+            del self.worlds[generation]
+
     def known(self, members: Iterable[Member]) -> list[Worker]:
         return [self.workers[m.worker] for m in members if m.worker in self.workers]
 
@@ -141,6 +162,8 @@ class Job:
             return "recovering"
         if self.plan is None:
             return "founding"
+        if self.restoring is not None:
+            return "restoring"
         if self.membership_from_attempt() or self.suspicion is not None:
             return "regrouping"
         return "running"

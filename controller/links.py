@@ -25,7 +25,7 @@ from monitoring.hangs import hang_timeout_s
 def fence_if_unexplained(job: Job, now: float) -> None:
     """Act on a world that broke, once the loss that would explain it has had its time to be found."""
     suspicion = job.suspicion
-    if suspicion is None or now - suspicion.since <= GRACE_S or job.probing is not None:
+    if suspicion is None or job.restoring is not None or now - suspicion.since <= GRACE_S or job.probing is not None:
         return
     if not begin_probing(job, _nodes_in_doubt(job), suspicion.reason, now, then_fence=True):
         _fence_anew(job, suspicion.reason, now)
@@ -133,7 +133,9 @@ def check_standstill(job: Job, now: float) -> None:
 
 def _standstill_of(job: Job, now: float) -> tuple[tuple[str, int, int], ...] | None:
     """Return what the members' statuses say if all of them wait or have left the loop, else None."""
-    if job.plan is None or job.attempt is not None or job.suspicion is not None or job.finishing:
+    if job.plan is None or job.attempt is not None or job.suspicion is not None or job.restoring is not None:
+        return None
+    if job.finishing:
         return None
     members = [job.workers[member.worker] for member in job.plan.members]
     if not all(w.alive and (w.leaving or (w.status.waits and _is_fresh(job, w, now))) for w in members):

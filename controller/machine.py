@@ -12,6 +12,8 @@ and hands it the `Job` (`job.py`), which is all the state there is. Parts call e
     commits.py     what becomes of a generation that was opened
     switching.py   who joins and who leaves, while the others train on
     fencing.py     who goes on after a fault
+    restoring.py   the state is brought back from the nodes' memory, or from a checkpoint
+    saving.py      when a checkpoint is written
     founding.py    the first world
     endings.py     the end of the job
     probing.py     which nodes cannot reach each other
@@ -31,7 +33,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from controller.endings import check_finished, end_job
+from controller.endings import check_finished
 from controller.events import (
     AgentAttached,
     AgentGone,
@@ -40,6 +42,7 @@ from controller.events import (
     ControllerEffect,
     ControllerEvent,
     DrainAsked,
+    SaveAsked,
     StopAsked,
     Tick,
     ToAgent,
@@ -51,17 +54,23 @@ from controller.losses import attempt_expired, worker_exited
 from controller.nodes import agent_attached, drain, drain_refusal, let_drained_go, node_lost, node_said_goodbye
 from controller.probing import take_answer
 from controller.recovering import finish_recovering, restore_from_ledger
+from controller.restoring import check_restoring, take_assembled, take_checkpoint, take_found
+from controller.saving import save, save_if_due, save_refusal, stop, take_saved
 from controller.state import Node
 from controller.switching import consider_switch
 from controller.workers import note_status, worker_said
 from elastic.domain import (
     AgentHello,
     AgentMessage,
+    CheckpointFound,
+    CheckpointSaved,
     FromWorker,
     Goodbye,
     Heartbeat,
     HeartbeatAck,
     PeersProbed,
+    SnapshotAssembled,
+    SnapshotsFound,
     WorkerExited,
     WorkerStarted,
 )
@@ -90,8 +99,10 @@ class ControllerMachine(Job):
                     node_lost(self, node, f"its stream ended: {reason}", "stream", now)
             case DrainAsked(node_id):
                 drain(self, node_id, now)
+            case SaveAsked():
+                save(self, now)
             case StopAsked(reason):
-                end_job(self, "stopped", reason or "stopped on request", now)
+                stop(self, reason or "stopped on request", now)
             case Tick():
                 self._tick(now)
         effects, self.effects = self.effects, []
@@ -107,6 +118,10 @@ class ControllerMachine(Job):
     def drain_refusal(self, node_id: str) -> str:
         """Return why a node cannot be drained now, or ""."""
         return drain_refusal(self, node_id)
+
+    def save_refusal(self) -> str:
+        """Return why no checkpoint can be written now, or ""."""
+        return save_refusal(self)
 
     def _agent_said(self, node: Node, message: AgentMessage, now: float) -> None:
         node.heard_at = now
@@ -127,6 +142,14 @@ class ControllerMachine(Job):
             case PeersProbed():
                 take_answer(self, node.id, message)
                 check_probing(self, now)
+            case SnapshotsFound():
+                take_found(self, node, message, now)
+            case SnapshotAssembled():
+                take_assembled(self, node, message, now)
+            case CheckpointSaved():
+                take_saved(self, node, message, now)
+            case CheckpointFound():
+                take_checkpoint(self, node, message, now)
             case Goodbye(reason):
                 node_said_goodbye(self, node, reason, now)
             case AgentHello():
@@ -139,6 +162,7 @@ class ControllerMachine(Job):
             # The controller itself stood still: silence in that time is nobody else's fault.
             for node in self.nodes.values():
                 node.heard_at = min(now, node.heard_at + now - self.last_tick)
+            self.standstill = None  # nor has it seen that nothing moved meanwhile
         self.last_tick = now
         if self.outcome:
             return
@@ -158,7 +182,7 @@ class ControllerMachine(Job):
             fence_if_unexplained(self, now)
         check_standstill(self, now)
         probe_left_out(self, now)
-        for look in (found_if_complete, check_start_timeout, consider_switch, let_drained_go):
+        for look in (save_if_due, check_restoring, found_if_complete, check_start_timeout, consider_switch, let_drained_go):
             if self.outcome or self.recovering_until is not None:
                 return
             look(self, now)

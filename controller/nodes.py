@@ -15,6 +15,7 @@ from controller.job import Job
 from controller.losses import workers_lost
 from controller.places import fill_places
 from controller.recovering import finish_recovering, replay, take_back
+from controller.restoring import forget_answers
 from controller.state import Node
 from controller.switching import consider_switch
 from elastic.domain import PROTOCOL_VERSION, AgentHello, Refused, Shutdown, Welcome
@@ -41,10 +42,12 @@ def agent_attached(job: Job, hello: AgentHello, now: float) -> None:
         peer_address=hello.peer_address,
         worker_address=hello.worker_address,
         heard_at=now,
+        domain=dict(hello.labels).get("domain", ""),
         state="draining" if job.draining.get(hello.node) == hello.incarnation else "attached",
         restarts=known.restarts if known is not None else {},
     )
     job.nodes[hello.node] = node
+    forget_answers(job, node.incarnation)
     keep = take_back(job, node, hello)
     job.emit(
         Persist(

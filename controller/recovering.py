@@ -16,10 +16,11 @@ from typing import Any
 from controller.attempts import suspect
 from controller.endings import check_finished, check_outcome, let_finish
 from controller.events import Persist
-from controller.fencing import fence, state_lost
+from controller.fencing import fence
 from controller.founding import admit_joiner, found_if_complete
 from controller.job import Job
 from controller.places import fill_places
+from controller.restoring import state_lost
 from controller.state import Node, Worker
 from controller.switching import consider_switch
 from elastic.domain import (
@@ -56,7 +57,10 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 job.newest_generation = max(job.newest_generation, plan.generation)
             case "generation-committed":
                 job.plan, job.leavers = opened[data["generation"]]
+                job.note_world(job.plan)
                 job.joiners = frozenset(job.plan.members[rank].worker for rank in data["joiner_ranks"])
+                if data.get("snapshot_generation"):
+                    job.step_committed = data["restore_step"]  # what came after it is lost
                 job.step_committed = max(job.step_committed, data["restore_step"])
             case "generation-adopted":
                 job.leavers = ()
@@ -64,6 +68,11 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 job.step_committed = max(job.step_committed, data["step"])
             case "job-unfounded":
                 job.plan, job.leavers = None, ()
+            case "checkpoint-looked":
+                job.looked = not data["path"]  # what was found is read by the world that begins with it, or is looked for again
+                job.saved_step, job.saved_path = data["step"], data["path"]
+            case "checkpoint-saved":
+                job.saved_step, job.saved_path = data["step"], data["path"]
             case "node-draining":
                 job.draining[data["node"]] = data["incarnation"]
             case "node-left":

@@ -30,6 +30,7 @@ from controller.events import (
     DrainAsked,
     EndJob,
     Persist,
+    SaveAsked,
     StopAsked,
     Tick,
     ToAgent,
@@ -38,7 +39,7 @@ from controller.ledger import Ledger
 from controller.machine import ControllerMachine
 from controller.state import JobSettings
 from controller.views import status
-from elastic.domain import AgentHello, Commit, ControllerMessage, Event, ToWorker
+from elastic.domain import NO_STEP, AgentHello, Commit, ControllerMessage, Event, ToWorker
 from elastic.failpoints import FailPoint, reach
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -256,6 +257,21 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
         self.handle(DrainAsked(request.node))
         return runtime_pb2.DrainReply(text=f"node {request.node} leaves after the step in progress")
+
+    async def Checkpoint(
+        self, request: runtime_pb2.CheckpointRequest, context: channels.Context
+    ) -> runtime_pb2.CheckpointReply:
+        """Have a checkpoint written, and wait until it is."""
+        refusal = self.machine.save_refusal()
+        if refusal:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        self.handle(SaveAsked())
+        saving = self.machine.saving
+        while saving is not None and self.machine.saving == saving and not self.over.is_set():
+            await asyncio.sleep(TICK_S)  # as long as the caller's deadline allows
+        if self.machine.save_fault or self.machine.saved_step == NO_STEP:
+            await context.abort(grpc.StatusCode.ABORTED, f"no checkpoint was written: {self.machine.save_fault}")
+        return runtime_pb2.CheckpointReply(text=f"step {self.machine.saved_step} is at {self.machine.saved_path}")
 
     async def Stop(
         self, request: runtime_pb2.StopRequest, context: channels.Context

@@ -7,7 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from elastic.domain import Failed, Leaving, Member, Plan, PlanKind, Prepared, TrainingSpec, WorkerStatus
+from elastic.domain import (
+    Failed,
+    Leaving,
+    Member,
+    Plan,
+    PlanKind,
+    Prepared,
+    SnapshotHolding,
+    TrainingSpec,
+    WorkerStatus,
+)
+from elastic.snapshots import SnapshotId
+from recovery.ladder import Restore
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +34,11 @@ class JobSettings:
         start_timeout_s: Longest wait for the first world.
         hang_timeout_s: Longest time without progress in the user's code; 0: derived from the steps seen.
         join_timeout_s: With nodes_min present, how long the first world waits for nodes_max.
+        snapshot_every: Steps from one snapshot in memory to the next; 0: none are taken, -1: as often as is cheap.
+        data_shards, parity_shards: Of the erasure code that protects snapshots; no parity: they are not protected.
+        checkpoint_target: Directory, or an address of fsspec, for checkpoints; empty for none.
+        checkpoint_every: Steps from one checkpoint to the next; 0: only when asked.
+        checkpoint_keep: How many of them stay.
         token: What agents must show; empty where none is required.
     """
 
@@ -33,6 +50,12 @@ class JobSettings:
     start_timeout_s: float = 600.0
     hang_timeout_s: float = 0.0
     join_timeout_s: float = 30.0
+    snapshot_every: int = 0
+    data_shards: int = 0
+    parity_shards: int = 0
+    checkpoint_target: str = ""
+    checkpoint_every: int = 0
+    checkpoint_keep: int = 2
     token: str = field(default="", repr=False)
 
     @property
@@ -52,6 +75,7 @@ class Node:
     peer_address: str
     worker_address: str
     heard_at: float
+    domain: str = ""  # its failure domain; empty: one of its own
     state: str = "attached"  # attached, draining, lost, left
     restarts: dict[int, int] = field(default_factory=dict)
     shut_down: bool = False  # its agent was told that it has left
@@ -95,6 +119,7 @@ class Attempt:
     committed: bool = False
     switched: set[str] = field(default_factory=set)
     leavers: tuple[Member, ...] = ()  # members of the world before, who leave with this switch
+    snapshot: SnapshotId | None = None  # from which all who go on read the state, since nobody holds it
     replaces: int = 0  # generation in which the participants train until they have adopted this one
     waits_for_nodes: bool = False  # prepared by all, but fewer nodes than the job asks for
 
@@ -129,6 +154,49 @@ class Probing:
     then_fence: bool
     suspected: frozenset[tuple[str, str]] | None = None
     answers: dict[str, frozenset[str]] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class Restoring:
+    """Nobody holds the state any more, and it is brought back from the nodes' memory.
+
+    Attributes:
+        number: Of this search; answers to others are late.
+        reason: Why nobody holds it.
+        since: When it was lost.
+        asked: Incarnations of agents that were asked what they hold ...
+        found: ... and what they said.
+        looks_in: Incarnation of the agent that looks for a checkpoint, if one is needed.
+        choice: What is restored, once that is decided ...
+        snapshot: ... which one that is ...
+        checkpoint: ... where it lies, if it is not in memory ...
+        chosen_at: ... and when it was decided.
+        ordered: Incarnations of agents that were told to make it readable for their workers ...
+        assembled, refusals: ... that have, and that could not, with their reasons.
+    """
+
+    number: int
+    reason: str
+    since: float
+    asked: set[str] = field(default_factory=set)
+    found: dict[str, tuple[SnapshotHolding, ...]] = field(default_factory=dict)
+    looks_in: str = ""
+    choice: Restore | None = None
+    snapshot: SnapshotId | None = None
+    checkpoint: str = ""
+    chosen_at: float = 0.0
+    ordered: set[str] = field(default_factory=set)
+    assembled: set[str] = field(default_factory=set)
+    refusals: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """A checkpoint is being written by the agent of this incarnation."""
+
+    number: int
+    incarnation: str
+    since: float
 
 
 @dataclass(slots=True)

@@ -22,6 +22,8 @@ def consider_switch(job: Job, now: float) -> None:
     """Take warm workers in and let leavers go, if nothing else is on its way."""
     if job.plan is None or job.spec is None or job.outcome or job.finishing or job.recovering_until is not None:
         return
+    if job.restoring is not None:
+        return
     if job.suspicion is not None or any(w.leaving for w in job.workers.values() if w.alive):
         return
     if job.attempt is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from controller.job import Job
+from controller.saving import stable_step
 from controller.state import natural
 from elastic.domain import NodeView, StatusReply, WorkerView
 from monitoring.goodput import Goodput
@@ -53,4 +54,7 @@ def status(job: Job, now: float) -> StatusReply:
         digest=job.digest,
         step_s=job.steps.median_s(),
         reduction=job.spec.reduction if job.spec is not None else "",
+        stable=stable_step(job),
+        saved=job.saved_step,
+        save_fault=job.save_fault,
     )

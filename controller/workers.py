@@ -10,10 +10,11 @@ from dataclasses import replace
 
 from controller.attempts import abandon_switch, suspect, worlds_in_use
 from controller.commits import prepare_failed, worker_prepared, worker_switched
-from controller.endings import check_finished, end_job, worker_concluded
+from controller.endings import check_finished, check_outcome, end_job, worker_concluded
 from controller.events import Persist
 from controller.founding import admit_joiner, found_if_complete
 from controller.job import Job
+from controller.restoring import check_restoring
 from controller.state import Worker
 from controller.switching import consider_switch
 from elastic.domain import (
@@ -44,6 +45,7 @@ def worker_said(job: Job, worker: Worker, message: WorkerMessage, now: float) ->
             if worker.state == "warming":
                 worker.state = "warm"
                 consider_switch(job, now)
+                check_restoring(job, now)
         case Prepared():
             worker_prepared(job, worker, message, now)
         case PrepareFailed(generation, reason):
@@ -54,7 +56,7 @@ def worker_said(job: Job, worker: Worker, message: WorkerMessage, now: float) ->
             worker.holds_state = True
             job.note_step(committed, now)
             if job.plan is not None and generation == job.plan.generation:
-                job.fruitless = 0
+                job.fruitless = job.failed_searches = 0
                 job.close_incidents(now)
         case CollectiveFailed(generation, step, reason):
             if generation in worlds_in_use(job):
@@ -84,7 +86,7 @@ def _registered(job: Job, worker: Worker, spec: TrainingSpec, now: float) -> Non
         if founding:
             end_job(job, "failed", sentence, now)
         else:
-            _refuse(job, worker, sentence)
+            _refuse(job, worker, sentence, now)
         return
     if founding:
         worker.state = "registered"
@@ -94,12 +96,13 @@ def _registered(job: Job, worker: Worker, spec: TrainingSpec, now: float) -> Non
         consider_switch(job, now)
 
 
-def _refuse(job: Job, worker: Worker, sentence: str) -> None:
+def _refuse(job: Job, worker: Worker, sentence: str, now: float) -> None:
     """End a worker that does not fit, and give its place up: the next one there would not fit either."""
-    worker.state = "dead"
+    worker.state, worker.failure = "dead", Failed(error=sentence)
     job.nodes[worker.node].restarts[worker.local_rank] = job.settings.max_restarts + 1
     job.emit(Persist("worker-refused", sentence, {"worker": worker.id}))
     job.kill(worker, sentence)
+    check_outcome(job, now)
 
 
 def note_status(job: Job, status: WorkerStatus, now: float) -> None:

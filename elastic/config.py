@@ -22,6 +22,7 @@ ENV_PROGRESS_FD = "ELASTIC_PROGRESS_FD"
 ENV_RECORD_DIR = "ELASTIC_RECORD_SAMPLES"
 ENV_SEED = "ELASTIC_SEED"
 ENV_SHARES_MEMORY = "ELASTIC_SHARES_MEMORY"
+ENV_MEMORY = "ELASTIC_MEMORY"  # path of the agent's socket for snapshot memory
 ENV_FAIL_POINTS = "ELASTIC_FAIL_POINTS"  # for tests; see elastic.failpoints
 ENV_TOKEN = "ELASTIC_TOKEN"  # join token, kept out of command lines
 
@@ -39,6 +40,7 @@ class WorkerConfig:
         record_dir: Directory for the record of consumed samples; "" for none.
         seed: Seed for everything; the script may override it in prepare().
         shares_memory: Whether the workers of this node read each other's gradients; alike on all of them.
+        memory: Path of the agent's socket for snapshot memory; "" where there is none.
     """
 
     agent: str = ""
@@ -50,6 +52,7 @@ class WorkerConfig:
     record_dir: str = ""
     seed: int = 0
     shares_memory: bool = False
+    memory: str = ""
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> WorkerConfig:
@@ -65,6 +68,7 @@ class WorkerConfig:
             record_dir=source.get(ENV_RECORD_DIR, ""),
             seed=_number(source, ENV_SEED, 0),
             shares_memory=bool(_number(source, ENV_SHARES_MEMORY, 0)),
+            memory=source.get(ENV_MEMORY, ""),
         )
 
 

@@ -11,6 +11,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import NoReturn
 
 import grpc
 
@@ -96,7 +97,7 @@ class Coordinator:
                         self._wakes += 1
                         self._lock.notify_all()
                     case Exit(reason):
-                        self._exit(reason)
+                        self.end_process(reason)
                     case _:
                         answer = effect
         return answer
@@ -152,10 +153,11 @@ class Coordinator:
         with self._lock:
             finished = bool(self.machine.finished)
         if not finished:
-            self._exit(f"the agent is gone ({reason})")
+            self.end_process(f"the agent is gone ({reason})")
 
     @staticmethod
-    def _exit(reason: str) -> None:
+    def end_process(reason: str) -> NoReturn:
+        """End this worker at once: what it holds is of no use, and its place is filled by another."""
         print(f"elastic: this worker ends: {reason}", file=sys.stderr, flush=True)
         os._exit(FATAL_EXIT_CODE)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 PROTOCOL_VERSION = 1
 FRESH_STEP = 0  # `committed` of a replica that has not trained yet
+NO_STEP = -1  # `stable` where no snapshot is
 
 
 class PlanKind(enum.IntEnum):
@@ -159,6 +160,13 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
+class PlanNode:
+    node: str = ""
+    domain: str = ""
+    peer_address: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Who owns what in one generation, and why."""
 
@@ -171,6 +179,9 @@ class Plan:
     store_address: str = ""
     prepare_timeout_ms: int = 0
     reason: str = ""
+    nodes: tuple[PlanNode, ...] = ()
+    data_shards: int = 0
+    parity_shards: int = 0
 
     @property
     def slots(self) -> int:
@@ -199,6 +210,7 @@ class Admitted:
     seed: int = 0
     committed: int = 0
     joins_running_world: bool = False
+    snapshot_every: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,6 +224,7 @@ class Commit:
     restore_step: int = 0
     joiner_ranks: tuple[int, ...] = ()
     stop: bool = False
+    snapshot_generation: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +262,7 @@ class WorkerStatus:
     exit_reason: str = ""
     messages: tuple[WorkerMessage, ...] = ()
     waits: bool = False
+    stable: int = NO_STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +321,57 @@ class PeersProbed:
     unreachable: tuple[str, ...] = ()
 
 
-AgentMessage = AgentHello | Heartbeat | WorkerStarted | WorkerExited | FromWorker | Goodbye | PeersProbed
+@dataclass(frozen=True, slots=True)
+class SnapshotHolding:
+    step: int = 0
+    generation: int = 0
+    slices: tuple[int, ...] = ()
+    parity: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotsFound:
+    search: int = 0
+    holdings: tuple[SnapshotHolding, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotAssembled:
+    search: int = 0
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSaved:
+    number: int = 0
+    step: int = 0
+    path: str = ""
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointFound:
+    search: int = 0
+    path: str = ""
+    step: int = 0
+    generation: int = 0
+    passed_over: tuple[str, ...] = ()
+    refusal: str = ""
+
+
+AgentMessage = (
+    AgentHello
+    | Heartbeat
+    | WorkerStarted
+    | WorkerExited
+    | FromWorker
+    | Goodbye
+    | PeersProbed
+    | SnapshotsFound
+    | SnapshotAssembled
+    | CheckpointSaved
+    | CheckpointFound
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +432,59 @@ class ProbePeers:
     timeout_ms: int = 0
 
 
-ControllerMessage = Welcome | Refused | StartWorker | KillWorker | ToWorker | Shutdown | HeartbeatAck | ProbePeers
+@dataclass(frozen=True, slots=True)
+class FindSnapshots:
+    search: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SliceSource:
+    slice: int = 0
+    node: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AssembleSnapshot:
+    search: int = 0
+    step: int = 0
+    generation: int = 0
+    slices: int = 0
+    sources: tuple[SliceSource, ...] = ()
+    decoded: tuple[str, ...] = ()
+    world: Plan = field(default_factory=Plan)
+    nodes: tuple[PlanNode, ...] = ()
+    checkpoint: str = ""
+    target: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SaveCheckpoint:
+    number: int = 0
+    target: str = ""
+    keep: int = 0
+    world: Plan = field(default_factory=Plan)
+
+
+@dataclass(frozen=True, slots=True)
+class FindCheckpoint:
+    search: int = 0
+    target: str = ""
+
+
+ControllerMessage = (
+    Welcome
+    | Refused
+    | StartWorker
+    | KillWorker
+    | ToWorker
+    | Shutdown
+    | HeartbeatAck
+    | ProbePeers
+    | FindSnapshots
+    | AssembleSnapshot
+    | SaveCheckpoint
+    | FindCheckpoint
+)
 
 
 # What people see --------------------------------------------------------------------------------------------------
@@ -429,6 +545,9 @@ class StatusReply:
     step_s: float = 0.0
     controller_pid: int = 0
     reduction: str = ""
+    stable: int = NO_STEP
+    saved: int = NO_STEP
+    save_fault: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,9 +19,11 @@ import ctypes
 import functools
 import json
 import math
+import mmap
 import re
 import sys
 import types
+import warnings
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
@@ -129,6 +131,13 @@ def raw_view(tensor: torch.Tensor) -> memoryview:
     if not size_bytes:
         return memoryview(b"")
     return memoryview((ctypes.c_char * size_bytes).from_address(tensor.data_ptr())).cast("B")
+
+
+def tensor_over(memory: mmap.mmap) -> torch.Tensor:
+    """Mapped memory as a tensor, uint8, [its length]; it stays mapped for as long as the tensor lives."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that memory mapped to be read cannot be written to, as is meant
+        return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def _encoded(value: Any, path: str, depth: int) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,11 +21,13 @@ from torch.optim import Optimizer
 
 from elastic import measures, verdict
 from elastic.buffers import CommittedBuffers, Rule
+from elastic.capture import Capturer, restore
 from elastic.control import Coordinator
 from elastic.domain import Plan
-from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
+from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError, Unreachable
 from elastic.failpoints import FailPoint, reach, reach_inside
 from elastic.group import Group
+from elastic.memory import SnapshotMemory
 from elastic.progress import ProgressPage
 from elastic.protocol import (
     Applied,
@@ -48,6 +51,8 @@ from elastic.protocol import (
 from elastic.records import SampleRecord
 from elastic.reduction import Reduced, Reducer, Reduction
 from elastic.sampler import SlotSampler
+from elastic.snapshots import SnapshotId
+from elastic.snapshotter import Snapshotter
 from elastic.state import TrainingState
 from elastic.transfer import receive_state, send_state
 
@@ -115,6 +120,8 @@ class Engine:
         joins: bool,
         page: ProgressPage | None,
         record: SampleRecord | None,
+        memory: SnapshotMemory | None = None,
+        snapshot_every: int = 0,
     ) -> None:
         self.coordinator = coordinator
         self.sampler = sampler
@@ -130,6 +137,11 @@ class Engine:
             shared=coordinator.settings.shares_memory,
             on_progress=self.beat,
         )
+        self.memory = memory
+        self.snapshots = Snapshotter(every=snapshot_every)
+        if memory is not None and snapshot_every:
+            capturer = Capturer(self.state, memory, buffers=3 if snapshot_every == 1 else 2)
+            self.snapshots = Snapshotter(capturer, snapshot_every)
         self.plan: Plan | None = None
         self.rank = 0
         self.group: Group | None = None
@@ -149,6 +161,7 @@ class Engine:
         self._stepped: set[int] = set()
         self._must_warm = joins
         self._donate: tuple[int, ...] = ()
+        self._restore: SnapshotId | None = None  # what all ranks read the state from
         self._loop_epoch = 0  # epoch whose loop over the loader user code is in
         self._page = page
         self._record = record
@@ -207,6 +220,8 @@ class Engine:
             return self._open_slot(slot)
         if not self._settle():
             return None
+        assert self.plan is not None
+        self.snapshots.step_ended(self.committed, self.plan.generation, time.monotonic())
         return self._open_slot(self._choose())
 
     @property
@@ -230,8 +245,12 @@ class Engine:
                 # What user code does now (a scheduler's step) belongs to the state that joiners are given after it.
                 return False
             joiners, self._donate = self._donate, ()
+            snapshot, self._restore = self._restore, None
             try:
-                if joiners:
+                if snapshot is not None:
+                    with self._waiting():
+                        self._read_state(snapshot)
+                elif joiners:
                     with self._waiting():
                         self._pass_state(joiners)
             except CollectiveAborted as error:
@@ -371,6 +390,7 @@ class Engine:
         answer = self.coordinator.ask(AskVote(step))
         if not isinstance(answer, MayVote):
             return False
+        protected, captures = self.snapshots.vote(step, self.plan, time.monotonic())
         vote = verdict.Vote(
             step=step,
             generation=answer.generation,
@@ -381,6 +401,8 @@ class Engine:
             stop=self.stop_asked,
             presence=self.reducer.presence(),
             measures_hash=zlib.crc32(repr(self.measures.agreement).encode()),
+            protected=protected,
+            captures=captures,
         )
         with self._waiting():
             outcome = verdict.cast(group, vote, voted=reach_voted)
@@ -390,7 +412,9 @@ class Engine:
             return False
         if not isinstance(self.coordinator.ask(AskCommit(step, outcome.next_generation, outcome.stop)), MayCommit):
             return False
+        plan, rank = self.plan, self.rank
         self._apply(step, outcome.presence, commit=outcome.decision is verdict.Decision.COMMIT)
+        self.snapshots.decided(step, plan, rank, outcome.stable, captures=outcome.captures)
         return True
 
     def _groups_hash(self) -> int:
@@ -404,6 +428,7 @@ class Engine:
     def _apply(self, step: int, presence: Sequence[bool], *, commit: bool) -> None:
         reduced = self.reduced
         assert reduced is not None and self.plan is not None
+        self.snapshots.finish()
         self.reducer.install(presence)
         slots = sum(1 for size in self.sampler.sizes(step) if size)
         reach_inside(FailPoint.APPLYING)
@@ -456,7 +481,7 @@ class Engine:
             self._record_for_the_dead(world.plan)
         self.plan, self.rank = world.plan, world.rank
         self.group = self.coordinator.group(world.plan.generation)
-        self._donate = world.joiner_ranks
+        self._donate, self._restore = world.joiner_ranks, world.snapshot
         self._plan_step()
         self._show()
         self.coordinator.bury()
@@ -491,7 +516,22 @@ class Engine:
                 print(f"elastic: {error}", file=sys.stderr, flush=True)
             return
         reach_inside(FailPoint.JOINER_COPYING)
-        self.committed = receive_state(self.group, self.state, donors)
+        self._has_state(receive_state(self.group, self.state, donors))
+
+    def _read_state(self, snapshot: SnapshotId) -> None:
+        """Every rank goes on from the snapshot, which its node's agent has ready."""
+        if self.memory is None:
+            self.coordinator.end_process(f"{snapshot} is to be restored, but the agent gave no way to its memory")
+        try:
+            restore(self.state, self.memory, snapshot)
+        except (TransferError, Unreachable) as error:
+            self.coordinator.end_process(f"the state cannot be restored: {error}")
+        self.snapshots.restored(snapshot.step)
+        self._has_state(snapshot.step)
+
+    def _has_state(self, committed: int) -> None:
+        """The state as of this step has been written into everything that holds it."""
+        self.committed = committed
         self._committed_plan = None
         self.buffers.received()
         self.samples = self.sampler.samples_until(self.committed)

@@ -31,6 +31,10 @@ class TransferError(ElasticError):
     """State received from peers is not what they sent (checksum, step or shape): ask for it again."""
 
 
+class CheckpointError(ElasticError):
+    """A checkpoint cannot be written or read (disk, damage, another job's): training goes on; the message says the remedy."""
+
+
 class ProtocolError(ElasticError):
     """A message breaks the protocol's law (wrong job, version, token or order): the sender must be replaced."""
 

@@ -1,4 +1,4 @@
-"""Run a daemon in this interpreter: `python -m elastic.launch controller|agent|keeper ARGS...`.
+"""Run a daemon in this interpreter: `python -m elastic.launch controller|agent|keeper|checkpointer ARGS...`.
 
 The daemons' folders have names that users' repositories use too, so they are on nobody's path: this module
 puts them first, here. It must never run in a training process nor set PYTHONPATH: no script may see them.
@@ -10,8 +10,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-DAEMONS = {"controller": "controller.__main__", "agent": "agent.__main__", "keeper": "agent.keeper"}
-"""Each daemon's module with its `main()`. A keeper is started by its agent alone."""
+DAEMONS = {
+    "controller": "controller.__main__",
+    "agent": "agent.__main__",
+    "keeper": "agent.keeper",
+    "checkpointer": "agent.checkpointer",
+}
+"""Each one's name, and the module whose `main()` it is. The last two are started by an agent alone."""
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +24,7 @@ def main(argv: list[str]) -> int:
     if not argv or argv[0] not in DAEMONS:
         given = f"not {argv[0]!r}" if argv else "and none was given"
         print(
-            f"elastic.launch: the first argument names the daemon, {' or '.join(DAEMONS)}, {given}.",
+            f"elastic.launch: the first argument names the daemon, {', '.join(DAEMONS)}, {given}.",
             file=sys.stderr,
         )
         return 2

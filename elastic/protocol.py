@@ -41,6 +41,7 @@ from elastic.domain import (
     WorkerCommand,
     WorkerMessage,
 )
+from elastic.snapshots import SnapshotId
 
 
 class Word(enum.Enum):
@@ -252,12 +253,16 @@ class FinishStep:
 
 @dataclass(frozen=True, slots=True)
 class EnterWorld:
-    """Adopted: train in `plan` after step `committed`. Ranks in `joiner_ranks` must be given the state first."""
+    """Adopted: train in `plan` after step `committed`. Ranks in `joiner_ranks` must be given the state first.
+
+    With a `snapshot` those are all ranks, and each reads it from its node's agent.
+    """
 
     plan: Plan
     rank: int
     committed: int
     joiner_ranks: tuple[int, ...]
+    snapshot: SnapshotId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -516,4 +521,5 @@ class WorkerMachine:
             self.world = None
             return [switched, Wait(plan.reason)]
         self.world = plan
-        return [switched, EnterWorld(plan, rank, self.committed, order.joiner_ranks)]
+        snapshot = SnapshotId(order.restore_step, order.snapshot_generation) if order.snapshot_generation else None
+        return [switched, EnterWorld(plan, rank, self.committed, order.joiner_ranks, snapshot)]

@@ -38,6 +38,7 @@ from elastic.engine import Engine, Parts
 from elastic.errors import ConfigError
 from elastic.loader import ElasticLoader, LoaderSpec
 from elastic.measures import Measures
+from elastic.memory import SnapshotMemory
 from elastic.progress import ProgressPage
 from elastic.protocol import Register, UserCodeRaised
 from elastic.records import SampleRecord
@@ -214,6 +215,8 @@ class Session:
             joins=admitted.joins_running_world,
             page=self._page,
             record=record,
+            memory=SnapshotMemory(self._settings.memory, self._settings.worker) if self._settings.memory else None,
+            snapshot_every=admitted.snapshot_every,
         )
         engine.committed = admitted.committed
         engine.on_commit, engine.on_end = self._callbacks, self._on_end

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import mmap
 import os
-import warnings
 
 import torch
 from torch import Tensor
 
+from elastic.encoding import tensor_over
 from elastic.errors import CollectiveAborted
 
 _NAME = "elastic-gradients"
@@ -88,9 +88,7 @@ def _mapped(pid: int, fd: int, inode: int, size_bytes: int) -> Tensor:
             os.close(file)
     except OSError as error:
         raise CollectiveAborted(f"The memory of process {pid} cannot be read ({error.strerror}); regroup.") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it cannot be written to, as is meant
-        return torch.frombuffer(mapped, dtype=torch.uint8)
+    return tensor_over(mapped)
 
 
 def obstacle() -> str:

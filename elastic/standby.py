@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from elastic.lifeline import die_with_parent
@@ -33,6 +34,8 @@ PRELOADED = (
     "elastic.control",
 )
 OPTIONAL = ("numpy",)
+Become = Callable[[dict[str, Any], list[int]], int]
+"""What a new process is from now on: a request and its descriptors -> its exit code."""
 
 
 def preload() -> None:
@@ -59,10 +62,11 @@ def serve(channel: socket.socket) -> None:
         if "reap" in request:
             _reap(channel, request["reap"])
             continue
-        pid = _fork(channel, request, fds)
+        name = request.get("daemon") or request["worker"]
+        pid = _fork(channel, _become_daemon if "daemon" in request else _become_worker, request, fds)
         for fd in fds:
             os.close(fd)
-        channel.send(json.dumps({"forked": request["worker"], "pid": pid}).encode())
+        channel.send(json.dumps({"forked": name, "pid": pid}).encode())
 
 
 def _reap(channel: socket.socket, pid: int) -> None:
@@ -75,7 +79,7 @@ def _reap(channel: socket.socket, pid: int) -> None:
     channel.send(json.dumps({"reaped": pid, "code": code}).encode())
 
 
-def _fork(channel: socket.socket, request: dict[str, Any], fds: list[int]) -> int:
+def _fork(channel: socket.socket, become: Become, request: dict[str, Any], fds: list[int]) -> int:
     parent = os.getpid()
     pid = os.fork()
     if pid:
@@ -85,17 +89,7 @@ def _fork(channel: socket.socket, request: dict[str, Any], fds: list[int]) -> in
         os.setsid()
         die_with_parent(parent)
         channel.close()
-        stdout_fd, stderr_fd, progress_fd = fds
-        os.dup2(stdout_fd, 1)
-        os.dup2(stderr_fd, 2)
-        os.close(stdout_fd)
-        os.close(stderr_fd)
-        os.set_inheritable(progress_fd, True)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        from elastic.worker import run_worker
-
-        code = run_worker(request, progress_fd)
+        code = become(request, fds)
     except BaseException:
         import traceback
 
@@ -104,6 +98,27 @@ def _fork(channel: socket.socket, request: dict[str, Any], fds: list[int]) -> in
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _become_worker(request: dict[str, Any], fds: list[int]) -> int:
+    stdout_fd, stderr_fd, progress_fd = fds
+    os.dup2(stdout_fd, 1)
+    os.dup2(stderr_fd, 2)
+    os.close(stdout_fd)
+    os.close(stderr_fd)
+    os.set_inheritable(progress_fd, True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    from elastic.worker import run_worker
+
+    return run_worker(request, progress_fd)
+
+
+def _become_daemon(request: dict[str, Any], fds: list[int]) -> int:
+    """Be a daemon of this node's agent that needs torch too, which is here already."""
+    from elastic.launch import main as launch
+
+    return launch([request["daemon"], *(str(fd) for fd in fds)])
 
 
 def main() -> None:

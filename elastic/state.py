@@ -10,9 +10,12 @@ may reach the output, since several donors describe the same state and must agre
 from __future__ import annotations
 
 import enum
+import functools
 import hashlib
+import itertools
 import json
 import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -266,8 +269,36 @@ class TrainingState:
         if unknown:
             raise ConfigError(f"The models have no buffer {min(unknown)!r}, which a copy is kept of.")
 
+    @functools.cached_property
+    def _saved_names(self) -> dict[str, dict[str, Any]]:
+        """For each model, in what its `state_dict()` differs from the manifest, which names each tensor once.
+
+        "also" maps a key of it to the full name of the entry with that tensor (a tied parameter's other names, a key
+        that a hook has changed); "unsaved" are full names of what it leaves out (buffers that are not persistent). With
+        these a checkpoint can be written that the model loads without any of ours. Found once, since a walk through
+        the modules costs as much as all else that is small, and which names a model has does not change.
+        """
+        full_names: dict[int, str] = {}
+        for kind in (nn.Module.named_parameters, nn.Module.named_buffers):
+            for model_name, model in sorted(self.models.items()):
+                for tensor_name, tensor in kind(model):
+                    full_names.setdefault(id(tensor), f"{model_name}.{tensor_name}")
+        saved = {}
+        for model_name, model in sorted(self.models.items()):
+            keys = {
+                key: full_names[id(tensor)]
+                for key, tensor in model.state_dict(keep_vars=True).items()
+                if id(tensor) in full_names
+            }
+            also = {key: name for key, name in keys.items() if name != f"{model_name}.{key}"}
+            own = {name for name in full_names.values() if name.startswith(f"{model_name}.")}
+            unsaved = own - {f"{model_name}.{key}" for key in keys}
+            saved[model_name] = {"also": also, "unsaved": sorted(unsaved)}
+        return saved
+
     def _small_values(self) -> dict[str, Any]:
         return {
+            "models": self._saved_names,
             "optimizers": {
                 name: _small_of(name, optimizer) for name, optimizer in sorted(self.optimizers.items())
             },
@@ -321,6 +352,46 @@ class TrainingState:
         return torch.empty(entry.shape, dtype=dtype, device=device)
 
 
+class Watch:
+    """Tells for little whether a state still consists of the same tensors as when the watch began.
+
+    Looks at every container that `TrainingState` reads them from, and at the memory of each tensor: a parameter, an
+    optimizer's state, a module or a parameter group that comes, goes or is exchanged is seen.
+    """
+
+    def __init__(self, state: TrainingState) -> None:
+        self._state = state
+        modules = {module for model in state.models.values() for module in model.modules()}
+        self._dicts: list[Mapping[Any, Any]] = [
+            contents for module in modules for contents in (module._parameters, module._buffers, module._modules)
+        ]
+        self._dicts.append(state.buffers)
+        for optimizer in state.optimizers.values():
+            self._dicts.append(optimizer.state)
+            self._dicts += [contents for contents in optimizer.state.values() if isinstance(contents, dict)]
+        self._contents = self._found()
+        self._tensors = list({id(value): value for value in self._contents if isinstance(value, Tensor)}.values())
+        self._places = self._memory()
+
+    def unchanged(self) -> bool:
+        """Whether `state.described_tensors()` would return what it would have returned then."""
+        now = self._found()
+        if len(now) != len(self._contents) or not all(map(operator.is_, now, self._contents)):
+            pairs = itertools.zip_longest(now, self._contents)
+            if any(a is not b and isinstance(a, _WATCHED) | isinstance(b, _WATCHED) for a, b in pairs):
+                return False  # A counter that is a plain number changes with each step, and matters to nobody here.
+        return self._memory() == self._places
+
+    def _found(self) -> list[Any]:
+        groups = [group for optimizer in self._state.optimizers.values() for group in optimizer.param_groups]
+        lists = [group["params"] for group in groups]
+        return [*itertools.chain.from_iterable([*(contents.values() for contents in self._dicts), *lists])]
+
+    def _memory(self) -> list[tuple[int, torch.Size, tuple[int, ...]]]:
+        return [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in self._tensors]
+
+
+_WATCHED = (Tensor, nn.Module, dict)
 _SAME_PROGRAM = "start every worker with the same program and settings."
 
 

@@ -18,24 +18,31 @@ state. It reads that state while it runs: the caller sees to it that no optimize
 from __future__ import annotations
 
 import itertools
-import json
 import struct
-import zlib
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from elastic.encoding import flat_bytes, raw_view
-from elastic.errors import ConfigError, TransferError
+from elastic.checksum import crc32
+from elastic.encoding import raw_view
+from elastic.errors import TransferError
+from elastic.payload import (
+    DESCRIPTION_SIZE_BYTES_MAX,
+    Layout,
+    Packer,
+    Unpacker,
+    describe,
+    manifest_text,
+    read_description,
+)
+from elastic.snapshots import share_of
 from elastic.state import Entry, TrainingState
 
 PIECE_SIZE_BYTES_MAX = 16 * 2**20
 PIECE_SIZE_BYTES = 4 * 2**20
-HEADER_SIZE_BYTES_MAX = 128 * 2**20
 # Apart from the tags of anything else on the same group, which count from 0.
 TAG_PREAMBLE, TAG_HEADER, TAG_ANSWER, TAG_PIECE = range(0x05354000, 0x05354004)
 
@@ -95,10 +102,10 @@ def send_state(
     if not 0 < piece_size_bytes <= PIECE_SIZE_BYTES_MAX:
         raise ValueError(f"a piece has 1 to {PIECE_SIZE_BYTES_MAX} bytes, not {piece_size_bytes}")
     entries, tensors = state.described_tensors()
-    manifest = _text_of(entries)
-    header = _header(manifest, state.small()) if group.rank == donors[0] else b""
-    layout = _Layout(entries)
-    share = layout.share(donors.index(group.rank), len(donors))
+    manifest = manifest_text(entries)
+    header = describe(manifest, state.small()) if group.rank == donors[0] else b""
+    layout = Layout(entries)
+    share = share_of(layout.size_bytes, donors.index(group.rank), len(donors))
     preamble = _Preamble(
         step=step,
         payload_size_bytes=layout.size_bytes,
@@ -106,8 +113,8 @@ def send_state(
         end=share.stop,
         piece_size_bytes=piece_size_bytes,
         header_size_bytes=len(header),
-        header_crc=zlib.crc32(header),
-        manifest_crc=zlib.crc32(manifest),
+        header_crc=crc32(header),
+        manifest_crc=crc32(manifest),
         entries=len(entries),
     )
     messages = [(_tensor_of(preamble.to_bytes()), TAG_PREAMBLE)]
@@ -118,7 +125,7 @@ def send_state(
     _wait_for(announcements)
     served = [joiner for joiner in joiners if joiner not in refusals]
     if served:
-        _send_pieces(group, _Packer(layout, tensors), preamble, served)
+        _send_pieces(group, Packer(layout, tensors), preamble, served)
     if refusals:
         reasons = "; ".join(f"rank {joiner}: {reason}" for joiner, reason in refusals.items())
         raise TransferError(
@@ -152,14 +159,14 @@ def receive_state(
     group.recv(header, donors[0], TAG_HEADER).wait()
     try:
         entries, small = _opened(raw_view(header), preambles[0])
-        layout = _Layout(entries)
+        layout = Layout(entries)
         _check_preambles(preambles, donors, layout, step)
         destinations = state.adopt(entries, small)
     except Exception as error:  # Whatever it is, the donors wait for an answer.
         _answer(group, donors, str(error) or type(error).__name__)
         raise
     _answer(group, donors, "")
-    unpacker = _Unpacker(layout, destinations)
+    unpacker = Unpacker(layout, destinations)
     faults = _receive_pieces(group, unpacker, preambles, donors)
     if faults:
         raise TransferError(f"The state of step {step} arrived damaged ({faults[0]}): ask for it again.")
@@ -200,94 +207,7 @@ class _Preamble:
         return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
 
 
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """Consecutive bytes of one tensor inside a piece."""
-
-    tensor: int
-    in_tensor: slice
-    in_piece: slice
-
-
-class _Layout:
-    """Where each tensor lies in the string of bytes."""
-
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self._sizes = [entry.size_bytes for entry in entries]
-        self._ends = list(itertools.accumulate(self._sizes))
-        self.size_bytes = self._ends[-1] if self._ends else 0
-
-    def share(self, index: int, count: int) -> range:
-        """The bytes that donor `index` of `count` sends."""
-        return range(self.size_bytes * index // count, self.size_bytes * (index + 1) // count)
-
-    def runs(self, piece: range) -> Iterator[_Run]:
-        """The tensors' bytes in `piece`, in order."""
-        position = piece.start
-        tensor = bisect_right(self._ends, position)
-        while position < piece.stop:
-            start = self._ends[tensor] - self._sizes[tensor]
-            stop = min(self._ends[tensor], piece.stop)
-            if stop > position:
-                yield _Run(
-                    tensor,
-                    slice(position - start, stop - start),
-                    slice(position - piece.start, stop - piece.start),
-                )
-            position = max(position, stop)
-            tensor += 1
-
-
-class _Packer:
-    """Copies a donor's tensors into pieces."""
-
-    def __init__(self, layout: _Layout, tensors: Sequence[Tensor]) -> None:
-        self._layout = layout
-        self._tensors = tensors
-        self._last: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.uint8))
-
-    def pack(self, piece: range, staging: Tensor) -> None:
-        for run in self._layout.runs(piece):
-            staging[run.in_piece].copy_(self._flat(run.tensor)[run.in_tensor])
-
-    def _flat(self, index: int) -> Tensor:
-        """The bytes of a tensor; kept, since they may fill many pieces and be a copy."""
-        if self._last[0] != index:
-            self._last = (index, flat_bytes(self._tensors[index]))
-        return self._last[1]
-
-
-class _Unpacker:
-    """Copies pieces into a joiner's tensors; those that are not contiguous are gathered first."""
-
-    def __init__(self, layout: _Layout, tensors: Sequence[Tensor]) -> None:
-        self._layout = layout
-        self._tensors = tensors
-        self._gathered: dict[int, tuple[Tensor, int]] = {}
-
-    def unpack(self, piece: range, staging: Tensor) -> None:
-        for run in self._layout.runs(piece):
-            tensor, source = self._tensors[run.tensor], staging[run.in_piece]
-            if tensor.is_contiguous():
-                flat_bytes(tensor)[run.in_tensor].copy_(source)
-            else:
-                self._gather(run, tensor, source)
-
-    def _gather(self, run: _Run, tensor: Tensor, source: Tensor) -> None:
-        if run.tensor not in self._gathered:
-            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
-            self._gathered[run.tensor] = (whole, 0)
-        whole, done_bytes = self._gathered[run.tensor]
-        flat = flat_bytes(whole)
-        flat[run.in_tensor].copy_(source)
-        done_bytes += len(source)
-        self._gathered[run.tensor] = (whole, done_bytes)
-        if done_bytes == len(flat):
-            tensor.copy_(whole)
-            del self._gathered[run.tensor]
-
-
-def _send_pieces(group: Group, packer: _Packer, preamble: _Preamble, joiners: Sequence[int]) -> None:
+def _send_pieces(group: Group, packer: Packer, preamble: _Preamble, joiners: Sequence[int]) -> None:
     """Pack one piece while the one before is on its way."""
     pieces = preamble.pieces()
     stagings = _staging(pieces)
@@ -298,7 +218,7 @@ def _send_pieces(group: Group, packer: _Packer, preamble: _Preamble, joiners: Se
         message = stagings[turn][: len(piece) + _TRAILER.size]
         packer.pack(piece, message)
         memory = raw_view(message)
-        crc = zlib.crc32(memory[: len(piece)])
+        crc = crc32(memory[: len(piece)])
         _TRAILER.pack_into(memory, len(piece), _MAGIC, preamble.step, number, crc)
         under_way[turn] = [group.send(message, joiner, TAG_PIECE) for joiner in joiners]
     for works in under_way:
@@ -306,7 +226,7 @@ def _send_pieces(group: Group, packer: _Packer, preamble: _Preamble, joiners: Se
 
 
 def _receive_pieces(
-    group: Group, unpacker: _Unpacker, preambles: Sequence[_Preamble], donors: Sequence[int]
+    group: Group, unpacker: Unpacker, preambles: Sequence[_Preamble], donors: Sequence[int]
 ) -> list[str]:
     """Receive all shares at once; returns what was wrong, in words."""
     faults: list[str] = []
@@ -331,7 +251,7 @@ def _receive_pieces(
             work.wait()
             piece, memory = pieces[number], raw_view(message)
             sent = _TRAILER.unpack_from(memory, len(piece))
-            expected = (_MAGIC, preambles[share].step, number, zlib.crc32(memory[: len(piece)]))
+            expected = (_MAGIC, preambles[share].step, number, crc32(memory[: len(piece)]))
             if sent == expected:
                 unpacker.unpack(piece, message)
             else:
@@ -354,7 +274,7 @@ def _receive_preamble(group: Group, donor: int) -> _Preamble:
     group.recv(message, donor, TAG_PREAMBLE).wait()
     magic, *fields = _PREAMBLE.unpack(raw_view(message))
     preamble = _Preamble(*fields)
-    if magic != _MAGIC or preamble.header_size_bytes > HEADER_SIZE_BYTES_MAX:
+    if magic != _MAGIC or preamble.header_size_bytes > DESCRIPTION_SIZE_BYTES_MAX:
         # Not answered: whatever the other side is, it does not speak this protocol.
         raise TransferError(
             f"Rank {donor} sent no valid announcement of its state: use the same version everywhere."
@@ -363,7 +283,7 @@ def _receive_preamble(group: Group, donor: int) -> _Preamble:
 
 
 def _check_preambles(
-    preambles: Sequence[_Preamble], donors: Sequence[int], layout: _Layout, step: int
+    preambles: Sequence[_Preamble], donors: Sequence[int], layout: Layout, step: int
 ) -> None:
     """All donors announce the same state, and shares that add up."""
     first = preambles[0]
@@ -383,46 +303,24 @@ def _check_preambles(
                 "wrong, so take neither."
             )
         is_sound = 0 < preamble.piece_size_bytes <= PIECE_SIZE_BYTES_MAX
-        if not is_sound or range(preamble.begin, preamble.end) != layout.share(index, len(donors)):
+        if not is_sound or range(preamble.begin, preamble.end) != share_of(layout.size_bytes, index, len(donors)):
             raise TransferError(
                 f"Rank {donor} offers another share than its own: name the donors alike everywhere."
             )
 
 
-def _header(manifest: bytes, small: str) -> bytes:
-    """The manifest and the small state; its length, CRC and step are in the preamble."""
-    header = struct.pack("<Q", len(manifest)) + manifest + small.encode("ascii")
-    if len(header) > HEADER_SIZE_BYTES_MAX:
-        raise ConfigError(
-            f"The description of the state has {len(header)} bytes, more than {HEADER_SIZE_BYTES_MAX}: "
-            "train with fewer, larger tensors."
-        )
-    return header
-
-
 def _opened(header: memoryview, preamble: _Preamble) -> tuple[list[Entry], str]:
-    """The inverse of `_header`."""
-    if zlib.crc32(header) != preamble.header_crc or len(header) < 8:
+    """Manifest and small state, as announced."""
+    if crc32(header) != preamble.header_crc:
         raise TransferError(
             "The description of the state arrived damaged (its CRC differs): ask for it again."
         )
-    (manifest_size,) = struct.unpack_from("<Q", header)
-    try:
-        fields = json.loads(bytes(header[8 : 8 + manifest_size]))
-        small = str(header[8 + manifest_size :], "ascii")
-    except (ValueError, RecursionError) as error:
-        raise TransferError(
-            f"The description of the state is malformed ({error}): ask for it again."
-        ) from error
-    if not isinstance(fields, list) or len(fields) != preamble.entries:
+    entries, small = read_description(header)
+    if len(entries) != preamble.entries:
         raise TransferError(
             f"The description of the state does not hold {preamble.entries} tensors: ask for it again."
         )
-    return [Entry.from_json(entry) for entry in fields], small
-
-
-def _text_of(entries: Sequence[Entry]) -> bytes:
-    return json.dumps([entry.to_json() for entry in entries], separators=(",", ":")).encode("ascii")
+    return entries, small
 
 
 def _answer(group: Group, donors: Sequence[int], refusal: str) -> None:

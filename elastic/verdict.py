@@ -24,6 +24,9 @@ _DIRECT_SIZE_MAX = 8
 _TAG = 1 << 28
 """Above every tag of a reduction."""
 
+NO_OPINION = 1 << 62
+"""A step above every other: a worker that has captured nothing does not hold back what is stable."""
+
 _EQUAL = {
     "step": "the step",
     "generation": "the generation",
@@ -31,6 +34,9 @@ _EQUAL = {
     "measures_hash": "what is measured: call session.mean() with the same names in the same order on every worker (NaN is as "
     "good as no value), and session.weight() in every slot or in none",
 }
+
+_HEAD = 6
+"""Values of a vote besides what must be equal and the parameters' presence."""
 
 
 class VoteMismatch(ConfigError):
@@ -61,6 +67,8 @@ class Vote:
         next_generation: the newest generation that this worker is ready to switch to.
         stop: whether this worker was asked to stop after this step.
         presence: for each parameter, whether a slot of this worker gave it a gradient.
+        protected: the newest step whose snapshot is safe as far as this worker goes; `NO_OPINION` if it has none yet.
+        captures: whether this worker can and wants to capture this step.
     """
 
     step: int
@@ -72,6 +80,8 @@ class Vote:
     stop: bool
     presence: Sequence[bool] = ()
     measures_hash: int = 0
+    protected: int = NO_OPINION
+    captures: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,8 @@ class Outcome:
         next_generation: the newest generation that all are ready to switch to.
         stop: whether anybody was asked to stop.
         presence: for each parameter, whether any slot gave it a gradient.
+        stable: the newest step whose snapshot is safe everywhere; `NO_OPINION` if nobody has one.
+        captures: whether all capture this step.
     """
 
     decision: Decision
@@ -91,6 +103,8 @@ class Outcome:
     next_generation: int
     stop: bool
     presence: list[bool]
+    stable: int = NO_OPINION
+    captures: bool = False
 
 
 def cast(group: Group, vote: Vote, voted: Callable[[], None] | None = None) -> Outcome:
@@ -112,8 +126,8 @@ def cast(group: Group, vote: Vote, voted: Callable[[], None] | None = None) -> O
 def _pack(vote: Vote) -> torch.Tensor:
     # The complement reverses the order like a minus sign, but has no value that it overflows on.
     equal = [vote.step, vote.generation, vote.groups_hash, vote.measures_hash]
-    flags = [not vote.complete, not vote.finite, vote.stop]
-    head = [*equal, *(~value for value in equal), ~vote.next_generation, *flags]
+    flags = [not vote.complete, not vote.finite, vote.stop, not vote.captures]
+    head = [*equal, *(~value for value in equal), ~vote.next_generation, ~vote.protected, *flags]
     return torch.tensor([*head, *vote.presence], dtype=torch.int64)
 
 
@@ -124,15 +138,15 @@ def _read(maxima: torch.Tensor, vote: Vote) -> Outcome:
     differing = [words for words, low, high in zip(_EQUAL.values(), lowest, highest, strict=True) if low != high]
     if differing:
         raise VoteMismatch(f"the workers of generation {vote.generation} do not agree on {'; nor on '.join(differing)}")
-    next_generation, incomplete, not_finite, stop = values[2 * count : 2 * count + 4]
+    next_generation, stable, incomplete, not_finite, stop, spared = values[2 * count : 2 * count + _HEAD]
     if incomplete:
         decision, reason = Decision.RETRY, "gradients of a worker are missing from the sum"
     elif not_finite:
         decision, reason = Decision.SKIP, "a gradient is not finite"
     else:
         decision, reason = Decision.COMMIT, "all gradients are summed and finite"
-    presence = [bool(value) for value in values[2 * count + 4 :]]
-    return Outcome(decision, reason, ~next_generation, bool(stop), presence)
+    presence = [bool(value) for value in values[2 * count + _HEAD :]]
+    return Outcome(decision, reason, ~next_generation, bool(stop), presence, ~stable, not spared)
 
 
 def _ignore() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from elastic.domain import Member, Plan, PlanKind
+from elastic.domain import Member, Plan, PlanKind, PlanNode
 from recovery.dealing import deal_afresh, deal_orphans
 
 
@@ -30,11 +30,15 @@ def make_plan(
     prepare_timeout_ms: int,
     reason: str,
     before: Plan | None = None,
+    nodes: Sequence[PlanNode] = (),
+    redundancy: tuple[int, int] = (0, 0),
 ) -> Plan:
     """Return the plan of a world with these members, ranks in the order given.
 
     `before` is the world that a FENCE continues: its owners keep their slots, since they may have finished some of the
-    interrupted step. All other worlds begin at a boundary and are dealt afresh. Raises ValueError without members or
+    interrupted step. All other worlds begin at a boundary and are dealt afresh. `nodes` are those of the members, and
+    `redundancy` the data and parity shards that snapshots of this world are protected with; none if there are too few
+    nodes for it. Raises ValueError without members or
     with more members than slots, which the caller must have prevented.
     """
     if not members:
@@ -46,6 +50,8 @@ def make_plan(
         owners = deal_orphans([before.members[rank].worker for rank in before.owners], names)
     else:
         owners = deal_afresh(slots, virtual_replicas, names)
+    data_shards, parity_shards = redundancy
+    is_protected = 0 < parity_shards < len(nodes)
     rank_of = {name: rank for rank, name in enumerate(names)}
     return Plan(
         generation=generation,
@@ -66,5 +72,8 @@ def make_plan(
         store_address=members[0].store_address,
         prepare_timeout_ms=prepare_timeout_ms,
         reason=reason,
+        nodes=tuple(nodes),
+        data_shards=data_shards if is_protected else 0,
+        parity_shards=parity_shards if is_protected else 0,
     )
 

@@ -9,7 +9,7 @@ import click
 
 from elastic import __version__
 from elastic.cli.daemons import agent, controller
-from elastic.cli.people import drain, events, status, stop
+from elastic.cli.people import checkpoint, drain, events, status, stop
 from elastic.cli.run import INTERRUPTED, run
 from elastic.config import load_defaults
 from elastic.errors import ElasticError
@@ -30,7 +30,7 @@ def elastic(context: click.Context, config_file: Path | None) -> None:
         context.default_map = load_defaults(config_file)
 
 
-for command in (run, controller, agent, status, events, drain, stop):
+for command in (run, controller, agent, status, events, checkpoint, drain, stop):
     elastic.add_command(command)
 
 

@@ -12,6 +12,7 @@ import click
 
 from elastic.cli import options
 from elastic.config import default_run_dir
+from elastic.errors import ConfigError
 from elastic.wire.channels import parse_address
 
 
@@ -29,6 +30,11 @@ def controller_settings(
     start_timeout: float,
     hang_timeout: float,
     join_timeout: float,
+    snapshot_every: int,
+    redundancy: tuple[int, int],
+    checkpoint_dir: str,
+    checkpoint_every: int,
+    checkpoint_keep: int,
     ledger: Path,
     host: str,
     port: int,
@@ -36,7 +42,16 @@ def controller_settings(
     summary: Path | None = None,
     parent: int = 0,
 ) -> dict[str, Any]:
-    """Return what `controller.__main__` reads."""
+    """Check a controller's options and return what `controller.__main__` reads. Raises ConfigError."""
+    if sum(redundancy) > nnodes[1]:
+        raise ConfigError(
+            f"--redundancy {redundancy[0]}+{redundancy[1]} needs {sum(redundancy)} nodes, and --nnodes allows {nnodes[1]}: "
+            f"with so many, K+M may be at most {nnodes[1]}"
+        )
+    if checkpoint_dir and not snapshot_every:
+        raise ConfigError("--checkpoint-dir writes snapshots from memory, and --snapshot-every 0 takes none: leave one out")
+    if checkpoint_every and not checkpoint_dir:
+        raise ConfigError("--checkpoint-every was given without a place for checkpoints: add --checkpoint-dir")
     return {
         "settings": {
             "job": job,
@@ -47,6 +62,12 @@ def controller_settings(
             "start_timeout_s": start_timeout,
             "hang_timeout_s": hang_timeout,
             "join_timeout_s": join_timeout,
+            "snapshot_every": snapshot_every,
+            "data_shards": redundancy[0],
+            "parity_shards": redundancy[1],
+            "checkpoint_target": _target(checkpoint_dir),
+            "checkpoint_every": checkpoint_every,
+            "checkpoint_keep": checkpoint_keep,
         },
         "ledger": str(ledger.absolute()),
         "host": host,
@@ -55,6 +76,11 @@ def controller_settings(
         "summary": str(summary) if summary else "",
         "parent": parent,
     }
+
+
+def _target(checkpoint_dir: str) -> str:
+    """An address as it is, a directory from the root: daemons may run elsewhere."""
+    return checkpoint_dir if not checkpoint_dir or "://" in checkpoint_dir else os.path.abspath(checkpoint_dir)
 
 
 def agent_settings(
@@ -71,6 +97,7 @@ def agent_settings(
     record_samples: Path | None,
     seed: int,
     share_memory: bool,
+    snapshot_memory: int | None,
     labels: tuple[str, ...],
     module: bool,
     script: str,
@@ -93,6 +120,7 @@ def agent_settings(
         "record_dir": str(record_samples.absolute()) if record_samples else "",
         "seed": seed,
         "share_memory": share_memory,
+        "snapshot_memory_bytes": options.default_snapshot_memory() if snapshot_memory is None else snapshot_memory,
         "labels": options.parse_labels(labels),
         "script": {
             "argv": [script if module else str(Path(script).absolute()), *arguments],

@@ -13,6 +13,8 @@ import click
 from elastic.errors import ConfigError
 
 DEFAULT_PORT = 29400
+AUTO_CADENCE = -1
+MEMORY_SHARE = 0.25  # of the machine's, for snapshots
 F = TypeVar("F", bound=Callable[..., Any])
 
 
@@ -48,6 +50,49 @@ class WorkerCount(click.ParamType[int]):
         return int(text)
 
 
+class Cadence(click.ParamType[int]):
+    """A number of steps, `auto`, or 0 for never."""
+
+    name = "N|auto"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if value == "auto" or value == AUTO_CADENCE:
+            return AUTO_CADENCE
+        if not str(value).isdigit():
+            self.fail(f"{value!r} is not a number of steps, 0 or auto", param, ctx)
+        return int(value)
+
+
+class Redundancy(click.ParamType[tuple[int, int]]):
+    """`K+M` data and parity shards, or `off`."""
+
+    name = "K+M|off"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        if value == "off":
+            return (0, 0)
+        data, _, parity = str(value).partition("+")
+        if not data.isdigit() or not parity.isdigit() or not int(data) or not int(parity):
+            self.fail(f"{value!r} is not K+M with at least one data and one parity shard, or off", param, ctx)
+        return int(data), int(parity)
+
+
+class MemorySize(click.ParamType[int]):
+    """Bytes, such as 512MiB or 2GiB."""
+
+    name = "SIZE"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        for unit, factor in {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "": 1}.items():
+            number = text.removesuffix(unit).strip()
+            if text.endswith(unit) and number.replace(".", "", 1).isdigit():
+                return int(float(number) * factor)
+        self.fail(f"{value!r} is not a number of bytes, KiB, MiB or GiB, such as 2GiB", param, ctx)
+
+
 def _devices(kind: str) -> int:
     gpus = len([name for name in os.listdir("/dev") if name.removeprefix("nvidia").isdigit()])
     if kind == "gpu" and not gpus:
@@ -80,6 +125,16 @@ job_settings = together(
                  help="Longest time without progress in the script, in seconds."),
     click.option("--join-timeout", type=click.FloatRange(0), default=30.0, show_default=True,
                  help="With MIN nodes present, seconds that the first world waits for MAX."),
+    click.option("--snapshot-every", type=Cadence(), default="auto", show_default=True,
+                 help="Steps from one snapshot in the nodes' memory to the next; 0 for none."),
+    click.option("--checkpoint-dir", default="", metavar="DIR|URL",
+                 help="Where checkpoints are written and looked for: a directory, or an address of fsspec."),
+    click.option("--checkpoint-every", type=click.IntRange(0), default=0, show_default="only when asked", metavar="STEPS",
+                 help="Steps from one checkpoint to the next."),
+    click.option("--keep", "checkpoint_keep", type=click.IntRange(1), default=2, show_default=True,
+                 help="How many checkpoints stay."),
+    click.option("--redundancy", type=Redundancy(), default="off", show_default=True,
+                 help="Erasure code over the nodes' snapshots: K data and M parity shards; any M nodes may be lost."),
 )  # fmt: skip
 
 agent_settings = together(
@@ -100,6 +155,8 @@ agent_settings = together(
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling and all randomness."),
     click.option("--share-memory/--no-share-memory", default=True, show_default=True,
                  help="Let workers of this node read each other's gradients in shared memory."),
+    click.option("--snapshot-memory", type=MemorySize(), default=None, show_default="a quarter of the machine's",
+                 help="Most memory of this node that snapshots may take."),
     click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label of this node."),
     click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as in python -m."),
 )  # fmt: skip
@@ -123,6 +180,11 @@ def check_script(script: str, *, module: bool) -> None:
     """Raise ConfigError when the script is not there."""
     if not module and not Path(script).is_file():
         raise ConfigError(f"there is no script {script!r}: check the path (or use -m for a module)")
+
+
+def default_snapshot_memory() -> int:
+    """Return how many bytes snapshots may take unless told otherwise."""
+    return int(MEMORY_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def default_node_id() -> str:

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 import click
 import grpc
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from elastic.cli import options
-from elastic.domain import StatusReply
+from elastic.domain import NO_STEP, StatusReply
 from elastic.errors import ElasticError
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -55,6 +56,11 @@ class People:
         """Ask a node to leave."""
         with self._explained():
             return self._stub.Drain(runtime_pb2.DrainRequest(node=node), timeout=CALL_TIMEOUT_S).text
+
+    def checkpoint(self, timeout_s: float) -> str:
+        """Have a checkpoint written; returns when it is."""
+        with self._explained():
+            return self._stub.Checkpoint(runtime_pb2.CheckpointRequest(), timeout=timeout_s).text
 
     def stop(self, reason: str) -> str:
         """End the job."""
@@ -106,6 +112,14 @@ def events(controller: str, follow: bool, after: int, as_json: bool) -> None:
 
 @click.command()
 @options.controller_address
+@click.option("--timeout", type=click.FloatRange(0.1), default=600.0, show_default=True, help="Seconds to wait for it.")
+def checkpoint(controller: str, timeout: float) -> None:
+    """Write a checkpoint now, from the newest snapshot in memory, and wait until it is whole."""
+    click.echo(People(controller).checkpoint(timeout))
+
+
+@click.command()
+@options.controller_address
 @click.option("--timeout", type=click.FloatRange(0.1), default=120.0, show_default=True,
               help="Seconds to wait until the node has left.")  # fmt: skip
 @options.as_json
@@ -149,10 +163,19 @@ def headline(reply: StatusReply) -> str:
     loss = "" if math.isnan(reply.loss) else f"  loss {reply.loss:.4f}"
     rate = f"  {1 / reply.step_s:.2f} steps/s" if reply.step_s else ""
     reason = f"  ({reply.reason})" if reply.reason else ""
+    memory = ""
+    if reply.stable != NO_STEP:
+        memory = f"  snapshot of step {reply.stable} ({max(0, reply.step - reply.stable)} at risk)"
     return (
         f"job [bold]{reply.job}[/bold]  [{colour}]{reply.state}[/{colour}]{reason}  generation {reply.generation}  "
-        f"step {reply.step}  world {reply.world_size}{loss}{rate}"
+        f"step {reply.step}  world {reply.world_size}{loss}{rate}{memory}{_durable(reply)}"
     )
+
+
+def _durable(reply: StatusReply) -> str:
+    """What there is to say of the durable tier."""
+    saved = f"  checkpoint of step {reply.saved}" if reply.saved != NO_STEP else ""
+    return f"{saved}  [red]no checkpoint written: {escape(reply.save_fault)}[/red]" if reply.save_fault else saved
 
 
 def nodes_table(reply: StatusReply) -> Table:

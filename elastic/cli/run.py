@@ -32,6 +32,7 @@ from elastic.wire.channels import join_address
 POLL_S = 0.2
 PLAIN_LINE_S = 10.0  # between lines about the progress where nobody looks at a terminal
 START_TIMEOUT_S = 30.0
+LAST_CHECKPOINT_S = 40.0  # for an end that writes a checkpoint first
 STOP_TIMEOUT_S = 2.5  # for an end in order; with what follows by force it stays below five seconds
 FORCE_TIMEOUT_S = 2.0  # an agent needs 1.5 s for workers that do not want to end, and knows what they started
 INTERRUPTED = 130
@@ -70,6 +71,11 @@ def run(
     start_timeout: float,
     hang_timeout: float,
     join_timeout: float,
+    snapshot_every: int,
+    redundancy: tuple[int, int],
+    checkpoint_dir: str,
+    checkpoint_every: int,
+    checkpoint_keep: int,
     **given: Any,
 ) -> None:
     """Train SCRIPT on this machine (and on others that join), and keep going through failures."""
@@ -90,6 +96,11 @@ def run(
         start_timeout=start_timeout,
         hang_timeout=hang_timeout,
         join_timeout=join_timeout,
+        snapshot_every=snapshot_every,
+        redundancy=redundancy,
+        checkpoint_dir=checkpoint_dir,
+        checkpoint_every=checkpoint_every,
+        checkpoint_keep=checkpoint_keep,
         ledger=folder / "ledger.sqlite",
         host=host,
         port=0 if port is None else port,
@@ -130,6 +141,7 @@ class JobRun:
         self._agent: subprocess.Popen[bytes] | None = None
         self._people: People | None = None
         self._interrupted = 0
+        self._writes_checkpoints = bool(controller["settings"]["checkpoint_target"])
         self._code = 1
         (folder / "summary.json").unlink(missing_ok=True)
 
@@ -214,7 +226,8 @@ class JobRun:
                 if interrupted_at is None:
                     interrupted_at = time.monotonic()
                     self._controller.send_signal(signal.SIGTERM)
-                if time.monotonic() - interrupted_at > STOP_TIMEOUT_S:
+                patience_s = LAST_CHECKPOINT_S if self._writes_checkpoints else STOP_TIMEOUT_S
+                if time.monotonic() - interrupted_at > patience_s:
                     return
             elif code is not None:
                 self.console.print("elastic: the controller was killed; starting it again on its ledger", highlight=False)

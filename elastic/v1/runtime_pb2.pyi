@@ -484,6 +484,35 @@ class Member(_message.Message):
 Global___Member: _TypeAlias = Member  # noqa: Y015
 
 @_typing.final
+class PlanNode(_message.Message):
+    """A node with members in a world."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    PEER_ADDRESS_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    domain: _builtins.str
+    """Its failure domain (--label domain=...); empty: one of its own."""
+    peer_address: _builtins.str
+    """HOST:PORT of its agent's peer service."""
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        domain: _builtins.str = ...,
+        peer_address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "node", b"node", "peer_address", b"peer_address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanNode: _TypeAlias = PlanNode  # noqa: Y015
+
+@_typing.final
 class Plan(_message.Message):
     """Who owns what in one generation, and why."""
 
@@ -498,6 +527,9 @@ class Plan(_message.Message):
     STORE_ADDRESS_FIELD_NUMBER: _builtins.int
     PREPARE_TIMEOUT_MS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    DATA_SHARDS_FIELD_NUMBER: _builtins.int
+    PARITY_SHARDS_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     kind: Global___PlanKind.ValueType
     virtual_replicas: _builtins.int
@@ -509,6 +541,9 @@ class Plan(_message.Message):
     """Longest time that building the group may take."""
     reason: _builtins.str
     """In words, for people."""
+    data_shards: _builtins.int
+    """Of the code that protects snapshots of this world; 0: they are not protected."""
+    parity_shards: _builtins.int
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """In order of rank."""
@@ -516,6 +551,10 @@ class Plan(_message.Message):
     @_builtins.property
     def owners(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Rank that owns each slot; its length is the number of slots."""
+
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanNode]:
+        """In order of their members' ranks."""
 
     def __init__(
         self,
@@ -529,10 +568,13 @@ class Plan(_message.Message):
         store_address: _builtins.str = ...,
         prepare_timeout_ms: _builtins.int = ...,
         reason: _builtins.str = ...,
+        nodes: _abc.Iterable[Global___PlanNode] | None = ...,
+        data_shards: _builtins.int = ...,
+        parity_shards: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "kind", b"kind", "members", b"members", "owners", b"owners", "prepare_timeout_ms", b"prepare_timeout_ms", "reason", b"reason", "store_address", b"store_address", "store_node", b"store_node", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_shards", b"data_shards", "generation", b"generation", "kind", b"kind", "members", b"members", "nodes", b"nodes", "owners", b"owners", "parity_shards", b"parity_shards", "prepare_timeout_ms", b"prepare_timeout_ms", "reason", b"reason", "store_address", b"store_address", "store_node", b"store_node", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -550,6 +592,7 @@ class Admitted(_message.Message):
     SEED_FIELD_NUMBER: _builtins.int
     COMMITTED_FIELD_NUMBER: _builtins.int
     JOINS_RUNNING_WORLD_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_EVERY_FIELD_NUMBER: _builtins.int
     slots: _builtins.int
     virtual_replicas: _builtins.int
     reduction: _builtins.str
@@ -558,6 +601,8 @@ class Admitted(_message.Message):
     """Steps committed so far, as far as the controller has heard."""
     joins_running_world: _builtins.bool
     """True: run a throwaway slot, say Warm, wait to be taken in."""
+    snapshot_every: _builtins.int
+    """Steps from one snapshot to the next; 0: none are taken, -1: as often as is cheap."""
     def __init__(
         self,
         *,
@@ -567,10 +612,11 @@ class Admitted(_message.Message):
         seed: _builtins.int = ...,
         committed: _builtins.int = ...,
         joins_running_world: _builtins.bool = ...,
+        snapshot_every: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "joins_running_world", b"joins_running_world", "reduction", b"reduction", "seed", b"seed", "slots", b"slots", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "joins_running_world", b"joins_running_world", "reduction", b"reduction", "seed", b"seed", "slots", b"slots", "snapshot_every", b"snapshot_every", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -606,11 +652,14 @@ class Commit(_message.Message):
     RESTORE_STEP_FIELD_NUMBER: _builtins.int
     JOINER_RANKS_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_GENERATION_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     restore_step: _builtins.int
     """FENCE and FOUND: everyone continues after this step. SWITCH: unused."""
     stop: _builtins.bool
     """All leave the loop after `restore_step`, as its verdict said to some."""
+    snapshot_generation: _builtins.int
+    """Not 0: all read the state of `restore_step`, captured in that generation, from their agents."""
     @_builtins.property
     def joiner_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks without state: every other rank gives it to them."""
@@ -622,10 +671,11 @@ class Commit(_message.Message):
         restore_step: _builtins.int = ...,
         joiner_ranks: _abc.Iterable[_builtins.int] | None = ...,
         stop: _builtins.bool = ...,
+        snapshot_generation: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joiner_ranks", b"joiner_ranks", "restore_step", b"restore_step", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joiner_ranks", b"joiner_ranks", "restore_step", b"restore_step", "snapshot_generation", b"snapshot_generation", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -756,6 +806,7 @@ class WorkerStatus(_message.Message):
     EXIT_REASON_FIELD_NUMBER: _builtins.int
     MESSAGES_FIELD_NUMBER: _builtins.int
     WAITS_FIELD_NUMBER: _builtins.int
+    STABLE_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     local_rank: _builtins.int
     pid: _builtins.int
@@ -773,6 +824,8 @@ class WorkerStatus(_message.Message):
     exit_reason: _builtins.str
     waits: _builtins.bool
     """Its main thread waits for others (a reduction, a verdict, a regroup)."""
+    stable: _builtins.int
+    """Newest step whose snapshot the whole world holds, as this worker knows; -1: none."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerMessage]:
         """Hello only: what the controller may have missed."""
@@ -792,10 +845,11 @@ class WorkerStatus(_message.Message):
         exit_reason: _builtins.str = ...,
         messages: _abc.Iterable[Global___WorkerMessage] | None = ...,
         waits: _builtins.bool = ...,
+        stable: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "exit_reason", b"exit_reason", "exited", b"exited", "generation", b"generation", "local_rank", b"local_rank", "loss", b"loss", "messages", b"messages", "pid", b"pid", "progress", b"progress", "samples", b"samples", "waits", b"waits", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "exit_reason", b"exit_reason", "exited", b"exited", "generation", b"generation", "local_rank", b"local_rank", "loss", b"loss", "messages", b"messages", "pid", b"pid", "progress", b"progress", "samples", b"samples", "stable", b"stable", "waits", b"waits", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1004,6 +1058,10 @@ class AgentMessage(_message.Message):
     FROM_WORKER_FIELD_NUMBER: _builtins.int
     GOODBYE_FIELD_NUMBER: _builtins.int
     PROBED_FIELD_NUMBER: _builtins.int
+    FOUND_FIELD_NUMBER: _builtins.int
+    ASSEMBLED_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___AgentHello: ...
     @_builtins.property
@@ -1018,6 +1076,14 @@ class AgentMessage(_message.Message):
     def goodbye(self) -> Global___Goodbye: ...
     @_builtins.property
     def probed(self) -> Global___PeersProbed: ...
+    @_builtins.property
+    def found(self) -> Global___SnapshotsFound: ...
+    @_builtins.property
+    def assembled(self) -> Global___SnapshotAssembled: ...
+    @_builtins.property
+    def saved(self) -> Global___CheckpointSaved: ...
+    @_builtins.property
+    def checkpoint(self) -> Global___CheckpointFound: ...
     def __init__(
         self,
         *,
@@ -1028,12 +1094,16 @@ class AgentMessage(_message.Message):
         from_worker: Global___FromWorker | None = ...,
         goodbye: Global___Goodbye | None = ...,
         probed: Global___PeersProbed | None = ...,
+        found: Global___SnapshotsFound | None = ...,
+        assembled: Global___SnapshotAssembled | None = ...,
+        saved: Global___CheckpointSaved | None = ...,
+        checkpoint: Global___CheckpointFound | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "exited", b"exited", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "body", b"body", "checkpoint", b"checkpoint", "exited", b"exited", "found", b"found", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "saved", b"saved", "started", b"started"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["body", b"body", "exited", b"exited", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "body", b"body", "checkpoint", b"checkpoint", "exited", b"exited", "found", b"found", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "saved", b"saved", "started", b"started"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "started", "exited", "from_worker", "goodbye", "probed"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "started", "exited", "from_worker", "goodbye", "probed", "found", "assembled", "saved", "checkpoint"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1122,6 +1192,141 @@ class Welcome(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Welcome: _TypeAlias = Welcome  # noqa: Y015
+
+@_typing.final
+class SaveCheckpoint(_message.Message):
+    """Write the newest stable snapshot to the durable tier."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    WORLD_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """Comes back in the answer."""
+    target: _builtins.str
+    """Directory, or an address of fsspec."""
+    keep: _builtins.int
+    """Older ones beyond so many are removed."""
+    @_builtins.property
+    def world(self) -> Global___Plan:
+        """That trains now."""
+
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        target: _builtins.str = ...,
+        keep: _builtins.int = ...,
+        world: Global___Plan | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["world", b"world"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "number", b"number", "target", b"target", "world", b"world"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SaveCheckpoint: _TypeAlias = SaveCheckpoint  # noqa: Y015
+
+@_typing.final
+class CheckpointSaved(_message.Message):
+    """Answer to SaveCheckpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    step: _builtins.int
+    """Last step that it contains."""
+    path: _builtins.str
+    refusal: _builtins.str
+    """Why it was not written; empty: it is."""
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        step: _builtins.int = ...,
+        path: _builtins.str = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "path", b"path", "refusal", b"refusal", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointSaved: _TypeAlias = CheckpointSaved  # noqa: Y015
+
+@_typing.final
+class FindCheckpoint(_message.Message):
+    """Look for the newest whole checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEARCH_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    search: _builtins.int
+    """Comes back in the answer."""
+    target: _builtins.str
+    def __init__(
+        self,
+        *,
+        search: _builtins.int = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["search", b"search", "target", b"target"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindCheckpoint: _TypeAlias = FindCheckpoint  # noqa: Y015
+
+@_typing.final
+class CheckpointFound(_message.Message):
+    """Answer to FindCheckpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEARCH_FIELD_NUMBER: _builtins.int
+    PATH_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    PASSED_OVER_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    search: _builtins.int
+    path: _builtins.str
+    """Empty: there is none."""
+    step: _builtins.int
+    generation: _builtins.int
+    """In which it was captured."""
+    refusal: _builtins.str
+    """Why the target cannot be looked through; empty: it was."""
+    @_builtins.property
+    def passed_over(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What is no whole checkpoint, and why."""
+
+    def __init__(
+        self,
+        *,
+        search: _builtins.int = ...,
+        path: _builtins.str = ...,
+        step: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        passed_over: _abc.Iterable[_builtins.str] | None = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "passed_over", b"passed_over", "path", b"path", "refusal", b"refusal", "search", b"search", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointFound: _TypeAlias = CheckpointFound  # noqa: Y015
 
 @_typing.final
 class Peer(_message.Message):
@@ -1303,6 +1508,10 @@ class ControllerMessage(_message.Message):
     SHUTDOWN_FIELD_NUMBER: _builtins.int
     ACK_FIELD_NUMBER: _builtins.int
     PROBE_FIELD_NUMBER: _builtins.int
+    FIND_FIELD_NUMBER: _builtins.int
+    ASSEMBLE_FIELD_NUMBER: _builtins.int
+    SAVE_FIELD_NUMBER: _builtins.int
+    LOOK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -1319,6 +1528,14 @@ class ControllerMessage(_message.Message):
     def ack(self) -> Global___HeartbeatAck: ...
     @_builtins.property
     def probe(self) -> Global___ProbePeers: ...
+    @_builtins.property
+    def find(self) -> Global___FindSnapshots: ...
+    @_builtins.property
+    def assemble(self) -> Global___AssembleSnapshot: ...
+    @_builtins.property
+    def save(self) -> Global___SaveCheckpoint: ...
+    @_builtins.property
+    def look(self) -> Global___FindCheckpoint: ...
     def __init__(
         self,
         *,
@@ -1330,16 +1547,214 @@ class ControllerMessage(_message.Message):
         shutdown: Global___Shutdown | None = ...,
         ack: Global___HeartbeatAck | None = ...,
         probe: Global___ProbePeers | None = ...,
+        find: Global___FindSnapshots | None = ...,
+        assemble: Global___AssembleSnapshot | None = ...,
+        save: Global___SaveCheckpoint | None = ...,
+        look: Global___FindCheckpoint | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "body", b"body", "kill", b"kill", "probe", b"probe", "refused", b"refused", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assemble", b"assemble", "body", b"body", "find", b"find", "kill", b"kill", "look", b"look", "probe", b"probe", "refused", b"refused", "save", b"save", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "body", b"body", "kill", b"kill", "probe", b"probe", "refused", b"refused", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assemble", b"assemble", "body", b"body", "find", b"find", "kill", b"kill", "look", b"look", "probe", b"probe", "refused", b"refused", "save", b"save", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refused", "start", "kill", "to_worker", "shutdown", "ack", "probe"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refused", "start", "kill", "to_worker", "shutdown", "ack", "probe", "find", "assemble", "save", "look"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
 Global___ControllerMessage: _TypeAlias = ControllerMessage  # noqa: Y015
+
+@_typing.final
+class FindSnapshots(_message.Message):
+    """Nobody holds the state any more: say what this node's memory holds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEARCH_FIELD_NUMBER: _builtins.int
+    search: _builtins.int
+    """Comes back in the answer."""
+    def __init__(
+        self,
+        *,
+        search: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["search", b"search"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___FindSnapshots: _TypeAlias = FindSnapshots  # noqa: Y015
+
+@_typing.final
+class SnapshotHolding(_message.Message):
+    """What a node's memory holds of one snapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STEP_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    SLICES_FIELD_NUMBER: _builtins.int
+    PARITY_FIELD_NUMBER: _builtins.int
+    step: _builtins.int
+    generation: _builtins.int
+    """In which it was captured."""
+    parity: _builtins.bool
+    """Its parity blocks are complete."""
+    @_builtins.property
+    def slices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Numbers of whole and intact slices."""
+
+    def __init__(
+        self,
+        *,
+        step: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        slices: _abc.Iterable[_builtins.int] | None = ...,
+        parity: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "parity", b"parity", "slices", b"slices", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotHolding: _TypeAlias = SnapshotHolding  # noqa: Y015
+
+@_typing.final
+class SnapshotsFound(_message.Message):
+    """Answer to FindSnapshots."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEARCH_FIELD_NUMBER: _builtins.int
+    HOLDINGS_FIELD_NUMBER: _builtins.int
+    search: _builtins.int
+    @_builtins.property
+    def holdings(self) -> _containers.RepeatedCompositeFieldContainer[Global___SnapshotHolding]: ...
+    def __init__(
+        self,
+        *,
+        search: _builtins.int = ...,
+        holdings: _abc.Iterable[Global___SnapshotHolding] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["holdings", b"holdings", "search", b"search"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotsFound: _TypeAlias = SnapshotsFound  # noqa: Y015
+
+@_typing.final
+class SliceSource(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_FIELD_NUMBER: _builtins.int
+    NODE_FIELD_NUMBER: _builtins.int
+    slice: _builtins.int
+    node: _builtins.str
+    """That holds it."""
+    def __init__(
+        self,
+        *,
+        slice: _builtins.int = ...,
+        node: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node", "slice", b"slice"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SliceSource: _TypeAlias = SliceSource  # noqa: Y015
+
+@_typing.final
+class AssembleSnapshot(_message.Message):
+    """Let every slice of this snapshot be readable for this node's workers."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEARCH_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    SLICES_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    DECODED_FIELD_NUMBER: _builtins.int
+    WORLD_FIELD_NUMBER: _builtins.int
+    NODES_FIELD_NUMBER: _builtins.int
+    CHECKPOINT_FIELD_NUMBER: _builtins.int
+    TARGET_FIELD_NUMBER: _builtins.int
+    search: _builtins.int
+    """Comes back in the answer."""
+    step: _builtins.int
+    generation: _builtins.int
+    slices: _builtins.int
+    """How many there are."""
+    checkpoint: _builtins.str
+    """Not empty: read this checkpoint, which is the one slice, instead."""
+    target: _builtins.str
+    """The durable tier that it is in."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedCompositeFieldContainer[Global___SliceSource]:
+        """Those that are missing here must be decoded."""
+
+    @_builtins.property
+    def decoded(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Nodes whose slices must be decoded."""
+
+    @_builtins.property
+    def world(self) -> Global___Plan:
+        """In which it was captured."""
+
+    @_builtins.property
+    def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanNode]:
+        """Those that are here."""
+
+    def __init__(
+        self,
+        *,
+        search: _builtins.int = ...,
+        step: _builtins.int = ...,
+        generation: _builtins.int = ...,
+        slices: _builtins.int = ...,
+        sources: _abc.Iterable[Global___SliceSource] | None = ...,
+        decoded: _abc.Iterable[_builtins.str] | None = ...,
+        world: Global___Plan | None = ...,
+        nodes: _abc.Iterable[Global___PlanNode] | None = ...,
+        checkpoint: _builtins.str = ...,
+        target: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["world", b"world"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoint", b"checkpoint", "decoded", b"decoded", "generation", b"generation", "nodes", b"nodes", "search", b"search", "slices", b"slices", "sources", b"sources", "step", b"step", "target", b"target", "world", b"world"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AssembleSnapshot: _TypeAlias = AssembleSnapshot  # noqa: Y015
+
+@_typing.final
+class SnapshotAssembled(_message.Message):
+    """Answer to AssembleSnapshot."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SEARCH_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    search: _builtins.int
+    refusal: _builtins.str
+    """Why it could not be done; empty: it is."""
+    def __init__(
+        self,
+        *,
+        search: _builtins.int = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["refusal", b"refusal", "search", b"search"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SnapshotAssembled: _TypeAlias = SnapshotAssembled  # noqa: Y015
 
 @_typing.final
 class HeartbeatAck(_message.Message):
@@ -1558,12 +1973,17 @@ Global___ProbeRequest: _TypeAlias = ProbeRequest  # noqa: Y015
 class ProbeReply(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    SHARD_ADDRESS_FIELD_NUMBER: _builtins.int
+    shard_address: _builtins.str
+    """HOST:PORT at which its keeper serves shards; empty while it does not."""
     def __init__(
         self,
+        *,
+        shard_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["shard_address", b"shard_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1733,6 +2153,9 @@ class StatusReply(_message.Message):
     STEP_S_FIELD_NUMBER: _builtins.int
     CONTROLLER_PID_FIELD_NUMBER: _builtins.int
     REDUCTION_FIELD_NUMBER: _builtins.int
+    STABLE_FIELD_NUMBER: _builtins.int
+    SAVED_FIELD_NUMBER: _builtins.int
+    SAVE_FAULT_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     state: _builtins.str
     """founding, running, recovering, ending, succeeded, failed, stopped"""
@@ -1753,6 +2176,12 @@ class StatusReply(_message.Message):
     """Median of recent steps."""
     controller_pid: _builtins.int
     reduction: _builtins.str
+    stable: _builtins.int
+    """Newest step whose snapshot the whole world holds in memory; -1: none."""
+    saved: _builtins.int
+    """Step of the newest checkpoint in the durable tier; -1: none."""
+    save_fault: _builtins.str
+    """Why the last attempt to write one failed; empty: it did not."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeView]: ...
     @_builtins.property
@@ -1781,10 +2210,13 @@ class StatusReply(_message.Message):
         step_s: _builtins.float = ...,
         controller_pid: _builtins.int = ...,
         reduction: _builtins.str = ...,
+        stable: _builtins.int = ...,
+        saved: _builtins.int = ...,
+        save_fault: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_pid", b"controller_pid", "digest", b"digest", "elapsed_s", b"elapsed_s", "generation", b"generation", "incidents", b"incidents", "incidents_total", b"incidents_total", "job", b"job", "loss", b"loss", "nodes", b"nodes", "productive_s", b"productive_s", "reason", b"reason", "reduction", b"reduction", "samples", b"samples", "slots", b"slots", "state", b"state", "step", b"step", "step_s", b"step_s", "virtual_replicas", b"virtual_replicas", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_pid", b"controller_pid", "digest", b"digest", "elapsed_s", b"elapsed_s", "generation", b"generation", "incidents", b"incidents", "incidents_total", b"incidents_total", "job", b"job", "loss", b"loss", "nodes", b"nodes", "productive_s", b"productive_s", "reason", b"reason", "reduction", b"reduction", "samples", b"samples", "save_fault", b"save_fault", "saved", b"saved", "slots", b"slots", "stable", b"stable", "state", b"state", "step", b"step", "step_s", b"step_s", "virtual_replicas", b"virtual_replicas", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1884,6 +2316,40 @@ class DrainReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DrainReply: _TypeAlias = DrainReply  # noqa: Y015
+
+@_typing.final
+class CheckpointRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointRequest: _TypeAlias = CheckpointRequest  # noqa: Y015
+
+@_typing.final
+class CheckpointReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TEXT_FIELD_NUMBER: _builtins.int
+    text: _builtins.str
+    def __init__(
+        self,
+        *,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CheckpointReply: _TypeAlias = CheckpointReply  # noqa: Y015
 
 @_typing.final
 class StopRequest(_message.Message):

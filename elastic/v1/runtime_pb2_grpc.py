@@ -354,6 +354,11 @@ class PeopleStub:
                 request_serializer=elastic_dot_v1_dot_runtime__pb2.DrainRequest.SerializeToString,
                 response_deserializer=elastic_dot_v1_dot_runtime__pb2.DrainReply.FromString,
                 _registered_method=True)
+        self.Checkpoint = channel.unary_unary(
+                '/elastic.v1.People/Checkpoint',
+                request_serializer=elastic_dot_v1_dot_runtime__pb2.CheckpointRequest.SerializeToString,
+                response_deserializer=elastic_dot_v1_dot_runtime__pb2.CheckpointReply.FromString,
+                _registered_method=True)
         self.Stop = channel.unary_unary(
                 '/elastic.v1.People/Stop',
                 request_serializer=elastic_dot_v1_dot_runtime__pb2.StopRequest.SerializeToString,
@@ -382,6 +387,13 @@ class PeopleServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Checkpoint(self, request, context):
+        """Answers once it is written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Stop(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -405,6 +417,11 @@ def add_PeopleServicer_to_server(servicer, server):
                     servicer.Drain,
                     request_deserializer=elastic_dot_v1_dot_runtime__pb2.DrainRequest.FromString,
                     response_serializer=elastic_dot_v1_dot_runtime__pb2.DrainReply.SerializeToString,
+            ),
+            'Checkpoint': grpc.unary_unary_rpc_method_handler(
+                    servicer.Checkpoint,
+                    request_deserializer=elastic_dot_v1_dot_runtime__pb2.CheckpointRequest.FromString,
+                    response_serializer=elastic_dot_v1_dot_runtime__pb2.CheckpointReply.SerializeToString,
             ),
             'Stop': grpc.unary_unary_rpc_method_handler(
                     servicer.Stop,
@@ -493,6 +510,33 @@ class People:
             '/elastic.v1.People/Drain',
             elastic_dot_v1_dot_runtime__pb2.DrainRequest.SerializeToString,
             elastic_dot_v1_dot_runtime__pb2.DrainReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Checkpoint(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/elastic.v1.People/Checkpoint',
+            elastic_dot_v1_dot_runtime__pb2.CheckpointRequest.SerializeToString,
+            elastic_dot_v1_dot_runtime__pb2.CheckpointReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -131,6 +131,8 @@ class PeopleStub:
     Status: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.StatusRequest, _runtime_pb2.StatusReply]
     Events: _grpc.UnaryStreamMultiCallable[_runtime_pb2.EventsRequest, _runtime_pb2.Event]
     Drain: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.DrainRequest, _runtime_pb2.DrainReply]
+    Checkpoint: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.CheckpointRequest, _runtime_pb2.CheckpointReply]
+    """Answers once it is written."""
     Stop: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.StopRequest, _runtime_pb2.StopReply]
 
 @_typing.type_check_only
@@ -139,6 +141,8 @@ class PeopleAsyncStub(PeopleStub):
     Status: _aio.UnaryUnaryMultiCallable[_runtime_pb2.StatusRequest, _runtime_pb2.StatusReply]  # type: ignore[assignment]
     Events: _aio.UnaryStreamMultiCallable[_runtime_pb2.EventsRequest, _runtime_pb2.Event]  # type: ignore[assignment]
     Drain: _aio.UnaryUnaryMultiCallable[_runtime_pb2.DrainRequest, _runtime_pb2.DrainReply]  # type: ignore[assignment]
+    Checkpoint: _aio.UnaryUnaryMultiCallable[_runtime_pb2.CheckpointRequest, _runtime_pb2.CheckpointReply]  # type: ignore[assignment]
+    """Answers once it is written."""
     Stop: _aio.UnaryUnaryMultiCallable[_runtime_pb2.StopRequest, _runtime_pb2.StopReply]  # type: ignore[assignment]
 
 class PeopleServicer(metaclass=_abc_1.ABCMeta):
@@ -162,6 +166,14 @@ class PeopleServicer(metaclass=_abc_1.ABCMeta):
         request: _runtime_pb2.DrainRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_runtime_pb2.DrainReply, _abc.Awaitable[_runtime_pb2.DrainReply]]: ...
+
+    @_abc_1.abstractmethod
+    def Checkpoint(
+        self,
+        request: _runtime_pb2.CheckpointRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runtime_pb2.CheckpointReply, _abc.Awaitable[_runtime_pb2.CheckpointReply]]:
+        """Answers once it is written."""
 
     @_abc_1.abstractmethod
     def Stop(

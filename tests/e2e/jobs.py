@@ -294,6 +294,16 @@ class Job:
                 os.kill(pid, signal.SIGKILL)
         return pids
 
+    def kill_everything(self) -> dict[int, str]:
+        """Kill every process of the job; returns what could not be ended."""
+        deadline = time.monotonic() + DEADLINE_S
+        while (alive := self.processes()) and time.monotonic() < deadline:
+            for pid in alive:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_S)
+        return alive
+
     # -- the end ---------------------------------------------------------------------------------------------------
 
     def processes(self) -> dict[int, str]:
@@ -320,12 +330,7 @@ class Job:
 
     def end(self) -> None:
         """Kill every process of the job and remove its directory; what it said is shown if the test failed."""
-        deadline = time.monotonic() + DEADLINE_S
-        while (alive := self.processes()) and time.monotonic() < deadline:
-            for pid in alive:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(POLL_S)
+        alive = self.kill_everything()
         for process in self.started.values():
             process.wait(DEADLINE_S)
         if self._people is not None:

@@ -174,7 +174,7 @@ def size_of(pid: int) -> tuple[int, int, int]:
 
 @pytest.mark.slow
 def test_recoveries_leave_nothing_behind(job: Job) -> None:
-    job.run(3, train=("--epochs", 3 * RECOVERIES, *job.held, "--pause-ms", 5))
+    job.run(3, "--snapshot-every", 1, train=("--epochs", 3 * RECOVERIES, *job.held, "--pause-ms", 5))
     before = job.wait_for_world(3, beyond_step=3)
     survivor = members_of(before)["a/0.1"]["pid"]
     agent = before["nodes"][0]["agent_pid"]

@@ -36,9 +36,11 @@ MAY_IMPORT = {
 
 # Pure files: what they decide depends on their arguments alone.
 PURE = (
+    "agent/crcs.py",
     "agent/events.py",
     "agent/machine.py",
     "agent/protection.py",
+    "agent/rotation.py",
     "agent/tables.py",
     "controller/attempts.py",
     "controller/commits.py",
@@ -102,6 +104,7 @@ OBJECT_COLLECTIVES = {  # they pickle what they carry
 # with how the file does without it.
 PROVIDED_AS = {"google": "protobuf", "grpc": "grpcio", "zmq": "pyzmq"}
 OPTIONAL_IMPORTS: dict[str, str] = {
+    "fsspec": "imported only for a target with an address instead of a path, with a sentence where it is missing",
     "numpy": "imported only inside functions that are reached when the script itself brought numpy in",
 }
 

@@ -7,6 +7,8 @@ from typing import Any
 
 from agent.events import (
     AgentEvent,
+    CarriedOut,
+    CarryOut,
     Connected,
     Disconnected,
     DropConnection,
@@ -19,8 +21,6 @@ from agent.events import (
     Heard,
     Looked,
     OpenGeneration,
-    Probe,
-    Probed,
     ProcessEnded,
     Report,
     Signal,
@@ -28,8 +28,25 @@ from agent.events import (
     WorkerSaid,
 )
 from agent.machine import AgentMachine, AgentSettings
-from elastic.domain import AgentHello, PeersProbed, ProbePeers, StartWorker
+from elastic.domain import (
+    NO_STEP,
+    AgentHello,
+    AssembleSnapshot,
+    CheckpointFound,
+    CheckpointSaved,
+    FindCheckpoint,
+    FindSnapshots,
+    PeersProbed,
+    Plan,
+    ProbePeers,
+    SaveCheckpoint,
+    SnapshotAssembled,
+    SnapshotsFound,
+    StartWorker,
+)
+from elastic.snapshots import SnapshotId
 from tests.sim.links import Stream
+from tests.sim.memory import Memory, Shot, assemble, group_of
 from tests.sim.process import Process
 from tests.sim.worker import Worker
 from tests.sim.world import World
@@ -93,6 +110,8 @@ class Agent(Process):
                 leave_grace_s=3.0,
             )
         )
+        self.memory = Memory()
+        self._protecting: set[SnapshotId] = set()
         self.workers: dict[str, Worker] = {}  # until their end is known
         self.forked: list[Worker] = []
         self.stream: Stream | None = None
@@ -144,9 +163,17 @@ class Agent(Process):
                     worker = self.workers.get(worker_id)
                     if worker is not None and worker.alive:
                         worker.stream.send(self, command)
+                case CarryOut(FindSnapshots() as order):
+                    self.post(self.random.uniform(0.001, 0.05), self._answer_search, order)
+                case CarryOut(AssembleSnapshot() as order):
+                    self.post(self.random.uniform(0.002, 0.3), self._assemble, order)
+                case CarryOut(FindCheckpoint() as order):
+                    self.post(self.random.uniform(0.05, 0.5), self._look_for_checkpoint, order)
+                case CarryOut(SaveCheckpoint() as order):
+                    self.post(self.random.uniform(0.05, 1.5), self._save, order)
                 case OpenGeneration():
                     pass  # no rendezvous store here: groups.py builds by itself
-                case Probe(order):
+                case CarryOut(ProbePeers() as order):
                     self.post(self.random.uniform(0.002, 0.05), self._answer_probe, order)
                 case DropConnection(reason):
                     self.world.note("agent %s drops its stream: %s", self.incarnation, reason)
@@ -203,13 +230,73 @@ class Agent(Process):
                 0.0,
                 worker.page_committed,
                 waits=worker.page_waits,
+                stable=worker.snapshotter.stable,
             )
         )
 
     def _answer_probe(self, order: ProbePeers) -> None:
         dead = self.world.groups.dead_links
         silent = tuple(peer.node for peer in order.peers if frozenset((self.node.name, peer.node)) in dead)
-        self.handle(Probed(PeersProbed(order.generation, silent)))
+        self.handle(CarriedOut(PeersProbed(order.generation, silent)))
+
+    # -- snapshots -------------------------------------------------------------------------------------------------
+
+    def _answer_search(self, order: FindSnapshots) -> None:
+        self.handle(CarriedOut(SnapshotsFound(order.search, self.memory.holdings())))
+
+    def _assemble(self, order: AssembleSnapshot) -> None:
+        snapshot = SnapshotId(order.step, order.generation)
+        sources = {source.slice: source.node for source in order.sources}
+        if order.checkpoint:
+            digest = self.world.disk.get(snapshot)
+        else:
+            digest = assemble(self.world.memories(self.node.name), order.world, snapshot, sources, order.decoded)
+        if digest is not None:
+            self.memory.readable = {snapshot: tuple(Shot(snapshot, index, digest) for index in range(order.slices))}
+        refusal = "" if digest is not None else "a slice is gone"
+        self.handle(CarriedOut(SnapshotAssembled(order.search, refusal)))
+
+    def _look_for_checkpoint(self, order: FindCheckpoint) -> None:
+        newest = max(self.world.disk, default=None)
+        answer = CheckpointFound(order.search)
+        if newest is not None:
+            answer = CheckpointFound(order.search, f"disk/{newest.step}", newest.step, newest.generation)
+        self.handle(CarriedOut(answer))
+
+    def _save(self, order: SaveCheckpoint) -> None:
+        stable = max((w.snapshotter.stable for w in self.workers.values() if w.alive), default=NO_STEP)
+        snapshot = SnapshotId(stable, order.world.generation)
+        sources = {member.rank: member.node for member in order.world.members}
+        digest = assemble(self.world.memories(self.node.name), order.world, snapshot, sources, ())
+        if digest is None or self.random.random() < 0.1:
+            self.handle(CarriedOut(CheckpointSaved(order.number, refusal="the disk is full")))
+            return
+        self.world.disk[snapshot] = digest
+        self.world.moment("saved", self)
+        self.handle(CarriedOut(CheckpointSaved(order.number, stable, f"disk/{stable}")))
+
+    def captured(self, plan: Plan, snapshot: SnapshotId) -> None:
+        """A worker has captured a slice of a snapshot."""
+        if plan.parity_shards and snapshot not in self._protecting:
+            self._protecting.add(snapshot)
+            self.post(self.random.uniform(0.001, 0.1), self._protect, plan, snapshot, 40)
+
+    def _protect(self, plan: Plan, snapshot: SnapshotId, tries: int) -> None:
+        """Make this node's parity, once all in its group have captured; protected is what all have the parity of."""
+        group = group_of(plan, self.node.name)
+        memories = self.world.memories(self.node.name)
+        if group is None or tries == 0:
+            return
+        there = [node for node in group.nodes if node in memories and memories[node].has_all_of(node, snapshot, plan)]
+        if len(there) < len(group.nodes):
+            self.post(self.random.uniform(0.01, 0.2), self._protect, plan, snapshot, tries - 1)
+            return
+        self.memory.parity.add(snapshot)
+        if all(snapshot in memories[node].parity for node in group.nodes):
+            newest = self.memory.protected
+            self.memory.protected = snapshot if newest is None else max(newest, snapshot, key=lambda s: (s.generation, s.step))
+        else:
+            self.post(self.random.uniform(0.01, 0.1), self._protect, plan, snapshot, tries - 1)
 
     def on_message(self, stream: Stream, message: Any) -> None:
         if stream is self.stream:

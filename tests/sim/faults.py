@@ -102,6 +102,21 @@ ENDING = {
     "ledger:job-ended": 1,
     "agent connects": 6,
 }
+MEMORY = {
+    "applied": 30,
+    "voted": 30,
+    "captured": 20,
+    "restored": 4,
+    "saved": 2,
+    "forked": 12,
+    "said:Warm": 6,
+    "said:Prepared": 12,
+    "entered": 12,
+    "ledger:restoring": 2,
+    "ledger:snapshot-chosen": 2,
+    "ledger:generation-openedFENCE": 3,
+    "ledger:generation-committed": 4,
+}
 KILLS = ("worker killed", "worker killed between effects", "agent killed", "node stopped")
 THEMES = (
     Theme(STARTING, KILLS),
@@ -112,13 +127,18 @@ THEMES = (
         ("controller killed", "controller killed between effects", "controller stopped", "controller partitioned"),
     ),
     Theme(ENDING, (*KILLS, "controller killed", "controller killed between effects", "stream cut")),
-    Theme(STARTING | TRAINING | MEMBERS | RESTARTS | ENDING, ()),
+    Theme(
+        MEMORY,
+        ("all workers killed", "all workers killed", "all workers killed", "agent killed", "worker killed", "power lost"),
+    ),
+    Theme(STARTING | TRAINING | MEMBERS | RESTARTS | ENDING | MEMORY, ()),
 )
 
 # How often each kind is drawn, against the others.
 WEIGHTS = {
     "worker killed": 5,
     "worker killed between effects": 6,
+    "all workers killed": 2,
     "worker stopped": 3,
     "script ends early": 0.5,
     "agent killed": 2,

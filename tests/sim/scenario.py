@@ -11,6 +11,7 @@ from tests.sim.faults import Fault, draw_faults
 from tests.sim.links import LinkQuality
 
 INITIAL_DIGEST = 12345
+CHECKPOINT_DIGEST = 54321
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,8 @@ class Scenario:
         never_prepares: Whether the script is one that never asks for a session.
         stops_at: From which step on the worker of rank 0 asks all to stop; 0 for never.
         concludes: Whether something must run once after the loop.
+        buffers: For snapshots, of each worker.
+        begins_after: Step of the checkpoint that the durable tier holds at the start; 0 for none.
         late_spec: What workers train that are started again; None for the same as the first.
     """
 
@@ -61,6 +64,8 @@ class Scenario:
     stops_at: int = 0
     concludes: bool = False
     controller_timeout_s: float = 25.0
+    buffers: int = 3
+    begins_after: int = 0
     initial_digest: int = INITIAL_DIGEST
     user_error: str = field(default="ValueError: bad sample")
 
@@ -114,6 +119,20 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
         stops_at=ends.randint(1, scenario.steps) if ends.random() < 0.2 else 0,
         concludes=ends.random() < 0.3,
     )
+    memory = Random(f"memory {seed}")
+    data_shards, parity_shards = memory.choice(((0, 0), (0, 0), (1, 1), (2, 1), (3, 1), (2, 2)))
+    scenario = replace(
+        scenario,
+        settings=replace(
+            scenario.settings,
+            snapshot_every=memory.choice((0, 1, 1, 1, 2, -1)),
+            data_shards=data_shards,
+            parity_shards=parity_shards,
+        ),
+        buffers=memory.choice((2, 3)),
+    )
+    if memory.random() < 0.25:
+        scenario = _with_durable_tier(scenario, memory)
     faults = draw_faults(random)
     scenario = replace(scenario, faults=faults, quiet_at_s=random.uniform(8.0, 14.0) if faults else 0.0)
     dice = random.random()
@@ -129,3 +148,15 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
     elif dice < 0.19:
         scenario = replace(scenario, never_prepares=True)
     return scenario
+
+
+def _with_durable_tier(scenario: Scenario, random: Random) -> Scenario:
+    settings = replace(scenario.settings, checkpoint_target="disk", checkpoint_every=random.randint(0, 4))
+    begins_after = random.choice((0, 0, random.randint(1, 20)))
+    return replace(
+        scenario,
+        settings=settings,
+        begins_after=begins_after,
+        steps=scenario.steps + begins_after,
+        stops_at=scenario.stops_at + begins_after if scenario.stops_at else 0,
+    )

@@ -7,6 +7,7 @@ from typing import Any
 from tests.sim.agent import Agent, Node
 from tests.sim.controller import Controller
 from tests.sim.links import End, Stream
+from tests.sim.memory import Memory
 from tests.sim.scenario import Scenario
 from tests.sim.worker import Worker
 from tests.sim.world import World
@@ -44,6 +45,11 @@ class Site(World):
     def workers(self) -> list[Worker]:
         """Every worker that ever ran."""
         return [worker for agent in self.agents for worker in agent.forked]
+
+    def memories(self, node: str) -> dict[str, Memory]:
+        dead = self.groups.dead_links
+        living = [n.agent for n in self.nodes.values() if n.agent is not None and n.agent.alive]
+        return {a.node.name: a.memory for a in living if frozenset((node, a.node.name)) not in dead}
 
     def node_of(self, worker: Worker) -> Node:
         return next(node for node in self.nodes.values() if worker.keeper in node.agents)

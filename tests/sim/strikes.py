@@ -65,6 +65,12 @@ def _kill_worker_between_effects(site: Site, worker: Worker | None) -> None:
         victim.dies_after_effects = site.random.randint(0, 12)
 
 
+def _kill_all_workers(site: Site, worker: Worker | None) -> None:
+    for victim in site.workers:
+        if victim.alive:
+            site.clock.after(site.random.choice((0.0, 0.0, 0.01, 0.1)), victim.die, -9)
+
+
 def _stop_worker(site: Site, worker: Worker | None) -> None:
     victim = _some_worker(site, worker)
     if victim is not None:
@@ -205,6 +211,7 @@ def _return_abandoned_nodes(site: Site, worker: Worker | None) -> None:
 DEEDS: dict[str, Callable[[Site, Worker | None], None]] = {
     "worker killed": _kill_worker,
     "worker killed between effects": _kill_worker_between_effects,
+    "all workers killed": _kill_all_workers,
     "worker stopped": _stop_worker,
     "script ends early": _worker_script_ends,
     "agent killed": _kill_agent,

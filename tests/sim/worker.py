@@ -44,9 +44,12 @@ from elastic.protocol import (
     Warmed,
     WorkerMachine,
 )
+from elastic.snapshots import SnapshotId
+from elastic.snapshotter import Snapshotter
 from tests.sim.clock import Violation
 from tests.sim.groups import TRANSFER, Broken
 from tests.sim.links import End, Stream
+from tests.sim.memory import Capturer, Memory
 from tests.sim.process import Process
 from tests.sim.world import World
 
@@ -84,7 +87,11 @@ Gradient = tuple[int, int, int]  # step, slot, digest of the parameters it was c
 class Keeper(End, Protocol):
     """The agent that forked a worker."""
 
+    memory: Memory
+
     def worker_ended(self, worker: Worker, code: int) -> None: ...
+
+    def captured(self, plan: Plan, snapshot: SnapshotId) -> None: ...
 
 
 class Worker(Process):
@@ -114,6 +121,9 @@ class Worker(Process):
         self.slots_done: dict[int, Gradient] = {}
         self.reduced: tuple[Gradient, ...] | None = None
         self.donate: tuple[int, ...] = ()
+        self.snapshot: SnapshotId | None = None  # that all read the state from
+        self.capturer = Capturer(keeper.memory, self.id, world.scenario.buffers)
+        self.snapshotter = Snapshotter()
         self.finishes_by_order = False  # what it writes was decided by a newer generation
         self._wakes = 0
         self._asleep = False
@@ -228,6 +238,7 @@ class Worker(Process):
         self.feed(Register(scenario.late_spec or scenario.spec if self.restarted else scenario.spec))
         while self.machine.admitted is None:
             yield WaitForWake(self._wakes)
+        self.snapshotter = Snapshotter(self.capturer, self.machine.admitted.snapshot_every)
         if self.machine.admitted.joins_running_world:
             self.digest = TORN  # the throwaway slot writes to the parameters too
             yield Sleep(self.speed.slot_s)
@@ -237,6 +248,7 @@ class Worker(Process):
                 return 0
             if self.committed >= scenario.steps or self.machine.stopping:
                 break
+            self._capture()
             remaining = self._remaining()
             if remaining:
                 yield Sleep(self.speed.slot_s * self.random.uniform(0.8, 1.2))
@@ -264,6 +276,13 @@ class Worker(Process):
                     self._enter(answer)  # a loop that has ended gives the state to nobody
                 case _:
                     raise Violation(f"worker {self.id}: {answer} after the training loop")
+
+    def _capture(self) -> None:
+        assert self.plan is not None
+        self.capturer.digest = self.digest
+        self.snapshotter.step_ended(self.committed, self.plan.generation, self.clock.now)
+        self.keeper.captured(self.plan, SnapshotId(self.committed, self.plan.generation))
+        self.world.moment("captured", self)
 
     def _ask_until(self, *unsettled: type) -> Generator[Request, Any, Answer]:
         while True:
@@ -313,6 +332,7 @@ class Worker(Process):
 
     def _enter(self, world: EnterWorld) -> None:
         self.plan, self.rank, self.donate = world.plan, world.rank, world.joiner_ranks
+        self.snapshot = world.snapshot
         self.page_generation = world.plan.generation
         if self.rank not in self.donate and world.committed != self.committed:
             raise Violation(f"worker {self.id} has committed {self.committed}, its machine says {world.committed}")
@@ -327,6 +347,9 @@ class Worker(Process):
         if joins:
             self.digest = TORN
         self.world.moment("transfer", self)
+        if self.snapshot is not None:
+            yield from self._restore(self.snapshot)
+            return True
         values = yield Collective((TRANSFER, len(self.donate)), None if joins else (self.committed, self.digest))
         if isinstance(values, Broken):
             self.feed(CollectiveBroke(values.reason))
@@ -342,6 +365,20 @@ class Worker(Process):
             self.world.observe("received", self)
             self.feed(StateReceived(self.committed))
         return True
+
+    def _restore(self, snapshot: SnapshotId) -> Generator[Request, Any, None]:
+        yield Sleep(self.random.uniform(0.001, 0.05))
+        shots = self.keeper.memory.readable.get(snapshot)
+        if shots is None:
+            raise Violation(f"worker {self.id} is to restore {snapshot}, which its agent has not assembled")
+        self.donate, self.snapshot = (), None
+        self.committed = self.page_committed = snapshot.step
+        self.digest = shots[0].digest
+        self.slots_done, self.reduced = {}, None
+        self.snapshotter.restored(snapshot.step)
+        self.world.observe("received", self)
+        self.world.moment("restored", self)
+        self.feed(StateReceived(self.committed))
 
     def _commit_step(self) -> Generator[Request, Any, bool]:
         """Inside optimizer.step(). Returns without a commit if the regrouped world gives more slots; True when finished."""
@@ -375,20 +412,25 @@ class Worker(Process):
         self.world.observe("voted", self, step, answer)
         self.world.moment("voted", self)
         stop = self.rank == 0 and 0 < scenario.stops_at <= step
-        votes = yield Collective(("verdict", step), (step, answer.generation, answer.next_generation, stop))
+        snapshots = self.snapshotter.vote(step, self.plan, self.clock.now)
+        votes = yield Collective(("verdict", step), (step, answer.generation, answer.next_generation, stop, snapshots))
         if isinstance(votes, Broken):
             return votes
-        if len({(s, g) for s, g, _, _ in votes.values()}) != 1:
+        if len({vote[:2] for vote in votes.values()}) != 1:
             raise Violation(f"generation {generation}, step {step}: votes differ: {votes}")
         yield Sleep(self._moment_s())
-        following = min(newest for _, _, newest, _ in votes.values())
-        stops = any(asked for *_, asked in votes.values())
+        following = min(newest for _, _, newest, _, _ in votes.values())
+        stops = any(asked for *_, asked, _ in votes.values())
+        stable = min(protected for *_, (protected, _) in votes.values())
+        captures = all(can for *_, (_, can) in votes.values())
         if stops:
             self.world.observe("stop_decided", step)
         answer = self.ask(AskCommit(step, following, stops))
         if not isinstance(answer, MayCommit):
             return "sealed"
+        plan = self.plan
         yield from self._apply(step)
+        self.snapshotter.decided(step, plan, self.rank, stable, captures=captures)
         return "committed"
 
     def _moment_s(self) -> float:

@@ -6,12 +6,14 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+from elastic.snapshots import SnapshotId
 from tests.sim.clock import Clock, Trace
 from tests.sim.faults import Fault, Moment
 from tests.sim.groups import Groups
 from tests.sim.links import End, Stream
+from tests.sim.memory import Memory
 from tests.sim.process import Process
-from tests.sim.scenario import Scenario
+from tests.sim.scenario import CHECKPOINT_DIGEST, Scenario
 
 
 class World:
@@ -28,6 +30,9 @@ class World:
         self.watchers: tuple[object, ...] = ()
         self.faults_struck: list[str] = []
         self.ended_at: float | None = None
+        self.disk: dict[SnapshotId, int] = {}  # the durable tier: the digest of each checkpoint
+        if scenario.begins_after:
+            self.disk[SnapshotId(scenario.begins_after, 1)] = CHECKPOINT_DIGEST
         self._pid = 5000
         self._raised = 0
         self._quit = 0
@@ -76,6 +81,10 @@ class World:
         return Stream(self.clock, self.random, self.scenario.local, worker, agent)
 
     def connect_controller(self, agent: End, partitioned_until_s: float) -> Stream:
+        raise NotImplementedError
+
+    def memories(self, node: str) -> dict[str, Memory]:
+        """What the agents hold of snapshots that a node reaches, by node."""
         raise NotImplementedError
 
     def controller_died(self) -> None:

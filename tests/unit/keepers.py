@@ -72,6 +72,7 @@ class Node:
         self.keeper = KeeperProcess(self.settings, self, self.launch)
         self.address = ""
         self.memory: dict[tuple[SnapshotId, int], mmap.mmap] = {}
+        self.is_covering: set[SnapshotId] = set()
         self.is_protected: set[SnapshotId] = set()
         self.reasons: list[str] = []
         self.counted: Counter[str] = Counter()
@@ -90,6 +91,10 @@ class Node:
 
     def protected(self, snapshot: SnapshotId) -> None:
         self.is_protected.add(snapshot)
+        self.changed.set()
+
+    def covered(self, snapshot: SnapshotId, is_covered: bool) -> None:
+        (self.is_covering.add if is_covered else self.is_covering.discard)(snapshot)
         self.changed.set()
 
     def vulnerable(self, snapshot: SnapshotId, reason: str) -> None:
@@ -192,7 +197,10 @@ class Site:
 
     async def until_protected(self, snapshot: SnapshotId) -> None:
         await asyncio.gather(
-            *(node.until(lambda node=node: snapshot in node.is_protected) for node in self.nodes.values())  # type: ignore[misc]
+            *(
+                node.until(lambda node=node: snapshot in node.is_protected & node.is_covering)  # type: ignore[misc]
+                for node in self.nodes.values()
+            )
         )
 
     async def lose(self, *names: str) -> None:

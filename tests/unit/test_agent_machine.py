@@ -9,6 +9,8 @@ import pytest
 from agent.events import (
     AgentEffect,
     AgentEvent,
+    CarriedOut,
+    CarryOut,
     Connected,
     Disconnected,
     DropConnection,
@@ -21,8 +23,6 @@ from agent.events import (
     Heard,
     Looked,
     OpenGeneration,
-    Probe,
-    Probed,
     ProcessEnded,
     Report,
     Signal,
@@ -361,5 +361,5 @@ def test_before_its_first_commit_and_after_its_loop_a_worker_has_the_start_timeo
 def test_peers_are_probed_and_the_answer_is_passed_on() -> None:
     order = ProbePeers(3, (Peer("m", "m:1"),), 500)
     node = Node()
-    assert node.feed(Heard(order)) == [Probe(order)]
-    assert node.feed(Probed(PeersProbed(3, ("m",)))) == [Report(PeersProbed(3, ("m",)))]
+    assert node.feed(Heard(order)) == [CarryOut(order)]
+    assert node.feed(CarriedOut(PeersProbed(3, ("m",)))) == [Report(PeersProbed(3, ("m",)))]

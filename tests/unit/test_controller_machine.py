@@ -1,12 +1,6 @@
-"""Transcripts of the controller's machine: what agents and workers say, what is written and ordered.
-
-`Job` speaks for all agents and workers. What the machine answers is written as short lines: `ledger KIND`, `WORKER: ORDER`,
-`INCARNATION: ORDER`, `close INCARNATION`, `END OUTCOME`.
-"""
+"""Transcripts of the controller's machine: what agents and workers say, what is written and ordered."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import pytest
 
@@ -14,215 +8,29 @@ from controller.events import (
     AgentAttached,
     AgentGone,
     AgentSaid,
-    CloseAgent,
-    ControllerEffect,
-    ControllerEvent,
     DrainAsked,
-    EndJob,
-    Persist,
     StopAsked,
     Tick,
-    ToAgent,
 )
-from controller.machine import ControllerMachine
-from controller.state import JobSettings
 from elastic.domain import (
-    Abandon,
-    Admitted,
     AgentHello,
     CollectiveFailed,
-    Commit,
-    Conclude,
     Concluded,
     Failed,
-    Finish,
-    FromWorker,
     Goodbye,
     Heartbeat,
-    HeartbeatAck,
-    KillWorker,
     Leaving,
     PeersProbed,
-    Prepare,
     Prepared,
     PrepareFailed,
-    ProbePeers,
-    Refused,
     Registered,
     Resumed,
-    Shutdown,
-    StartWorker,
-    Switched,
-    ToWorker,
     TrainingSpec,
     Warm,
-    Welcome,
-    WorkerCommand,
-    WorkerExited,
     WorkerMessage,
     WorkerStatus,
 )
-
-SPEC = TrainingSpec(slots=4, dataset_size=100, batch_size=1)
-
-
-class Job:
-    """A controller and everybody who speaks to it."""
-
-    def __init__(self, ledger: list[tuple[str, Any]] | None = None, **settings: Any) -> None:
-        self.settings = JobSettings("j", **{"nodes_max": 2, "max_restarts": 1, "start_timeout_s": 60.0, **settings})
-        self.machine = ControllerMachine(self.settings)
-        self.now = 0.0
-        self.ledger = ledger if ledger is not None else []
-        if ledger:
-            self.machine.restore(list(ledger), self.now)
-
-    def restarted(self) -> Job:
-        """The next controller on the same ledger."""
-        job = Job(self.ledger)
-        job.settings = self.settings
-        job.machine.settings = self.settings
-        return job
-
-    def feed(self, event: ControllerEvent) -> list[str]:
-        lines = []
-        for effect in self.machine.step(event, self.now):
-            if isinstance(effect, Persist):
-                self.ledger.append((effect.kind, effect.data))
-            line = short(effect)
-            if line:
-                lines.append(line)
-        return lines
-
-    def tick(self, seconds: float) -> list[str]:
-        """Let time pass in small steps; all agents that are attached go on sending heartbeats."""
-        lines = []
-        until = self.now + seconds
-        while self.now < until - 1e-9:
-            self.now = min(until, self.now + 0.5)
-            for node in list(self.machine.nodes.values()):
-                if node.attached and node.id not in self.silent:
-                    lines += self.feed(AgentSaid(node.incarnation, Heartbeat()))
-            lines += self.feed(Tick())
-        return lines
-
-    silent: frozenset[str] = frozenset()
-
-    def probed(self, **unreachable: tuple[str, ...]) -> list[str]:
-        """All nodes answer the newest probe, and the second one; by node whom it did not reach."""
-        lines: list[str] = []
-        assert self.machine.probing is not None
-        while (probing := self.machine.probing) is not None:
-            for node in sorted(probing.asked):
-                answer = PeersProbed(probing.generation, unreachable.get(node, ()))
-                lines += self.feed(AgentSaid(self.machine.nodes[node].incarnation, answer))
-        return [line for line in lines if ": probe " not in line]
-
-    def attach(self, node: str, *workers: WorkerStatus, nproc: int = 1, number: int = 1) -> list[str]:
-        hello = AgentHello(
-            job="j", node=node, incarnation=f"{node}#{number}", nproc=nproc, worker_address=node, workers=workers
-        )
-        return self.feed(AgentAttached(hello))
-
-    def say(self, worker: str, message: WorkerMessage) -> list[str]:
-        node = self.machine.nodes[worker.split("/")[0]]
-        return self.feed(AgentSaid(node.incarnation, FromWorker(worker, message)))
-
-    def exits(self, worker: str, code: int = -9, *, blameless: bool = True) -> list[str]:
-        node = self.machine.nodes[worker.split("/")[0]]
-        return self.feed(AgentSaid(node.incarnation, WorkerExited(worker, code, f"code {code}", blameless, "pidfd")))
-
-    def heartbeat(self, worker: str, generation: int, committed: int) -> list[str]:
-        node = self.machine.nodes[worker.split("/")[0]]
-        status = WorkerStatus(worker, generation=generation, committed=committed)
-        return self.feed(AgentSaid(node.incarnation, Heartbeat(1, (status,))))
-
-    # -- the usual courses ----------------------------------------------------------------------------------------
-
-    def prepare(self, generation: int, committed: int, *workers: str, has_state: bool = True) -> list[str]:
-        """All say Prepared; returns what the last one brings about."""
-        lines: list[str] = []
-        for worker in workers:
-            lines = self.say(worker, Prepared(generation, committed, committed, has_state))
-        return lines
-
-    def switch(self, generation: int, committed: int, *workers: str) -> list[str]:
-        lines: list[str] = []
-        for worker in workers:
-            lines = self.say(worker, Switched(generation, committed))
-        return lines
-
-    def train(self, generation: int, committed: int, *workers: str) -> None:
-        """A step is committed everywhere."""
-        for worker in workers:
-            self.say(worker, Resumed(generation, committed))
-            self.heartbeat(worker, generation, committed)
-
-    def running(self, *nodes: str, nproc: int = 1) -> tuple[str, ...]:
-        """Found a world of these nodes, train to step 3, return its workers."""
-        for node in nodes:
-            self.attach(node, nproc=nproc)
-        workers = tuple(f"{node}/{rank}.1" for node in nodes for rank in range(nproc))
-        for worker in workers:
-            self.say(worker, Registered(SPEC))
-        if self.machine.attempt is None:
-            self.tick(self.settings.join_timeout_s + 0.5)
-        self.prepare(1, 0, *workers)
-        self.switch(1, 0, *workers)
-        self.train(1, 3, *workers)
-        return workers
-
-    def join(self, worker: str) -> list[str]:
-        """A started worker registers and warms up."""
-        return [*self.say(worker, Registered(SPEC)), *self.say(worker, Warm())]
-
-
-def short(effect: ControllerEffect) -> str:
-    match effect:
-        case Persist(kind):
-            return f"ledger {kind}"
-        case ToAgent(_, ToWorker(worker, command)):
-            return f"{worker}: {_short_command(command)}"
-        case ToAgent(incarnation, StartWorker(worker)):
-            return f"{incarnation}: start {worker}"
-        case ToAgent(incarnation, KillWorker(worker, reason)):
-            return f"{incarnation}: kill {worker}, {reason}"
-        case ToAgent(incarnation, Welcome(keep)):
-            return f"{incarnation}: welcome [{' '.join(keep)}]"
-        case ToAgent(incarnation, Refused(reason)):
-            return f"{incarnation}: refused, {reason}"
-        case ToAgent(incarnation, Shutdown(reason, code)):
-            return f"{incarnation}: shut down with {code}, {reason}"
-        case ToAgent(_, HeartbeatAck()):
-            return ""
-        case ToAgent(incarnation, ProbePeers(_, peers)):
-            return f"{incarnation}: probe {' '.join(peer.node for peer in peers)}"
-        case CloseAgent(incarnation):
-            return f"close {incarnation}"
-        case EndJob(outcome):
-            return f"END {outcome}"
-        case _:
-            raise AssertionError(effect)
-
-
-def _short_command(command: WorkerCommand) -> str:
-    match command:
-        case Admitted():
-            return "join" if command.joins_running_world else "found"
-        case Prepare(plan):
-            return f"prepare {plan.generation} {plan.kind.name} [{' '.join(m.worker for m in plan.members)}]"
-        case Commit(generation, restore_step, joiner_ranks, stop):
-            return f"commit {generation} after {restore_step}, {'stop' if stop else f'joiners {list(joiner_ranks)}'}"
-        case Conclude():
-            return "conclude"
-        case Abandon(generation):
-            return f"abandon {generation}"
-        case Finish(reason):
-            return f"finish, {reason}"
-
-
-A, B, C = "n0/0.1", "n1/0.1", "n2/0.1"
-
+from tests.unit.controllers import SPEC, A, B, C, Job
 
 # -- the first world -----------------------------------------------------------------------------------------------
 

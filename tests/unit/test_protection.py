@@ -14,6 +14,7 @@ from agent.protection import (
     SETS_MAX,
     AskTable,
     Command,
+    Covered,
     DropParity,
     DropSlices,
     Event,
@@ -103,6 +104,7 @@ def test_parity_is_written_once_all_tables_are_known_and_those_who_gave_are_told
         Notify(node, FIRST, number) for node, _ in write.stripe.data
     ]
     assert machine.written(FIRST) == (number,)
+    assert Covered(FIRST) in told
 
 
 def test_a_shard_is_protected_when_all_parities_over_its_blocks_are_held() -> None:

@@ -31,7 +31,7 @@ class Agreement:
             self.restores[generation] = restore
             if self.kinds[generation] is PlanKind.SWITCH:
                 return  # begins wherever the verdict says
-            if restore < self.last_restore:
+            if restore < self.last_restore and not data["snapshot_generation"]:
                 raise Violation(
                     f"generation {generation} restores step {restore} after {self.last_restore} was agreed on"
                 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.sim.clock import Violation
-from tests.sim.scenario import Scenario
+from tests.sim.scenario import CHECKPOINT_DIGEST, Scenario
 from tests.sim.worker import Gradient, Worker
 
 
@@ -12,6 +12,8 @@ class ExactlyOnce:
 
     def __init__(self, scenario: Scenario) -> None:
         self.chain: dict[int, int] = {0: scenario.initial_digest}
+        if scenario.begins_after:
+            self.chain[scenario.begins_after] = CHECKPOINT_DIGEST
         self.applied: dict[str, int] = {}
 
     def on_reduced(self, worker: Worker, step: int, gradients: tuple[Gradient, ...]) -> None:

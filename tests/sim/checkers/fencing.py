@@ -17,6 +17,7 @@ class Fencing:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.plans: dict[int, Plan] = {}
+        self.goes_back: set[int] = set()  # generations that go on from a snapshot
         self.fences: dict[int, int] = {}  # committed FENCE or FOUND generations -> restore step
 
     def on_persisted(self, kind: str, data: Mapping[str, Any]) -> None:
@@ -26,6 +27,8 @@ class Fencing:
             plan = self.plans[data["generation"]]
             if plan.kind is not PlanKind.SWITCH:
                 self.fences[plan.generation] = data["restore_step"]
+                if data["snapshot_generation"]:
+                    self.goes_back.add(plan.generation)
 
     def _newer(self, generation: int) -> list[int]:
         return [fence for fence in self.fences if fence > generation]
@@ -48,7 +51,7 @@ class Fencing:
                     f"worker {worker.id} commits step {step} in generation {worker.plan.generation}, but is a member of "
                     f"generation {fence}, which is committed"
                 )
-            if step > self.fences[fence] + 1:
+            if step > self.fences[fence] + 1 and fence not in self.goes_back:
                 raise Violation(
                     f"worker {worker.id} commits step {step} in generation {worker.plan.generation}, which generation "
                     f"{fence} replaced after step {self.fences[fence]}"

@@ -1,0 +1,407 @@
+"""Snapshots on this node: the workers' slices in the agent's memory, the keeper that protects them, and what the controller
+asks of both.
+
+It performs and decides nothing: what is captured and when is the workers', what is restored or written to the durable tier
+is the controller's, how shards are exchanged the keeper's. It must never look into a tensor, and never makes training wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import mmap
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from agent.durable import Durable
+from agent.keeping import KeeperProcess, Launch
+from agent.memory import HeldSlice, MemoryService
+from agent.orders import AssemblyOrder, KeeperSettings
+from agent.protection import World
+from agent.store import StoreService
+from elastic.checksum import crc32
+from elastic.domain import (
+    NO_STEP,
+    AssembleSnapshot,
+    CheckpointFound,
+    CheckpointSaved,
+    FindCheckpoint,
+    FindSnapshots,
+    Plan,
+    PlanNode,
+    SaveCheckpoint,
+    SnapshotAssembled,
+    SnapshotHolding,
+    SnapshotsFound,
+)
+from elastic.errors import CheckpointError, TransferError, Unreachable
+from elastic.snapshots import Slice, SnapshotId
+from recovery.placement import ProtectionGroup, Site, make_groups
+
+PLANS_KEPT = 64
+LOOK_S, LOOK_AGAIN_S = 0.1, 2.0
+"""Between two questions for the keepers of other nodes: until all are known, and after that, since one may be another."""
+PEER_TIMEOUT_S = 2.0
+KEEPERS_TIMEOUT_S = 20.0
+ASSEMBLY_TIMEOUT_S = 600.0
+RESTART_S = 1.0
+
+
+class NodeSnapshots:
+    """The snapshots that this node holds.
+
+    Args:
+        job, node: Whose and where they are.
+        address: At which other nodes' keepers reach this node's.
+        socket_path: Where the node's workers ask for memory.
+        budget_bytes: What snapshots and parity may take.
+        store: Knows the agents of other nodes.
+        launch: Starts a keeper.
+    """
+
+    def __init__(
+        self, job: str, node: str, address: str, socket_path: Path, budget_bytes: int, store: StoreService, launch: Launch
+    ) -> None:
+        self.socket_path = socket_path
+        self._job, self._node, self._address = job, node, address
+        self._budget_bytes = budget_bytes
+        self._store = store
+        self._launch = launch
+        self._memory = MemoryService(socket_path, budget_bytes)
+        self._durables: dict[tuple[str, int], Durable] = {}
+        self._plans: dict[int, Plan] = {}
+        self._plan = Plan()  # of the newest committed world
+        self._keeper: KeeperProcess | None = None
+        self._starting = asyncio.Lock()
+        self._parity_bytes = 0  # what the keeper may take
+        self._entered = Plan()  # what the keeper was told last
+        self._told: set[tuple[SnapshotId, int]] = set()  # slices that it was told of
+        self._covered: set[SnapshotId] = set()  # of which all parity that this node holds is complete
+        self._forgotten = NO_STEP
+        self._restored = NO_STEP  # step of what was assembled for a restore
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._following: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Serve the workers. Raises OSError."""
+        await self._memory.start()
+
+    async def close(self) -> None:
+        """Let go of everything."""
+        for task in self._tasks:
+            task.cancel()
+        if self._keeper is not None:
+            await self._keeper.stop()
+        await self._memory.close()
+
+    # -- what happens on this node ---------------------------------------------------------------------------------
+
+    def worker_started(self, worker: str, pid: int) -> None:
+        """A worker may ask for memory from now on."""
+        self._memory.expect(worker, pid)
+
+    def worker_ended(self, worker: str) -> None:
+        """Its slices stay."""
+        self._memory.worker_gone(worker)
+
+    @property
+    def stable(self) -> int:
+        """Newest step whose snapshot the whole world holds, as far as this node's workers know; -1 for none."""
+        return self._memory.stable
+
+    def world_prepared(self, plan: Plan) -> None:
+        """A worker of this node was told to prepare for a world."""
+        self._plans[plan.generation] = plan
+        for generation in sorted(self._plans)[:-PLANS_KEPT]:
+            del self._plans[generation]
+
+    def world_committed(self, generation: int) -> None:
+        """A worker of this node was told that a world is committed: its snapshots are protected from now on."""
+        plan = self._plans.get(generation)
+        if plan is None or generation <= self._plan.generation:
+            return
+        self._plan = plan
+        if self._following is not None:
+            self._following.cancel()
+            self._following = None
+        if plan.parity_shards or self._keeper is not None:
+            self._following = self._spawn(self._follow(plan))
+
+    def tick(self) -> None:
+        """Let go of what nobody needs any more, and tell the keeper of what has come."""
+        stable = self.stable
+        self._memory.forget_before(stable, None if stable == NO_STEP else self._plan.generation)
+        if self._restored < stable:
+            self._memory.drop_adopted()
+        if self._keeper is not None:
+            self._tell_slices(self._keeper)
+            if stable > self._forgotten:
+                self._forgotten = stable
+                self._covered = {snapshot for snapshot in self._covered if snapshot.step >= stable}
+                self._told = {(snapshot, index) for snapshot, index in self._told if snapshot.step >= stable}
+                self._spawn(self._forget(self._keeper, stable))
+
+    def _spawn(self, work) -> asyncio.Task[None]:  # type: ignore[no-untyped-def]
+        task: asyncio.Task[None] = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._task_done)
+        return task
+
+    def _task_done(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._say(f"snapshots are not protected: {error}")
+
+    def _say(self, sentence: str) -> None:
+        print(f"[agent {self._node}] {sentence}", file=sys.stderr, flush=True)
+
+    # -- the keeper ------------------------------------------------------------------------------------------------
+
+    async def _running_keeper(self) -> KeeperProcess:
+        """The keeper; started when it is first needed. Raises Unreachable."""
+        async with self._starting:
+            data, parity = self._plan.data_shards, self._plan.parity_shards
+            if self._keeper is not None and parity and not self._parity_bytes:
+                await self._keeper.stop()  # it was started to read, and there is something to protect now
+                self._keeper = None
+                self._told.clear()
+            if self._keeper is None:
+                self._parity_bytes = self._budget_bytes * parity // (data + parity) if parity else 0
+                self._memory.limit(self._budget_bytes - self._parity_bytes)
+                settings = KeeperSettings(address=self._address, parity_bytes_max=self._parity_bytes)
+                keeper = KeeperProcess(settings, self, self._launch)
+                await keeper.start()
+                self._keeper = keeper
+        return self._keeper
+
+    async def _follow(self, plan: Plan) -> None:
+        """Tell the keeper where those of the others in a world are, and again when one has moved."""
+        keeper = await self._running_keeper()
+        known: Mapping[str, str] = {}
+        while True:
+            found = await self._keepers_of(plan.nodes)
+            is_complete = len(found) == len(plan.nodes) - (self._node in {node.node for node in plan.nodes})
+            if is_complete and found != known:
+                known = found
+                self._enter(keeper, plan, found)
+            await asyncio.sleep(LOOK_AGAIN_S if is_complete else LOOK_S)
+
+    async def _keepers_of(self, nodes: Iterable[PlanNode]) -> dict[str, str]:
+        """Where the keepers of other nodes listen, of those that say so."""
+        others = [node for node in nodes if node.node != self._node]
+        found = await asyncio.gather(
+            *(self._store.keeper_of(node.node, node.peer_address, PEER_TIMEOUT_S) for node in others)
+        )
+        return {node.node: address for node, address in zip(others, found, strict=True) if address}
+
+    def _enter(self, keeper: KeeperProcess, plan: Plan, peers: Mapping[str, str]) -> None:
+        slices: dict[str, tuple[int, ...]] = {}
+        for member in plan.members:
+            slices[member.node] = (*slices.get(member.node, ()), member.rank)
+        self._entered = plan
+        keeper.enter(World(plan.generation, self._node, peers, slices, _groups(plan)))
+        self._tell_slices(keeper)
+
+    def _tell_slices(self, keeper: KeeperProcess) -> None:
+        for one in self._memory.held():
+            name = (one.slice.snapshot, one.slice.index)
+            if name not in self._told and one.slice.snapshot.generation in self._plans:
+                self._told.add(name)
+                keeper.hold(one.slice, one.fd)
+
+    async def _forget(self, keeper: KeeperProcess, stable: int) -> None:
+        await keeper.forget(stable)
+
+    async def _revive(self) -> None:
+        await asyncio.sleep(RESTART_S)  # it went with the standby, perhaps, which is started again
+        if self._keeper is not None:
+            await self._keeper.start()
+
+    # What the keeper says (`agent.keeping.Listener`).
+
+    def keeper_bound(self, address: str) -> None:
+        self._covered.clear()  # the one before had it
+        self._store.keeper_address = address
+
+    def slice_held(self, part: Slice) -> None:
+        return
+
+    def protected(self, snapshot: SnapshotId) -> None:
+        self._memory.show_protected(snapshot)
+
+    def covered(self, snapshot: SnapshotId, is_covered: bool) -> None:
+        (self._covered.add if is_covered else self._covered.discard)(snapshot)
+
+    def vulnerable(self, snapshot: SnapshotId, reason: str) -> None:
+        return
+
+    def keeper_progress(self, counted: Mapping[str, int]) -> None:
+        return
+
+    def keeper_gone(self, reason: str) -> None:
+        self._store.keeper_address = ""
+        self._say(reason)
+        self._spawn(self._revive())
+
+    # -- restoring -------------------------------------------------------------------------------------------------
+
+    async def find(self, order: FindSnapshots) -> SnapshotsFound:
+        """Say which slices and which parity are here, whole and intact."""
+        if len(self._plan.nodes) > 1 and self._keeper is None:
+            self._spawn(self._running_keeper())  # others will ask it
+        await self._memory.check(again=True)
+        held: dict[SnapshotId, list[int]] = {snapshot: [] for snapshot in self._covered}
+        for one in self._memory.held():
+            held.setdefault(one.slice.snapshot, []).append(one.slice.index)
+        return SnapshotsFound(
+            order.search,
+            tuple(
+                SnapshotHolding(s.step, s.generation, tuple(sorted(indices)), s in self._covered)
+                for s, indices in sorted(held.items())
+            ),
+        )
+
+    async def assemble(self, order: AssembleSnapshot) -> SnapshotAssembled:
+        """Have every slice of a snapshot here, so that this node's workers can read it."""
+        self._restored = order.step
+        snapshot = SnapshotId(order.step, order.generation)
+        self._memory.drop_adopted(but=snapshot)
+        try:
+            if order.checkpoint:
+                await self._read_checkpoint(order)
+            else:
+                sources = {source.slice: source.node for source in order.sources}
+                for piece, fd in await self._gathered(snapshot, order.world, order.nodes, sources, order.decoded):
+                    self._memory.adopt(piece, fd)
+        except (CheckpointError, TransferError, Unreachable) as error:
+            return SnapshotAssembled(order.search, str(error))
+        return SnapshotAssembled(order.search)
+
+    def _held(self, snapshot: SnapshotId) -> dict[int, HeldSlice]:
+        return {one.slice.index: one for one in self._memory.held() if one.slice.snapshot == snapshot}
+
+    async def _gathered(
+        self,
+        snapshot: SnapshotId,
+        world: Plan,
+        nodes: Sequence[PlanNode],
+        sources: Mapping[int, str],
+        decoded: Sequence[str] = (),
+    ) -> list[tuple[Slice, int]]:
+        """The slices of a snapshot of `world` that are not here, read from other nodes or decoded, in memory files."""
+        if self._held(snapshot).keys() >= set(range(world.world_size)):
+            return []
+        keeper = await self._running_keeper()
+        self._plans.setdefault(world.generation, world)
+        needed = [node for node in nodes if node.node != self._node]
+        deadline = asyncio.get_running_loop().time() + KEEPERS_TIMEOUT_S
+        while len(peers := await self._keepers_of(needed)) < len(needed):
+            if asyncio.get_running_loop().time() > deadline:
+                silent = sorted({node.node for node in needed} - peers.keys())
+                raise Unreachable(f"The keepers of {', '.join(silent)} did not say where they listen; order again.")
+            await asyncio.sleep(LOOK_S)
+        self._enter(keeper, max(world, self._entered, key=lambda plan: plan.generation), peers)
+        order = AssemblyOrder(snapshot, world.world_size, sources, tuple(decoded), _groups(world))
+        return await keeper.assemble(order, ASSEMBLY_TIMEOUT_S)
+
+    async def _read_checkpoint(self, order: AssembleSnapshot) -> None:
+        durable = self._durable(order.target)
+        newest = (await durable.newest(order.step + 1)).found
+        if newest is None or newest.path != order.checkpoint:
+            raise CheckpointError(f"The checkpoint {order.checkpoint} is not seen from this node: mount it everywhere.")
+        fd = os.memfd_create("elastic-checkpoint", os.MFD_CLOEXEC)
+        try:
+            piece = await durable.read(newest, fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._memory.adopt(piece, fd)
+
+    # -- the durable tier ------------------------------------------------------------------------------------------
+
+    def _durable(self, target: str, keep: int = 1) -> Durable:
+        if (target, keep) not in self._durables:
+            self._durables[target, keep] = Durable(target, job=self._job, keep=keep)
+        return self._durables[target, keep]
+
+    async def look(self, order: FindCheckpoint) -> CheckpointFound:
+        """Look for the newest whole checkpoint."""
+        try:
+            newest = await self._durable(order.target).newest()
+        except CheckpointError as error:
+            return CheckpointFound(order.search, refusal=str(error))
+        if newest.found is None:
+            return CheckpointFound(order.search, passed_over=newest.passed_over)
+        snapshot = newest.found.marker.snapshot.snapshot
+        return CheckpointFound(
+            order.search, newest.found.path, snapshot.step, snapshot.generation, newest.passed_over
+        )
+
+    async def save(self, order: SaveCheckpoint) -> CheckpointSaved:
+        """Write the newest stable snapshot of a world to the durable tier."""
+        slices: list[tuple[Slice, int]] = []
+        try:
+            slices = await self._copied(order.world)
+            path = await self._durable(order.target, order.keep).write(slices)
+        except (CheckpointError, TransferError, Unreachable) as error:
+            return CheckpointSaved(order.number, refusal=str(error))
+        finally:
+            for _, fd in slices:
+                os.close(fd)
+        if path is None:
+            return CheckpointSaved(order.number, refusal="a newer one was asked for before its turn came")
+        return CheckpointSaved(order.number, slices[0][0].snapshot.step, path)
+
+    async def _copied(self, world: Plan) -> list[tuple[Slice, int]]:
+        """Copies of all slices of one snapshot, since writing takes longer than the workers can do without the memory."""
+        self._memory.pause(True)  # nobody captures while one of them may not
+        try:
+            await self._memory.check()
+            stable = [one.slice for one in self._memory.held() if one.slice.snapshot.step == self.stable]
+            here = [piece for piece in stable if piece.snapshot.generation in self._plans]
+            if not here:
+                raise CheckpointError("This node holds no part of a stable snapshot yet: ask again after the next one.")
+            snapshot, total_bytes = here[0].snapshot, here[0].total_bytes
+            if total_bytes > self._memory.free_bytes:
+                raise CheckpointError(
+                    f"A checkpoint needs {total_bytes >> 20} MiB beside the snapshots, and {self._memory.free_bytes >> 20} MiB "
+                    "of --snapshot-memory are free: set it higher on every node."
+                )
+            plan = self._plans[snapshot.generation]
+            sources = {member.rank: member.node for member in plan.members}
+            copies = await self._gathered(snapshot, plan, plan.nodes, sources)
+            copies += await asyncio.to_thread(_copy, list(self._held(snapshot).values()))
+            return sorted(copies, key=lambda copy: copy[0].index)
+        finally:
+            self._memory.pause(False)
+
+
+def _groups(plan: Plan) -> tuple[ProtectionGroup, ...]:
+    if not plan.parity_shards:
+        return ()
+    return make_groups([Site(node.node, node.domain) for node in plan.nodes], plan.data_shards, plan.parity_shards)
+
+
+def _copy(slices: Sequence[HeldSlice]) -> list[tuple[Slice, int]]:
+    """Copy slices to memory files of their own, and see to it that nobody has written to them meanwhile."""
+    copies: list[tuple[Slice, int]] = []
+    try:
+        for one in slices:
+            fd = os.memfd_create("elastic-checkpoint", os.MFD_CLOEXEC)
+            copies.append((one.slice, fd))
+            done = 0
+            while done < one.slice.stored_bytes:
+                done += os.sendfile(fd, one.fd, done, one.slice.stored_bytes - done)
+            with mmap.mmap(fd, one.slice.stored_bytes, prot=mmap.PROT_READ) as copy, memoryview(copy) as view:
+                payload_crc = crc32(view[: one.slice.end - one.slice.begin])
+                description_crc = crc32(view[one.slice.description_at :])
+            if (payload_crc, description_crc) != (one.slice.payload_crc, one.slice.description_crc):
+                raise CheckpointError(
+                    f"Slice {one.slice.index} of step {one.slice.snapshot.step} was written to while it was copied."
+                )
+    except BaseException:
+        for _, fd in copies:
+            os.close(fd)
+        raise
+    return copies

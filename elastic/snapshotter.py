@@ -1,0 +1,146 @@
+"""When a worker captures its slice of the state, and which of its snapshots must stay.
+
+All workers capture the same steps: each says in its vote whether it can and wants to, and the verdict says whether all do.
+The verdict carries the newest step that is safe as far as each worker goes, too; the least of these is the *stable* step,
+and nothing of it is overwritten before a newer one is stable. The copying is `capture.py`'s. Nothing here ever waits: where
+there is no room yet, the step is not captured, and that is counted.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import dataclass
+from typing import Protocol
+
+from elastic.cadence import snapshot_interval_s
+from elastic.domain import NO_STEP, Plan
+from elastic.errors import ConfigError, Unreachable
+from elastic.snapshots import SnapshotId
+from elastic.verdict import NO_OPINION
+
+AUTO = -1
+FAILURES_PER_S = 1 / 3600.0  # after which a snapshot is restored, of a whole job: a guess, since most jobs see none
+STEP_S_MIN = 1e-6
+
+
+class Capturer(Protocol):
+    """Who copies; see `elastic.capture.Capturer`."""
+
+    @property
+    def protected(self) -> SnapshotId | None: ...
+
+    @property
+    def cost_s(self) -> float: ...
+
+    def has_room(self, generation: int, stable: int) -> bool: ...
+
+    def capture(self, step: int, generation: int, index: int, count: int) -> bool: ...
+
+    def finish(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Due:
+    """What is captured once the step has ended."""
+
+    step: int
+    generation: int
+    rank: int
+    world_size: int
+
+
+class Snapshotter:
+    """One worker's part in the snapshots of its job.
+
+    Args:
+        capturer: Copies the state; None where no snapshots are taken.
+        every: Steps from one snapshot to the next; AUTO: as often as is cheap.
+
+    Attributes:
+        stable: Newest step whose snapshot the whole world holds; NO_STEP for none.
+        skipped: Snapshots that were due and for which there was no room.
+    """
+
+    def __init__(self, capturer: Capturer | None = None, every: int = 0) -> None:
+        self._capturer = capturer if every else None
+        self._every = every
+        self._refused = False
+        self._due: _Due | None = None
+        self._captured: SnapshotId | None = None
+        self._missed = False  # a capture that all had agreed on: others may have it
+        self._captured_at_s = self._voted_at_s = -math.inf
+        self._step_s = STEP_S_MIN
+        self.stable = NO_STEP
+        self.skipped = 0
+
+    def vote(self, step: int, plan: Plan, now_s: float) -> tuple[int, bool]:
+        """Return the newest step that is safe as far as this worker goes, and whether it captures this one."""
+        if self._capturer is None:
+            return NO_OPINION, False
+        if self._refused:
+            return self.stable, False  # whatever the others capture will never be whole
+        if math.isfinite(self._voted_at_s):
+            self._step_s = max(STEP_S_MIN, now_s - self._voted_at_s)
+        self._voted_at_s = now_s
+        wants = self._is_due(step, now_s)
+        room = self._capturer.has_room(plan.generation, self.stable) and wants
+        self.skipped += wants and not room
+        return self._protected(plan), room
+
+    def _is_due(self, step: int, now_s: float) -> bool:
+        assert self._capturer is not None
+        if self._every != AUTO:
+            return step % self._every == 0
+        interval_s = snapshot_interval_s(self._capturer.cost_s, FAILURES_PER_S, step_s=self._step_s)
+        return now_s - self._captured_at_s >= interval_s
+
+    def _protected(self, plan: Plan) -> int:
+        captured = self._captured
+        if captured is not None and captured.generation == plan.generation:
+            # All members of this world have captured what this one has, since they vote on the step after it. Of an older
+            # world somebody may have been lost before it had.
+            assert self._capturer is not None
+            safe = self._capturer.protected if plan.parity_shards else captured
+            if safe is not None and safe.generation == plan.generation:
+                return safe.step
+        has_none = captured is None and self.stable == NO_STEP and not self._missed
+        return NO_OPINION if has_none else self.stable
+
+    def decided(self, step: int, plan: Plan, rank: int, stable: int, *, captures: bool) -> None:
+        """Take up what the verdict on a step says; the step is committed here."""
+        if self._capturer is None:
+            return
+        if stable != NO_OPINION:
+            self.stable = max(self.stable, stable)
+        self._due = _Due(step, plan.generation, rank, plan.world_size) if captures else None
+
+    def step_ended(self, step: int, generation: int, now_s: float) -> None:
+        """Capture the step if that was decided: what user code does after optimizer.step() has been done.
+
+        Not if the world has changed since, since whoever left it has nothing to capture any more.
+        """
+        due, self._due = self._due, None
+        if due is None or self._capturer is None or (due.step, due.generation) != (step, generation):
+            return
+        try:
+            captured = self._capturer.capture(step, generation, due.rank, due.world_size)
+        except (ConfigError, Unreachable) as error:
+            print(f"elastic: no snapshots are taken any more: {error}", file=sys.stderr, flush=True)
+            self._refused = True
+            return
+        if captured:
+            self._captured, self._captured_at_s = SnapshotId(step, generation), now_s
+        else:
+            self._missed = True
+            self.skipped += 1
+
+    def restored(self, step: int) -> None:
+        """The whole world has gone back to the snapshot of this step."""
+        self._due = self._captured = None
+        self.stable = step
+
+    def finish(self) -> None:
+        """Wait until nothing is read any more that a commit is about to write."""
+        if self._capturer is not None:
+            self._capturer.finish()

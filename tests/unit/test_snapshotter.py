@@ -1,0 +1,165 @@
+"""When a worker captures, and what it says in its votes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from elastic.domain import NO_STEP, Member, Plan
+from elastic.errors import ConfigError
+from elastic.snapshots import SnapshotId
+from elastic.snapshotter import AUTO, Snapshotter
+from elastic.verdict import NO_OPINION
+
+ONE = Plan(generation=1, members=(Member("a"), Member("b", rank=1)))
+TWO = replace(ONE, generation=2)
+GUARDED = replace(ONE, data_shards=1, parity_shards=1)
+
+
+class Buffers:
+    """A capturer that copies nothing."""
+
+    def __init__(self) -> None:
+        self.protected: SnapshotId | None = None
+        self.cost_s = 0.0
+        self.room = self.room_now = True
+        self.error: Exception | None = None
+        self.captured: list[tuple[int, int, int, int]] = []
+        self.stable = NO_STEP
+
+    def has_room(self, generation: int, stable: int) -> bool:
+        self.stable = stable
+        return self.room
+
+    def capture(self, step: int, generation: int, index: int, count: int) -> bool:
+        if self.error is not None:
+            raise self.error
+        if self.room_now:
+            self.captured.append((step, generation, index, count))
+        return self.room_now
+
+    def finish(self) -> None:
+        return
+
+
+def step(snapshots: Snapshotter, number: int, plan: Plan = ONE, *, others: int = NO_OPINION, at_s: float = 0.0) -> int:
+    """Vote on a step, commit it with a verdict, end it; returns what was voted as safe. `others` is their least vote."""
+    protected, captures = snapshots.vote(number, plan, at_s)
+    snapshots.decided(number, plan, 1, min(protected, others), captures=captures)
+    snapshots.step_ended(number, plan.generation, at_s)
+    return protected
+
+
+def test_each_step_is_captured_as_the_worlds_own_part() -> None:
+    buffers = Buffers()
+    snapshots = Snapshotter(buffers, every=1)
+    assert [step(snapshots, number) for number in (1, 2, 3)] == [NO_OPINION, 1, 2]
+    assert buffers.captured == [(1, 1, 1, 2), (2, 1, 1, 2), (3, 1, 1, 2)]
+    assert snapshots.stable == 2
+
+
+def test_only_every_nth_step_is_captured() -> None:
+    buffers = Buffers()
+    snapshots = Snapshotter(buffers, every=3)
+    for number in range(1, 8):
+        step(snapshots, number)
+    assert [captured[0] for captured in buffers.captured] == [3, 6]
+
+
+def test_what_one_worker_cannot_capture_no_worker_captures() -> None:
+    buffers = Buffers()
+    snapshots = Snapshotter(buffers, every=1)
+    snapshots.decided(1, ONE, 0, NO_OPINION, captures=False)
+    snapshots.step_ended(1, 1, 0.0)
+    assert buffers.captured == []
+
+
+def test_without_room_a_step_is_skipped_and_counted() -> None:
+    buffers = Buffers()
+    buffers.room = False
+    snapshots = Snapshotter(buffers, every=1)
+    assert snapshots.vote(1, ONE, 0.0) == (NO_OPINION, False)
+    assert snapshots.skipped == 1
+
+
+def test_a_world_that_changed_before_the_step_ended_captures_nothing_of_it() -> None:
+    buffers = Buffers()
+    snapshots = Snapshotter(buffers, every=1)
+    snapshots.decided(1, ONE, 0, NO_OPINION, captures=True)
+    snapshots.step_ended(1, TWO.generation, 0.0)
+    assert buffers.captured == []
+
+
+def test_a_snapshot_of_an_older_world_counts_only_once_it_was_stable() -> None:
+    snapshots = Snapshotter(Buffers(), every=1)
+    step(snapshots, 1)
+    step(snapshots, 2)  # which makes 1 stable; 2 may lack the part of somebody who died
+    assert snapshots.vote(3, TWO, 0.0)[0] == 1
+
+
+def test_a_protected_world_counts_what_its_agent_has_protected() -> None:
+    buffers = Buffers()
+    snapshots = Snapshotter(buffers, every=1)
+    step(snapshots, 1, GUARDED)
+    assert step(snapshots, 2, GUARDED) == NO_STEP  # captured, and not safe yet
+    buffers.protected = SnapshotId(1, 1)
+    assert step(snapshots, 3, GUARDED) == 1
+    buffers.protected = SnapshotId(9, 7)  # of another world
+    assert snapshots.vote(4, GUARDED, 0.0)[0] == 1
+
+
+def test_stable_never_goes_back_but_in_a_restore() -> None:
+    snapshots = Snapshotter(Buffers(), every=1)
+    step(snapshots, 1)
+    step(snapshots, 2)
+    step(snapshots, 3, others=NO_STEP)
+    assert snapshots.stable == 1
+    snapshots.restored(0)
+    assert snapshots.stable == 0 and snapshots.vote(1, TWO, 0.0)[0] == 0
+
+
+def test_who_missed_what_others_captured_holds_it_back() -> None:
+    buffers = Buffers()
+    buffers.room_now = False
+    snapshots = Snapshotter(buffers, every=1)
+    assert [step(snapshots, 1), step(snapshots, 2, others=1)] == [NO_OPINION, NO_STEP]
+    buffers.room_now = True
+    assert [step(snapshots, 3, others=2), step(snapshots, 4, others=3)] == [NO_STEP, 3]
+    assert snapshots.stable == 3
+
+
+def test_a_joiner_holds_back_nothing() -> None:
+    snapshots = Snapshotter(Buffers(), every=1)
+    assert snapshots.vote(8, ONE, 0.0)[0] == NO_OPINION
+    snapshots.decided(8, ONE, 0, 7, captures=True)
+    assert snapshots.stable == 7
+
+
+@pytest.mark.parametrize("error", [ConfigError("no memory")])
+def test_a_refusal_ends_snapshots_and_never_training(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    buffers = Buffers()
+    snapshots = Snapshotter(buffers, every=1)
+    step(snapshots, 1)
+    step(snapshots, 2)
+    buffers.error = error
+    step(snapshots, 3)
+    assert "no snapshots are taken any more: no memory" in capsys.readouterr().err
+    assert snapshots.vote(4, ONE, 0.0) == (snapshots.stable, False)
+
+
+def test_without_memory_a_worker_has_no_part_in_it() -> None:
+    for snapshots in (Snapshotter(), Snapshotter(Buffers(), every=0), Snapshotter(None, every=1)):
+        assert snapshots.vote(1, ONE, 0.0) == (NO_OPINION, False)
+        snapshots.decided(1, ONE, 0, 5, captures=False)
+        snapshots.step_ended(1, 1, 0.0)
+        snapshots.finish()
+
+
+def test_auto_captures_as_often_as_costs_the_least() -> None:
+    buffers = Buffers()
+    buffers.cost_s = 0.005  # sqrt(2 * 0.005 * 3600) = 6 s
+    snapshots = Snapshotter(buffers, every=AUTO)
+    for number in range(1, 101):
+        step(snapshots, number, at_s=0.25 * number)
+    assert [captured[0] for captured in buffers.captured] == [1, 25, 49, 73, 97]
