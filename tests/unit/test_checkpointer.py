@@ -165,6 +165,11 @@ def hanging(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def checkpointers(parent: int | None = None) -> list[psutil.Process]:
+    """The children of a process that write or read checkpoints; a process of tests may have others."""
+    return [child for child in psutil.Process(parent).children() if "checkpointer" in child.cmdline()]
+
+
 @contextlib.asynccontextmanager
 async def a_child_that_hangs_at(target: Path) -> AsyncIterator[psutil.Process]:
     """The child, once it reads from the pipe."""
@@ -175,7 +180,7 @@ async def a_child_that_hangs_at(target: Path) -> AsyncIterator[psutil.Process]:
         except OSError:
             await asyncio.sleep(0.01)
     try:
-        (child,) = psutil.Process().children()
+        (child,) = checkpointers()
         yield child
     finally:
         os.close(pipe)
@@ -185,7 +190,7 @@ async def a_child_that_hangs_at(target: Path) -> AsyncIterator[psutil.Process]:
 async def test_what_hangs_is_given_up_at_its_deadline(hanging: Path) -> None:
     with pytest.raises(CheckpointError, match=r"\(newest\) took longer than 1 s and was given up"):
         await durable(hanging, look_timeout_s=1.0).newest()
-    assert psutil.Process().children() == []
+    assert checkpointers() == []
 
 
 @asynchronous
@@ -218,7 +223,7 @@ async def test_a_child_ends_with_its_agent(hanging: Path) -> None:
             fd = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
             break
         await asyncio.sleep(0.01)
-    (child,) = psutil.Process(agent.pid).children()
+    (child,) = checkpointers(agent.pid)
     agent.kill()
     agent.wait(DEADLINE_S)
     child.wait(DEADLINE_S)
@@ -227,7 +232,7 @@ async def test_a_child_ends_with_its_agent(hanging: Path) -> None:
 
 async def a_child() -> psutil.Process:
     """This process's child, once it is there."""
-    while not (children := psutil.Process().children()):
+    while not (children := checkpointers()):
         await asyncio.sleep(0.01)
     return children[0]
 
