@@ -49,7 +49,7 @@ class Cluster:
         folder: For ledger, logs and sockets; its path must be short (a socket's path has 107 bytes).
         script: The script and its arguments, as for `elastic agent`; ("-m", module, ...) for a module.
         nodes_min, nodes_max: Nodes that the job may have; it begins as soon as the most are there.
-        agent_options: More options for each `elastic agent`.
+        controller_options, agent_options: More options for `elastic controller` and each `elastic agent`.
     """
 
     def __init__(
@@ -59,6 +59,7 @@ class Cluster:
         *,
         nodes_min: int = 1,
         nodes_max: int = 1,
+        controller_options: Sequence[str] = (),
         agent_options: Sequence[str] = (),
     ) -> None:
         self.folder = folder
@@ -66,6 +67,7 @@ class Cluster:
         self.on_status: Callable[[StatusReply], None] = ignore  # sees every answer of the controller
         self._script = tuple(script)
         self._nodes = (nodes_min, nodes_max)
+        self._controller_options = tuple(controller_options)
         self._agent_options = tuple(agent_options)
         self._controller: subprocess.Popen[bytes] | None = None
         self._agents: dict[str, subprocess.Popen[bytes]] = {}
@@ -91,7 +93,7 @@ class Cluster:
         self._controller = self._start(
             "controller", "controller", "--nnodes", f"{low}:{high}", "--port", str(self._port),
             "--ledger", str(self.folder / "ledger.sqlite"), "--port-file", str(port_file),
-            "--summary", str(self.summary_file), "--host", self._host,
+            "--summary", str(self.summary_file), "--host", self._host, *self._controller_options,
         )  # fmt: skip
         self.wait("the controller listens", port_file.exists, START_TIMEOUT_S)
         self._port = int(port_file.read_text())
@@ -217,6 +219,10 @@ class Cluster:
         lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if log.exists() else []
         return ". What the controller said last:" + "".join(f"\n  {line}" for line in lines) if lines else ""
 
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Return everything that runs on a node, its agent first."""
+        return _tree(self._agents[name].pid)
+
     # -- harm ------------------------------------------------------------------------------------------------
 
     def kill_controller(self) -> None:
@@ -232,12 +238,12 @@ class Cluster:
 
     def stop_node(self, name: str) -> None:
         """SIGSTOP everything on a node."""
-        for process in _tree(self._agents[name].pid):
+        for process in self.processes(name):
             process.send_signal(signal.SIGSTOP)
 
     def continue_node(self, name: str) -> None:
         """SIGCONT everything on a node."""
-        for process in _tree(self._agents[name].pid):
+        for process in self.processes(name):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
 
