@@ -73,11 +73,14 @@ class Job:
         )
 
     def start(self) -> None:
-        """Train until every worker has memory for its snapshots, and the first is protected."""
+        """Start its daemons; they train a first block by themselves."""
         self._allow(self._block)
         self.cluster.start_controller()
         for node in NODES:
             self.cluster.start_agent(node)
+
+    def warm_up(self) -> None:
+        """Train until a snapshot is protected, so that every worker and keeper has its memory."""
         self._wait(START_S)
         for _ in range(WARM_UP_BLOCKS_MAX):
             if self.name == "off" or self.cluster.status().stable > 0:
@@ -115,11 +118,8 @@ class Job:
 
     def taken(self) -> int:
         """Return how many slices its workers have captured so far."""
-        return sum(
-            sum(filled.turn for filled in page.slices())
-            for node in NODES
-            for page in pages(self.cluster.processes(node)[0])
-        )
+        agents = [self.cluster.processes(node)[0] for node in NODES]
+        return sum(filled.turn for agent in agents for page in pages(agent) for filled in page.slices())
 
     def memory_bytes(self) -> tuple[int, int]:
         """Return what its nodes hold of slices and of parity."""
@@ -127,15 +127,16 @@ class Job:
         return slices_bytes(processes), parity_bytes(processes)
 
 
-def memory_files(process: psutil.Process, name: str) -> list[Path]:
-    """Return the paths of a process's memory files whose names begin so."""
-    opened = Path(f"/proc/{process.pid}/fd").iterdir()
-    return [path for path in opened if os.readlink(path).startswith(f"/memfd:{name}")]
+def memory_files(processes: Iterable[psutil.Process], name: str) -> list[Path]:
+    """Return a path to each memory file that some processes have opened and whose name begins so."""
+    opened = [path for process in processes for path in Path(f"/proc/{process.pid}/fd").iterdir()]
+    named = [path for path in opened if os.readlink(path).startswith(f"/memfd:{name}")]
+    return list({path.stat().st_ino: path for path in named}.values())
 
 
 def pages(agent: psutil.Process) -> Iterable[SnapshotPage]:
     """What the workers of an agent say they have captured."""
-    for path in memory_files(agent, "elastic-snapshots-"):
+    for path in memory_files([agent], "elastic-snapshots-"):
         fd = os.open(path, os.O_RDWR)
         page = SnapshotPage(fd)
         os.close(fd)
@@ -145,8 +146,7 @@ def pages(agent: psutil.Process) -> Iterable[SnapshotPage]:
 
 def slices_bytes(processes: Iterable[psutil.Process]) -> int:
     """Return the size of the files that workers write their slices to."""
-    files = [path.stat() for process in processes for path in memory_files(process, "elastic-snapshot-")]
-    return sum({status.st_ino: status.st_size for status in files}.values())
+    return sum(path.stat().st_size for path in memory_files(processes, "elastic-snapshot-"))
 
 
 def parity_bytes(processes: Iterable[psutil.Process]) -> int:
@@ -183,6 +183,8 @@ def measure_steps(arguments: argparse.Namespace, folder: Path, reporter: Reporte
             reporter.say(f"{job.name}: starting {len(NODES)} nodes with {' '.join(JOBS[job.name])}")
             stack.enter_context(job.cluster)
             job.start()
+        for job in jobs.values():
+            job.warm_up()
         reporter.say(f"{rounds} rounds of {len(JOBS) + 1} blocks of {block} steps")
         take_turns(jobs, 1, reporter)
         before = {name: jobs[name].taken() for name in MEASURED}
