@@ -43,9 +43,10 @@ test-gpu: $(STAMP)  ## the tests that need an accelerator
 sim: $(STAMP)  ## the simulator: SEEDS=2000 random clusters, or the one of SEED=...
 	OMP_NUM_THREADS=1 $(RUN) -m tests.sim $(if $(SEED),--seed $(SEED),--seeds $(SEEDS)) $(ARGS)
 
-bench: $(STAMP)  ## time to recover, and the cost per step
+bench: $(STAMP)  ## time to recover, the cost per step, the speed of the erasure code
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.recovery $(ARGS)
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.overhead $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.codec $(ARGS)
 
 soak: $(STAMP)  ## faults at random for HOURS=1
 	OMP_NUM_THREADS=1 $(RUN) -m benchmarks.soak --hours $(HOURS) $(ARGS)

@@ -128,11 +128,11 @@ async def measure_code(k: int, m: int, size_bytes: int, rounds: int) -> dict[str
     return {
         "k": k,
         "m": m,
-        "protect_first_GBps": round((k + m) * gigabytes / protecting_s[0], 3),
-        "protect_GBps": round((k + m) * gigabytes / statistics.median(protecting_s[1:]), 3),
+        "protect_first_gbps": round((k + m) * gigabytes / protecting_s[0], 3),
+        "protect_gbps": round((k + m) * gigabytes / statistics.median(protecting_s[1:]), 3),
         "protect_cpu_s_per_GB": round(protecting_cpu_s / ((k + m) * gigabytes * len(protecting_s)), 3),
-        "decode_GBps": round(gigabytes / statistics.median(decoding_s[1:]), 3),
-        "decode_best_GBps": round(gigabytes / min(decoding_s), 3),
+        "decode_gbps": round(gigabytes / statistics.median(decoding_s[1:]), 3),
+        "decode_gbps_best": round(gigabytes / min(decoding_s), 3),
         "decode_cpu_s_per_GB": round(decoding_cpu_s / (gigabytes * len(decoding_s)), 3),
     }
 
@@ -153,8 +153,8 @@ def tabulate(report: dict[str, Any]) -> Table:
     title = f"keepers on loopback, shards of {report['shard_bytes'] / MIB:.0f} MiB, GB/s and CPU seconds per GB"
     table = Table("code", "protect, first", "protect", "CPU", "decode", "best", "CPU", title=title)
     for code in report["codes"]:
-        protect = ("protect_first_GBps", "protect_GBps", "protect_cpu_s_per_GB")
-        rates = (*protect, "decode_GBps", "decode_best_GBps", "decode_cpu_s_per_GB")
+        protect = ("protect_first_gbps", "protect_gbps", "protect_cpu_s_per_GB")
+        rates = (*protect, "decode_gbps", "decode_gbps_best", "decode_cpu_s_per_GB")
         table.add_row(f"({code['k']},{code['m']})", *(f"{code[name]:.2f}" for name in rates))
     return table
 

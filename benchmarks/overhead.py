@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from benchmarks.paired import ratio
 from benchmarks.report import Reporter, command, main_of
 from examples.cluster import Cluster, ClusterError
 
@@ -38,26 +37,6 @@ SIDES = {
 """What is compared with DDP: the reduction, and options of the agent."""
 START_S = 180.0
 STEP_S_MAX = 3.0
-CONFIDENCE = 0.95
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the order-statistic interval of the median: the narrowest symmetric one that covers 95 %.
-
-    The number of values below the median is binomial(n, 1/2), so that [x_(k), x_(n+1-k)] covers it with
-    probability 1 - 2 P(X < k) (David and Nagaraja, "Order Statistics", section 7.1). With fewer than six
-    values it is all of them.
-    """
-    ordered = sorted(values)
-    n = len(ordered)
-    tail, below = 0.0, 0
-    while below < (n - 1) // 2:
-        tail += math.comb(n, below) / 2**n
-        if 2 * tail > 1 - CONFIDENCE:
-            break
-        below += 1
-    below = max(below - 1, 0) if n else 0
-    return ordered[below], ordered[n - 1 - below]
 
 
 def read_rounds(folder: Path, workers: int) -> list[dict[str, float]]:
@@ -98,11 +77,9 @@ def run_job(
     return read_rounds(out, arguments.workers)
 
 
-def ratio(rounds: list[dict[str, float]], name: str) -> tuple[float, list[float]]:
+def over_ddp(rounds: list[dict[str, float]], name: str) -> tuple[float, list[float]]:
     """Return the median of the paired ratios to DDP, and its interval."""
-    ratios = [one[name] / one["ddp_s"] for one in rounds]
-    low, high = median_interval(ratios)
-    return round(statistics.median(ratios), 4), [round(low, 4), round(high, 4)]
+    return ratio([one[name] for one in rounds], [one["ddp_s"] for one in rounds])
 
 
 def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], bool]:
@@ -115,12 +92,12 @@ def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> 
         found = run_job(side, folder / side, arguments, rounds, reporter)
         everything += found
         name = f"{side}_over_ddp"
-        report[name], report[f"{name}_ci"] = ratio(found, "elastic_s")
+        report[name], report[f"{name}_ci"] = over_ddp(found, "elastic_s")
         report[f"{side}_ms"] = round(1e3 * statistics.median(one["elastic_s"] for one in found), 2)
         report[f"{side}_ddp_ms"] = round(1e3 * statistics.median(one["ddp_s"] for one in found), 2)
         extra = statistics.median(one["elastic_s"] - one["ddp_s"] for one in found)
         report[f"{side}_extra_ms"] = round(1e3 * extra, 2)
-    report["ddp_over_ddp"], report["ddp_over_ddp_ci"] = ratio(everything, "control_s")
+    report["ddp_over_ddp"], report["ddp_over_ddp_ci"] = over_ddp(everything, "control_s")
     return report, True
 
 

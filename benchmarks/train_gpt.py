@@ -9,7 +9,8 @@ Each worker appends to a file of its own, one JSON object per line:
 `startup_s` goes from the process's start until it calls prepare(); a digest is of the parameters and the
 optimizer's state. Clocks are CLOCK_MONOTONIC, so that lines of different processes can be compared. A job
 that must go on for as long as something is measured gets `--until FILE`: it ends after the step whose number
-is written there, which must lie ahead.
+is written there, which must lie ahead. One that takes turns with others gets `--pauses FILE`: it stands still after
+the step whose number is written there, between `optimizer.step()` and the end of the step, until a greater one is.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ import elastic
 from examples.gpt import GPT, Windows
 
 CLOCK_TICKS_PER_S = os.sysconf("SC_CLK_TCK")
+PAUSE_S_MAX = 600.0
+POLL_S = 0.02
 
 
 def process_age_s() -> float:
@@ -60,10 +63,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--reduction", default="ordered")
     parser.add_argument("--log", type=Path, required=True, help="folder for the workers' logs")
     parser.add_argument("--until", type=Path, help="file that will hold the last step's number")
+    parser.add_argument("--pauses", type=Path, help="file that holds the step to stand still after")
     parser.add_argument("--digest-at", type=int, nargs="*", default=[], help="steps to log a digest after; "
                         "without --until the greatest is the last step")  # fmt: skip
     parser.add_argument("--pause", type=float, default=0.0, help="seconds to sleep in each step")
     return parser.parse_args()
+
+
+def stand_still(session: elastic.Session, pauses: Path) -> None:
+    """Wait until there is a step to go on to."""
+    deadline_s = time.monotonic() + PAUSE_S_MAX
+    while session.step >= int(pauses.read_text()):
+        if time.monotonic() > deadline_s:
+            raise TimeoutError(f"{pauses} said for {PAUSE_S_MAX:.0f} s to stand still after step {session.step}")
+        session.heartbeat()
+        time.sleep(POLL_S)
 
 
 class Log:
@@ -105,6 +119,8 @@ def main() -> None:
                       world_size=session.world_size, rank=session.rank)  # fmt: skip
             if arguments.pause:
                 time.sleep(arguments.pause)
+            if arguments.pauses is not None:
+                stand_still(session, arguments.pauses)
             if arguments.until is not None and not last_step and arguments.until.exists():
                 last_step = int(arguments.until.read_text())
             if session.step in arguments.digest_at or session.step == last_step:

@@ -74,13 +74,15 @@ class Capturer:
         Args:
             generation: of the present world. stable: the newest step that is protected everywhere, -1 for none.
         """
-        self._stable = stable
+        self.show_stable(stable)
         page = self._memory.page
-        if page is not None:
-            page.stable = stable
-            if page.paused:
-                return False
-        return bool(self._free(generation))
+        return bool(self._free(generation)) and not (page is not None and page.paused)
+
+    def show_stable(self, step: int) -> None:
+        """Show the agent the newest step that is protected everywhere: it and its keeper let go of older ones."""
+        self._stable = step
+        if self._memory.page is not None:
+            self._memory.page.stable = step
 
     def capture(self, step: int, generation: int, index: int, count: int) -> bool:
         """Copy this worker's share of the state after `step` to a buffer that, by `has_room`, nobody needs.

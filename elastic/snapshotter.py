@@ -35,6 +35,8 @@ class Capturer(Protocol):
 
     def has_room(self, generation: int, stable: int) -> bool: ...
 
+    def show_stable(self, step: int) -> None: ...
+
     def capture(self, step: int, generation: int, index: int, count: int) -> bool: ...
 
     def finish(self) -> None: ...
@@ -113,6 +115,8 @@ class Snapshotter:
             return
         if stable != NO_OPINION:
             self.stable = max(self.stable, stable)
+            # At once: the next snapshot's parity may have to wait until that of an older one is let go of.
+            self._capturer.show_stable(self.stable)
         self._due = _Due(step, plan.generation, rank, plan.world_size) if captures else None
 
     def step_ended(self, step: int, generation: int, now_s: float) -> None:

@@ -227,6 +227,10 @@ class Cluster:
         lines = log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:] if log.exists() else []
         return ". What the controller said last:" + "".join(f"\n  {line}" for line in lines) if lines else ""
 
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Return everything that runs on a node, its agent first."""
+        return _tree(self._agents[name].pid)
+
     # -- harm ------------------------------------------------------------------------------------------------
 
     def kill_controller(self) -> None:
@@ -251,12 +255,12 @@ class Cluster:
 
     def stop_node(self, name: str) -> None:
         """SIGSTOP everything on a node."""
-        for process in _tree(self._agents[name].pid):
+        for process in self.processes(name):
             process.send_signal(signal.SIGSTOP)
 
     def continue_node(self, name: str) -> None:
         """SIGCONT everything on a node."""
-        for process in _tree(self._agents[name].pid):
+        for process in self.processes(name):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.send_signal(signal.SIGCONT)
 

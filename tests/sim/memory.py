@@ -101,8 +101,11 @@ class Capturer:
         ]
 
     def has_room(self, generation: int, stable: int) -> bool:
-        self._generation, self._stable = generation, stable
+        self.show_stable(stable)
         return bool(self._free(generation, stable))
+
+    def show_stable(self, step: int) -> None:
+        self._stable = step
 
     def capture(self, step: int, generation: int, index: int, count: int) -> bool:
         free = self._free(generation, self._stable)

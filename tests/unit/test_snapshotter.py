@@ -29,8 +29,11 @@ class Buffers:
         self.stable = NO_STEP
 
     def has_room(self, generation: int, stable: int) -> bool:
-        self.stable = stable
+        self.show_stable(stable)
         return self.room
+
+    def show_stable(self, step: int) -> None:
+        self.stable = step
 
     def capture(self, step: int, generation: int, index: int, count: int) -> bool:
         if self.error is not None:
@@ -107,6 +110,16 @@ def test_a_protected_world_counts_what_its_agent_has_protected() -> None:
     assert step(snapshots, 3, GUARDED) == 1
     buffers.protected = SnapshotId(9, 7)  # of another world
     assert snapshots.vote(4, GUARDED, 0.0)[0] == 1
+
+
+def test_the_agent_is_shown_what_is_stable_as_soon_as_the_verdict_says_so() -> None:
+    buffers = Buffers()
+    snapshots = Snapshotter(buffers, every=1)
+    snapshots.decided(8, ONE, 0, 7, captures=True)
+    assert buffers.stable == 7
+    snapshots.decided(9, ONE, 0, NO_OPINION, captures=True)
+    snapshots.decided(10, ONE, 0, 6, captures=True)
+    assert buffers.stable == 7
 
 
 def test_stable_never_goes_back_but_in_a_restore() -> None:
