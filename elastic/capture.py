@@ -131,6 +131,13 @@ class Capturer:
         self.cost_s = time.perf_counter() - began_s
         return room is not None
 
+    def discard(self, snapshot: SnapshotId) -> None:
+        """Forget a slice: its snapshot will never be whole."""
+        for buffer in self._buffers:
+            if buffer.snapshot == snapshot:
+                self._page().begin(buffer.number)
+                buffer.snapshot = None
+
     def finish(self) -> None:
         """Complete the slice that `capture` began. To be called before the state is next written to.
 

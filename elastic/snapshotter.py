@@ -1,6 +1,7 @@
 """When a worker captures its slice of the state, and which of its snapshots must stay.
 
 All workers capture the same steps: each says in its vote whether it can and wants to, and the verdict says whether all do.
+Who could not after all says so in its next vote, and all let go of that step: everybody holds the same ones.
 The verdict carries the newest step that is safe as far as each worker goes, too; the least of these is the *stable* step,
 and nothing of it is overwritten before a newer one is stable. The copying is `capture.py`'s. Nothing here ever waits: where
 there is no room yet, the step is not captured, and that is counted.
@@ -39,7 +40,26 @@ class Capturer(Protocol):
 
     def capture(self, step: int, generation: int, index: int, count: int) -> bool: ...
 
+    def discard(self, snapshot: SnapshotId) -> None: ...
+
     def finish(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """What a vote, or the verdict on all of them, says of snapshots.
+
+    Attributes:
+        protected: the newest step that is safe; `NO_OPINION` for none.
+        captures: whether the step is captured.
+        missed: whether the last one that all had agreed to capture is not here, or not everywhere.
+        stable: the newest step that is known to be safe everywhere; NO_STEP for none. Not everybody sees every verdict.
+    """
+
+    protected: int = NO_OPINION
+    captures: bool = False
+    missed: bool = False
+    stable: int = NO_STEP
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,25 +90,29 @@ class Snapshotter:
         self._refused = False
         self._due: _Due | None = None
         self._captured: SnapshotId | None = None
-        self._missed = False  # a capture that all had agreed on: others may have it
+        self._previous: SnapshotId | None = None  # captured before that
+        self._agreed: SnapshotId | None = None  # the last that all agreed to capture
+        self._void: SnapshotId | None = None  # the last of which somebody has no slice
+        self._missed = False
         self._captured_at_s = self._voted_at_s = -math.inf
         self._step_s = STEP_S_MIN
         self.stable = NO_STEP
         self.skipped = 0
 
-    def vote(self, step: int, plan: Plan, now_s: float) -> tuple[int, bool]:
-        """Return the newest step that is safe as far as this worker goes, and whether it captures this one."""
+    def vote(self, step: int, plan: Plan, now_s: float) -> Ballot:
+        """Return what this worker says of snapshots in its vote on a step."""
         if self._capturer is None:
-            return NO_OPINION, False
+            return Ballot()
+        missed = self._missed and self._agreed is not None and self._agreed.generation == plan.generation
         if self._refused:
-            return self.stable, False  # whatever the others capture will never be whole
+            return Ballot(self.stable, False, missed, self.stable)
         if math.isfinite(self._voted_at_s):
             self._step_s = max(STEP_S_MIN, now_s - self._voted_at_s)
         self._voted_at_s = now_s
         wants = self._is_due(step, now_s)
         room = self._capturer.has_room(plan.generation, self.stable) and wants
         self.skipped += wants and not room
-        return self._protected(plan), room
+        return Ballot(self._protected(plan), room, missed, self.stable)
 
     def _is_due(self, step: int, now_s: float) -> bool:
         assert self._capturer is not None
@@ -100,24 +124,35 @@ class Snapshotter:
     def _protected(self, plan: Plan) -> int:
         captured = self._captured
         if captured is not None and captured.generation == plan.generation:
-            # All members of this world have captured what this one has, since they vote on the step after it. Of an older
-            # world somebody may have been lost before it had.
+            # All members of this world have captured what this one has, or say now that they missed it: they vote on the
+            # step after it. Of an older world somebody may have been lost before it had.
             assert self._capturer is not None
             safe = self._capturer.protected if plan.parity_shards else captured
-            if safe is not None and safe.generation == plan.generation:
+            if safe is not None and safe.generation == plan.generation and safe != self._void:
                 return safe.step
         has_none = captured is None and self.stable == NO_STEP and not self._missed
         return NO_OPINION if has_none else self.stable
 
-    def decided(self, step: int, plan: Plan, rank: int, stable: int, *, captures: bool) -> None:
+    def decided(self, step: int, plan: Plan, rank: int, verdict: Ballot) -> None:
         """Take up what the verdict on a step says; the step is committed here."""
         if self._capturer is None:
             return
-        if stable != NO_OPINION:
-            self.stable = max(self.stable, stable)
-            # At once: the next snapshot's parity may have to wait until that of an older one is let go of.
-            self._capturer.show_stable(self.stable)
-        self._due = _Due(step, plan.generation, rank, plan.world_size) if captures else None
+        if verdict.missed:
+            self._drop_agreed()
+        safe = verdict.protected if verdict.protected != NO_OPINION else NO_STEP
+        self.stable = max(self.stable, verdict.stable, safe)
+        # At once: the next snapshot's parity may have to wait until that of an older one is let go of.
+        self._capturer.show_stable(self.stable)
+        self._due = _Due(step, plan.generation, rank, plan.world_size) if verdict.captures else None
+
+    def _drop_agreed(self) -> None:
+        """Somebody has no slice of the last snapshot, so that it will never be whole: all hold the same ones again."""
+        assert self._capturer is not None
+        agreed, self._agreed = self._agreed, None
+        if agreed is not None and self._captured == agreed:
+            self._capturer.discard(agreed)
+            self._captured = self._previous
+        self._void = agreed
 
     def step_ended(self, step: int, generation: int, now_s: float) -> None:
         """Capture the step if that was decided: what user code does after optimizer.step() has been done.
@@ -127,6 +162,7 @@ class Snapshotter:
         due, self._due = self._due, None
         if due is None or self._capturer is None or (due.step, due.generation) != (step, generation):
             return
+        self._agreed, self._missed = SnapshotId(step, generation), True
         try:
             captured = self._capturer.capture(step, generation, due.rank, due.world_size)
         except (ConfigError, Unreachable) as error:
@@ -134,14 +170,15 @@ class Snapshotter:
             self._refused = True
             return
         if captured:
-            self._captured, self._captured_at_s = SnapshotId(step, generation), now_s
+            self._previous, self._captured, self._captured_at_s = self._captured, self._agreed, now_s
+            self._missed = False
         else:
-            self._missed = True
             self.skipped += 1
 
     def restored(self, step: int) -> None:
         """The whole world has gone back to the snapshot of this step."""
-        self._due = self._captured = None
+        self._due = self._captured = self._previous = self._agreed = None
+        self._missed = False
         self.stable = step
 
     def finish(self) -> None:

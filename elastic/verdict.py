@@ -35,7 +35,7 @@ _EQUAL = {
     "good as no value), and session.weight() in every slot or in none",
 }
 
-_HEAD = 6
+_HEAD = 8
 """Values of a vote besides what must be equal and the parameters' presence."""
 
 
@@ -69,6 +69,8 @@ class Vote:
         presence: for each parameter, whether a slot of this worker gave it a gradient.
         protected: the newest step whose snapshot is safe as far as this worker goes; `NO_OPINION` if it has none yet.
         captures: whether this worker can and wants to capture this step.
+        missed: whether this worker does not have the last step that all had agreed to capture.
+        stable: the newest step whose snapshot is safe everywhere, as this worker knows; -1 for none.
     """
 
     step: int
@@ -82,6 +84,8 @@ class Vote:
     measures_hash: int = 0
     protected: int = NO_OPINION
     captures: bool = False
+    missed: bool = False
+    stable: int = -1
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,10 @@ class Outcome:
         next_generation: the newest generation that all are ready to switch to.
         stop: whether anybody was asked to stop.
         presence: for each parameter, whether any slot gave it a gradient.
-        stable: the newest step whose snapshot is safe everywhere; `NO_OPINION` if nobody has one.
+        protected: the newest step whose snapshot is safe as far as everybody goes; `NO_OPINION` if nobody has one.
         captures: whether all capture this step.
+        missed: whether somebody does not have the last step that all had agreed to capture.
+        stable: the newest step whose snapshot is safe everywhere, as anybody knew before this; -1 for none.
     """
 
     decision: Decision
@@ -103,8 +109,10 @@ class Outcome:
     next_generation: int
     stop: bool
     presence: list[bool]
-    stable: int = NO_OPINION
+    protected: int = NO_OPINION
     captures: bool = False
+    missed: bool = False
+    stable: int = -1
 
 
 def cast(group: Group, vote: Vote, voted: Callable[[], None] | None = None) -> Outcome:
@@ -126,7 +134,7 @@ def cast(group: Group, vote: Vote, voted: Callable[[], None] | None = None) -> O
 def _pack(vote: Vote) -> torch.Tensor:
     # The complement reverses the order like a minus sign, but has no value that it overflows on.
     equal = [vote.step, vote.generation, vote.groups_hash, vote.measures_hash]
-    flags = [not vote.complete, not vote.finite, vote.stop, not vote.captures]
+    flags = [not vote.complete, not vote.finite, vote.stop, not vote.captures, vote.missed, vote.stable]
     head = [*equal, *(~value for value in equal), ~vote.next_generation, ~vote.protected, *flags]
     return torch.tensor([*head, *vote.presence], dtype=torch.int64)
 
@@ -138,7 +146,7 @@ def _read(maxima: torch.Tensor, vote: Vote) -> Outcome:
     differing = [words for words, low, high in zip(_EQUAL.values(), lowest, highest, strict=True) if low != high]
     if differing:
         raise VoteMismatch(f"the workers of generation {vote.generation} do not agree on {'; nor on '.join(differing)}")
-    next_generation, stable, incomplete, not_finite, stop, spared = values[2 * count : 2 * count + _HEAD]
+    next_generation, protected, incomplete, not_finite, stop, spared, missed, stable = values[2 * count : 2 * count + _HEAD]
     if incomplete:
         decision, reason = Decision.RETRY, "gradients of a worker are missing from the sum"
     elif not_finite:
@@ -146,7 +154,7 @@ def _read(maxima: torch.Tensor, vote: Vote) -> Outcome:
     else:
         decision, reason = Decision.COMMIT, "all gradients are summed and finite"
     presence = [bool(value) for value in values[2 * count + _HEAD :]]
-    return Outcome(decision, reason, ~next_generation, bool(stop), presence, ~stable, not spared)
+    return Outcome(decision, reason, ~next_generation, bool(stop), presence, ~protected, not spared, bool(missed), stable)
 
 
 def _ignore() -> None:

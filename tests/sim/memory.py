@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from random import Random
 
 from elastic.domain import Plan, SnapshotHolding
 from elastic.snapshots import SnapshotId
 from recovery.placement import ProtectionGroup, Site, make_groups
+
+MISSES = 0.05  # of captures that were agreed on
 
 
 @dataclass(frozen=True)
@@ -80,8 +83,9 @@ def assemble(
 class Capturer:
     """A worker's buffers, as its agent's memory holds them."""
 
-    def __init__(self, memory: Memory, worker: str, buffers: int) -> None:
+    def __init__(self, memory: Memory, worker: str, buffers: int, random: Random) -> None:
         self._memory = memory
+        self._random = random
         self._buffers: list[Shot | None] = [None] * buffers
         memory.buffers[worker] = self._buffers
         self.digest = 0  # of the worker's state
@@ -110,8 +114,13 @@ class Capturer:
     def capture(self, step: int, generation: int, index: int, count: int) -> bool:
         free = self._free(generation, self._stable)
         number = min(free, key=lambda n: (shot.snapshot.step if (shot := self._buffers[n]) is not None else -1, n))
+        if self._random.random() < MISSES:
+            return False  # its memory is still being made
         self._buffers[number] = Shot(SnapshotId(step, generation), index, self.digest)
         return True
+
+    def discard(self, snapshot: SnapshotId) -> None:
+        self._buffers[:] = [None if shot is not None and shot.snapshot == snapshot else shot for shot in self._buffers]
 
     def finish(self) -> None:
         return

@@ -45,7 +45,7 @@ from elastic.protocol import (
     WorkerMachine,
 )
 from elastic.snapshots import SnapshotId
-from elastic.snapshotter import Snapshotter
+from elastic.snapshotter import Ballot, Snapshotter
 from tests.sim.clock import Violation
 from tests.sim.groups import TRANSFER, Broken
 from tests.sim.links import End, Stream
@@ -122,7 +122,7 @@ class Worker(Process):
         self.reduced: tuple[Gradient, ...] | None = None
         self.donate: tuple[int, ...] = ()
         self.snapshot: SnapshotId | None = None  # that all read the state from
-        self.capturer = Capturer(keeper.memory, self.id, world.scenario.buffers)
+        self.capturer = Capturer(keeper.memory, self.id, world.scenario.buffers, self.random)
         self.snapshotter = Snapshotter()
         self.finishes_by_order = False  # what it writes was decided by a newer generation
         self._wakes = 0
@@ -421,8 +421,13 @@ class Worker(Process):
         yield Sleep(self._moment_s())
         following = min(newest for _, _, newest, _, _ in votes.values())
         stops = any(asked for *_, asked, _ in votes.values())
-        stable = min(protected for *_, (protected, _) in votes.values())
-        captures = all(can for *_, (_, can) in votes.values())
+        ballots = [ballot for *_, ballot in votes.values()]
+        verdict = Ballot(
+            protected=min(ballot.protected for ballot in ballots),
+            captures=all(ballot.captures for ballot in ballots),
+            missed=any(ballot.missed for ballot in ballots),
+            stable=max(ballot.stable for ballot in ballots),
+        )
         if stops:
             self.world.observe("stop_decided", step)
         answer = self.ask(AskCommit(step, following, stops))
@@ -430,7 +435,7 @@ class Worker(Process):
             return "sealed"
         plan = self.plan
         yield from self._apply(step)
-        self.snapshotter.decided(step, plan, self.rank, stable, captures=captures)
+        self.snapshotter.decided(step, plan, self.rank, verdict)
         return "committed"
 
     def _moment_s(self) -> float:

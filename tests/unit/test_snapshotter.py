@@ -9,7 +9,7 @@ import pytest
 from elastic.domain import NO_STEP, Member, Plan
 from elastic.errors import ConfigError
 from elastic.snapshots import SnapshotId
-from elastic.snapshotter import AUTO, Snapshotter
+from elastic.snapshotter import AUTO, Ballot, Snapshotter
 from elastic.verdict import NO_OPINION
 
 ONE = Plan(generation=1, members=(Member("a"), Member("b", rank=1)))
@@ -42,16 +42,31 @@ class Buffers:
             self.captured.append((step, generation, index, count))
         return self.room_now
 
+    def discard(self, snapshot: SnapshotId) -> None:
+        self.captured = [one for one in self.captured if one[:2] != (snapshot.step, snapshot.generation)]
+
     def finish(self) -> None:
         return
 
 
-def step(snapshots: Snapshotter, number: int, plan: Plan = ONE, *, others: int = NO_OPINION, at_s: float = 0.0) -> int:
-    """Vote on a step, commit it with a verdict, end it; returns what was voted as safe. `others` is their least vote."""
-    protected, captures = snapshots.vote(number, plan, at_s)
-    snapshots.decided(number, plan, 1, min(protected, others), captures=captures)
+def step(
+    snapshots: Snapshotter,
+    number: int,
+    plan: Plan = ONE,
+    *,
+    others: int = NO_OPINION,
+    missed: bool = False,
+    at_s: float = 0.0,
+) -> int:
+    """Vote on a step, commit it with a verdict, end it; returns what was voted as safe.
+
+    `others` is what the others say is safe, and `missed` whether one of them missed the last capture.
+    """
+    vote = snapshots.vote(number, plan, at_s)
+    verdict = replace(vote, protected=min(vote.protected, others), missed=vote.missed or missed)
+    snapshots.decided(number, plan, 1, verdict)
     snapshots.step_ended(number, plan.generation, at_s)
-    return protected
+    return vote.protected
 
 
 def test_each_step_is_captured_as_the_worlds_own_part() -> None:
@@ -73,7 +88,7 @@ def test_only_every_nth_step_is_captured() -> None:
 def test_what_one_worker_cannot_capture_no_worker_captures() -> None:
     buffers = Buffers()
     snapshots = Snapshotter(buffers, every=1)
-    snapshots.decided(1, ONE, 0, NO_OPINION, captures=False)
+    snapshots.decided(1, ONE, 0, Ballot(NO_OPINION, False))
     snapshots.step_ended(1, 1, 0.0)
     assert buffers.captured == []
 
@@ -82,14 +97,14 @@ def test_without_room_a_step_is_skipped_and_counted() -> None:
     buffers = Buffers()
     buffers.room = False
     snapshots = Snapshotter(buffers, every=1)
-    assert snapshots.vote(1, ONE, 0.0) == (NO_OPINION, False)
+    assert snapshots.vote(1, ONE, 0.0) == Ballot()
     assert snapshots.skipped == 1
 
 
 def test_a_world_that_changed_before_the_step_ended_captures_nothing_of_it() -> None:
     buffers = Buffers()
     snapshots = Snapshotter(buffers, every=1)
-    snapshots.decided(1, ONE, 0, NO_OPINION, captures=True)
+    snapshots.decided(1, ONE, 0, Ballot(NO_OPINION, True))
     snapshots.step_ended(1, TWO.generation, 0.0)
     assert buffers.captured == []
 
@@ -98,7 +113,7 @@ def test_a_snapshot_of_an_older_world_counts_only_once_it_was_stable() -> None:
     snapshots = Snapshotter(Buffers(), every=1)
     step(snapshots, 1)
     step(snapshots, 2)  # which makes 1 stable; 2 may lack the part of somebody who died
-    assert snapshots.vote(3, TWO, 0.0)[0] == 1
+    assert snapshots.vote(3, TWO, 0.0).protected == 1
 
 
 def test_a_protected_world_counts_what_its_agent_has_protected() -> None:
@@ -109,16 +124,16 @@ def test_a_protected_world_counts_what_its_agent_has_protected() -> None:
     buffers.protected = SnapshotId(1, 1)
     assert step(snapshots, 3, GUARDED) == 1
     buffers.protected = SnapshotId(9, 7)  # of another world
-    assert snapshots.vote(4, GUARDED, 0.0)[0] == 1
+    assert snapshots.vote(4, GUARDED, 0.0).protected == 1
 
 
 def test_the_agent_is_shown_what_is_stable_as_soon_as_the_verdict_says_so() -> None:
     buffers = Buffers()
     snapshots = Snapshotter(buffers, every=1)
-    snapshots.decided(8, ONE, 0, 7, captures=True)
+    snapshots.decided(8, ONE, 0, Ballot(7, True))
     assert buffers.stable == 7
-    snapshots.decided(9, ONE, 0, NO_OPINION, captures=True)
-    snapshots.decided(10, ONE, 0, 6, captures=True)
+    snapshots.decided(9, ONE, 0, Ballot(NO_OPINION, True))
+    snapshots.decided(10, ONE, 0, Ballot(6, True))
     assert buffers.stable == 7
 
 
@@ -129,23 +144,51 @@ def test_stable_never_goes_back_but_in_a_restore() -> None:
     step(snapshots, 3, others=NO_STEP)
     assert snapshots.stable == 1
     snapshots.restored(0)
-    assert snapshots.stable == 0 and snapshots.vote(1, TWO, 0.0)[0] == 0
+    assert snapshots.stable == 0 and snapshots.vote(1, TWO, 0.0).protected == 0
 
 
-def test_who_missed_what_others_captured_holds_it_back() -> None:
+def test_who_missed_what_others_captured_says_so_until_it_has_captured_again() -> None:
     buffers = Buffers()
     buffers.room_now = False
     snapshots = Snapshotter(buffers, every=1)
-    assert [step(snapshots, 1), step(snapshots, 2, others=1)] == [NO_OPINION, NO_STEP]
+    step(snapshots, 1)
+    assert snapshots.vote(2, ONE, 0.0) == Ballot(NO_STEP, True, missed=True)
     buffers.room_now = True
-    assert [step(snapshots, 3, others=2), step(snapshots, 4, others=3)] == [NO_STEP, 3]
-    assert snapshots.stable == 3
+    assert [step(snapshots, 2, others=1), step(snapshots, 3, others=2)] == [NO_STEP, 2]
+    assert snapshots.stable == 2
+
+
+def test_what_one_worker_missed_all_let_go_of() -> None:
+    buffers = Buffers()
+    snapshots = Snapshotter(buffers, every=1)
+    step(snapshots, 1)
+    step(snapshots, 2)
+    step(snapshots, 3, others=1, missed=True)  # another one has no slice of step 2
+    assert [captured[0] for captured in buffers.captured] == [1, 3]
+    assert snapshots.stable == 1
+    assert step(snapshots, 4, others=1, missed=True) == 3
+    assert snapshots.vote(5, ONE, 0.0).protected == 4  # captured after the verdict that dropped step 3
+
+
+def test_what_was_dropped_counts_for_nothing_although_it_was_protected_here() -> None:
+    buffers = Buffers()
+    snapshots = Snapshotter(buffers, every=1)
+    step(snapshots, 1, GUARDED)
+    buffers.protected = SnapshotId(1, 1)
+    step(snapshots, 2, GUARDED, others=NO_STEP, missed=True)
+    assert snapshots.vote(3, GUARDED, 0.0).protected == NO_STEP
+
+
+def test_who_did_not_see_a_verdict_learns_what_is_stable_from_the_next() -> None:
+    snapshots = Snapshotter(Buffers(), every=1)
+    snapshots.decided(7, ONE, 0, Ballot(NO_OPINION, stable=6))
+    assert snapshots.stable == 6
 
 
 def test_a_joiner_holds_back_nothing() -> None:
     snapshots = Snapshotter(Buffers(), every=1)
-    assert snapshots.vote(8, ONE, 0.0)[0] == NO_OPINION
-    snapshots.decided(8, ONE, 0, 7, captures=True)
+    assert snapshots.vote(8, ONE, 0.0).protected == NO_OPINION
+    snapshots.decided(8, ONE, 0, Ballot(7, True))
     assert snapshots.stable == 7
 
 
@@ -158,13 +201,13 @@ def test_a_refusal_ends_snapshots_and_never_training(error: Exception, capsys: p
     buffers.error = error
     step(snapshots, 3)
     assert "no snapshots are taken any more: no memory" in capsys.readouterr().err
-    assert snapshots.vote(4, ONE, 0.0) == (snapshots.stable, False)
+    assert snapshots.vote(4, ONE, 0.0) == Ballot(2, False, True, 2)
 
 
 def test_without_memory_a_worker_has_no_part_in_it() -> None:
     for snapshots in (Snapshotter(), Snapshotter(Buffers(), every=0), Snapshotter(None, every=1)):
-        assert snapshots.vote(1, ONE, 0.0) == (NO_OPINION, False)
-        snapshots.decided(1, ONE, 0, 5, captures=False)
+        assert snapshots.vote(1, ONE, 0.0) == Ballot()
+        snapshots.decided(1, ONE, 0, Ballot(5, False))
         snapshots.step_ended(1, 1, 0.0)
         snapshots.finish()
 
