@@ -12,7 +12,6 @@ import mmap
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import astuple
 from typing import TYPE_CHECKING, Any, TextIO
 
 import psutil
@@ -20,7 +19,7 @@ import psutil
 from agent.catalog import newest_checkpoint
 from elastic.errors import ElasticError
 from elastic.lifeline import die_with_parent
-from elastic.snapshots import Slice, SnapshotId
+from elastic.snapshots import numbers_of, slice_of
 
 if TYPE_CHECKING:
     from torch import Tensor  # imported where it is needed, since looking around does without
@@ -67,7 +66,7 @@ def _read(given: dict[str, Any], answers: TextIO) -> dict[str, Any]:
     from agent.checkpoints import read_checkpoint
 
     # Populated at once, since pages that are touched one by one cost more than reading them.
-    return {"slice": astuple(read_checkpoint(given["path"], _mapped(given["fd"], mmap.MAP_SHARED | mmap.MAP_POPULATE)))}
+    return {"slice": numbers_of(read_checkpoint(given["path"], _mapped(given["fd"], mmap.MAP_SHARED | mmap.MAP_POPULATE)))}
 
 
 def _newest(given: dict[str, Any], answers: TextIO) -> dict[str, Any]:
@@ -81,11 +80,6 @@ _TASKS: dict[str, Callable[[dict[str, Any], TextIO], dict[str, Any]]] = {
     "read": _read,
     "newest": _newest,
 }
-
-
-def slice_of(fields: list[Any]) -> Slice:
-    """The slice whose `astuple` came through JSON."""
-    return Slice(SnapshotId(*fields[0]), *fields[1:])
 
 
 def _mapped(fd: int, flags: int) -> Tensor:

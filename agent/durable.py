@@ -11,14 +11,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import astuple
 from typing import Any
 
 from agent.catalog import Found, Newest
-from agent.checkpointer import slice_of
 from agent.rotation import Marker
 from elastic.errors import CheckpointError
-from elastic.snapshots import Slice
+from elastic.snapshots import Slice, numbers_of, slice_of
 
 ANSWER_SIZE_BYTES_MAX = 16 * 2**20
 KILL_TIMEOUT_S = 5.0
@@ -71,7 +69,7 @@ class Durable:
                     "target": self._target,
                     "job": self._job,
                     "keep": self._keep,
-                    "slices": [(astuple(each), fd) for each, fd in slices],
+                    "slices": [(numbers_of(each), fd) for each, fd in slices],
                 },
                 [fd for _, fd in slices],
                 self._transfer_timeout_s,

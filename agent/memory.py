@@ -31,12 +31,11 @@ from elastic.memory import (
     Message,
     Refused,
     SnapshotPage,
-    numbers_of,
     pack,
     populate,
     unpack,
 )
-from elastic.snapshots import Slice, SnapshotId, is_spent
+from elastic.snapshots import Slice, SnapshotId, is_spent, numbers_of
 
 CONNECTIONS_MAX = 256
 BACKLOG = 64

@@ -15,7 +15,7 @@ from controller.probing import begin_probing
 from controller.restoring import state_lost
 from controller.state import Attempt, Worker
 from controller.switching import consider_switch, retry_switch_later
-from elastic.domain import FRESH_STEP, Commit, Finish, PlanKind, Prepared
+from elastic.domain import FRESH_STEP, Commit, Finish, Plan, PlanKind, Prepared
 
 
 def worker_prepared(job: Job, worker: Worker, report: Prepared, now: float) -> None:
@@ -40,16 +40,21 @@ def worker_prepared(job: Job, worker: Worker, report: Prepared, now: float) -> N
         )
         consider_switch(job, now)
         return
-    holders = [report for report in _reports(attempt).values() if _holds_state(job, report)]
+    holders = [report for report in _reports(attempt).values() if _holds_state(job, plan, report)]
     if not holders and attempt.snapshot is None:
         state_lost(job, "no survivor holds the state", now)
         return
     _commit(job, attempt, holders, now)
 
 
-def _holds_state(job: Job, report: Prepared) -> bool:
-    """Whether a worker holds the job's state: the initial one is not, in a job that has trained or begins with a checkpoint."""
-    return report.has_state and (job.step_committed == FRESH_STEP or max(report.committed, report.voted) > FRESH_STEP)
+def _holds_state(job: Job, plan: Plan, report: Prepared) -> bool:
+    """Whether a worker holds the job's state.
+
+    The initial one is not, in a job that has trained or begins with a checkpoint. A switch is prepared while its members
+    train on, so there the numbers in a report are old.
+    """
+    is_initial = max(report.committed, report.voted) == FRESH_STEP
+    return report.has_state and not (is_initial and job.step_committed > FRESH_STEP and plan.kind is PlanKind.FENCE)
 
 
 def _reports(attempt: Attempt) -> dict[str, Prepared]:

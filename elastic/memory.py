@@ -22,7 +22,7 @@ from pathlib import Path
 
 from elastic.checksum import crc32
 from elastic.errors import ConfigError, ElasticError, ProtocolError, TransferError, Unreachable
-from elastic.snapshots import Slice, SnapshotId
+from elastic.snapshots import Slice, SnapshotId, numbers_of, slice_of
 
 BUFFERS_MAX = 3
 """A snapshot of every step needs three: the stable one, the one that is being protected, and the next."""
@@ -163,30 +163,6 @@ def _at(buffer: int) -> int:
 
 def _checksum(numbers: tuple[int, ...]) -> int:
     return crc32(struct.pack(f"={len(numbers)}q", *numbers))
-
-
-def numbers_of(piece: Slice) -> tuple[int, ...]:
-    """A slice as ten numbers, for pages and messages."""
-    return (
-        *(piece.snapshot.step, piece.snapshot.generation),
-        *(piece.index, piece.count, piece.begin, piece.end, piece.total_bytes),
-        *(piece.description_bytes, piece.payload_crc, piece.description_crc),
-    )
-
-
-def slice_of(numbers: object) -> Slice:
-    """The inverse of `numbers_of`.
-
-    Raises:
-        ValueError: these are not the numbers of any slice.
-    """
-    if not isinstance(numbers, list) or len(numbers) != 10 or any(type(n) is not int or n < 0 for n in numbers):
-        raise ValueError(f"{numbers!r} does not describe a slice")
-    step, generation, *rest = numbers
-    piece = Slice(SnapshotId(step, generation), *rest)
-    if not (piece.index < piece.count and piece.begin <= piece.end <= piece.total_bytes):
-        raise ValueError(f"{piece} cannot be")
-    return piece
 
 
 # ----------------------------------------------------------------------------------------------------

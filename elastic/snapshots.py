@@ -79,3 +79,27 @@ def aligned(size_bytes: int) -> int:
 def share_of(total_bytes: int, index: int, count: int) -> range:
     """The bytes of replicated state that the worker `index` of `count` copies."""
     return range(total_bytes * index // count, total_bytes * (index + 1) // count)
+
+
+def numbers_of(piece: Slice) -> tuple[int, ...]:
+    """A slice as ten numbers, for pages and messages."""
+    return (
+        *(piece.snapshot.step, piece.snapshot.generation),
+        *(piece.index, piece.count, piece.begin, piece.end, piece.total_bytes),
+        *(piece.description_bytes, piece.payload_crc, piece.description_crc),
+    )
+
+
+def slice_of(numbers: object) -> Slice:
+    """The inverse of `numbers_of`.
+
+    Raises:
+        ValueError: these are not the numbers of any slice.
+    """
+    if not isinstance(numbers, list) or len(numbers) != 10 or any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"{numbers!r} does not describe a slice")
+    step, generation, *rest = numbers
+    piece = Slice(SnapshotId(step, generation), *rest)
+    if not (piece.index < piece.count and piece.begin <= piece.end <= piece.total_bytes):
+        raise ValueError(f"{piece} cannot be")
+    return piece

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.jobs import Job, Status
+from tests.e2e.jobs import DEADLINE_S, Job, Status
 
 pytestmark = pytest.mark.e2e
 
@@ -21,7 +21,7 @@ def start(job: Job, target: Path, *options: object, name: str = "run") -> None:
     job.run(
         WORKERS,
         *("--snapshot-every", 1, "--checkpoint-dir", target, *options),
-        train=(*SHORT, *job.held, "--pause-ms", 30),
+        train=(*SHORT, *job.held, "--pause-ms", 60),
         name=name,
     )
     job.wait_for_world(WORKERS, beyond_step=2)
@@ -41,8 +41,8 @@ def test_a_job_whose_machine_was_lost_goes_on_from_its_newest_checkpoint(
     job: Job, undisturbed: Callable[..., str]
 ) -> None:
     target = job.folder / "checkpoints"
-    start(job, target, "--checkpoint-every", 5)
-    saved = job.wait_for(lambda s: s["saved"] if s["saved"] >= 10 else None, "a second checkpoint")
+    start(job, target, "--checkpoint-every", 5)  # more often than they can be written
+    saved = job.wait_for(lambda s: s["saved"] if s["saved"] > 0 else None, "a checkpoint", timeout_s=2 * DEADLINE_S)
     assert not job.kill_everything()
     assert len(list(target.glob("step-*"))) <= 2
     (job.folder / "run").rename(job.folder / "lost")  # the ledger too: another job in another place

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from dataclasses import astuple
 from pathlib import Path
 
 import psutil
@@ -27,7 +26,7 @@ from agent.checkpoints import write_checkpoint
 from agent.durable import Durable
 from agent.rotation import MARKER
 from elastic.errors import CheckpointError
-from elastic.snapshots import Slice
+from elastic.snapshots import Slice, numbers_of
 from elastic.state import TrainingState
 from tests.unit.captured import captured
 
@@ -136,7 +135,7 @@ def test_a_writer_that_is_killed_midway_leaves_the_last_good_checkpoint_and_is_p
             "target": str(tmp_path),
             "job": "j",
             "keep": 1,
-            "slices": [(astuple(each), fd) for each, fd in stored],
+            "slices": [(numbers_of(each), fd) for each, fd in stored],
         }
         command = [sys.executable, "-P", "-m", "elastic.launch", "checkpointer", json.dumps(settings)]
         child = subprocess.Popen(command, pass_fds=[fd for _, fd in stored], stdout=writer)

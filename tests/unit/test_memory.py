@@ -28,12 +28,10 @@ from elastic.memory import (
     SnapshotMemory,
     SnapshotPage,
     StoredSlice,
-    numbers_of,
     pack,
-    slice_of,
     unpack,
 )
-from elastic.snapshots import Slice, SnapshotId, aligned, is_spent
+from elastic.snapshots import Slice, SnapshotId, aligned, is_spent, numbers_of, slice_of
 from tests.unit.nodes import DEADLINE_S, Node, node
 from tests.unit.worlds import eventually, open_files
 
