@@ -203,4 +203,4 @@ def test_the_launcher_refuses_a_name_that_is_no_daemon(arguments: list[str]) -> 
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.count("\n") == 1 and "controller, agent, keeper" in done.stderr
+    assert done.stderr.count("\n") == 1 and "controller, agent, keeper, checkpointer, doctor" in done.stderr

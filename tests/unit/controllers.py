@@ -22,12 +22,14 @@ from controller.events import (
 from controller.machine import ControllerMachine
 from controller.state import JobSettings
 from elastic.domain import (
+    NO_STEP,
     Abandon,
     Admitted,
     AgentHello,
     AssembleSnapshot,
     Commit,
     Conclude,
+    FindCheckpoint,
     FindSnapshots,
     Finish,
     FromWorker,
@@ -41,6 +43,7 @@ from elastic.domain import (
     Refused,
     Registered,
     Resumed,
+    SaveCheckpoint,
     Shutdown,
     SnapshotAssembled,
     SnapshotHolding,
@@ -126,9 +129,9 @@ class Job:
         node = self.machine.nodes[worker.split("/")[0]]
         return self.feed(AgentSaid(node.incarnation, WorkerExited(worker, code, f"code {code}", blameless, "pidfd")))
 
-    def heartbeat(self, worker: str, generation: int, committed: int) -> list[str]:
+    def heartbeat(self, worker: str, generation: int, committed: int, stable: int = NO_STEP) -> list[str]:
         node = self.machine.nodes[worker.split("/")[0]]
-        status = WorkerStatus(worker, generation=generation, committed=committed)
+        status = WorkerStatus(worker, generation=generation, committed=committed, stable=stable)
         return self.feed(AgentSaid(node.incarnation, Heartbeat(1, (status,))))
 
     def holds(self, node: str, *held: tuple[int, int, tuple[int, ...]], parity: bool = False) -> list[str]:
@@ -207,7 +210,12 @@ def short(effect: ControllerEffect) -> str:
         case ToAgent(incarnation, FindSnapshots()):
             return f"{incarnation}: find snapshots"
         case ToAgent(incarnation, AssembleSnapshot() as order):
-            return f"{incarnation}: assemble step {order.step} of generation {order.generation}"
+            where = f"from {order.checkpoint}" if order.checkpoint else f"of generation {order.generation}"
+            return f"{incarnation}: assemble step {order.step} {where}"
+        case ToAgent(incarnation, FindCheckpoint()):
+            return f"{incarnation}: find checkpoint"
+        case ToAgent(incarnation, SaveCheckpoint()):
+            return f"{incarnation}: save checkpoint"
         case ToAgent(incarnation, ProbePeers(_, peers)):
             return f"{incarnation}: probe {' '.join(peer.node for peer in peers)}"
         case CloseAgent(incarnation):
