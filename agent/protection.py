@@ -6,9 +6,9 @@ so to whoever gave them. Asking again is always harmless, so a lost message, a r
 another question. This file must never see bytes, nor how they travel.
 
 Snapshots are protected in order. One is given up only when it can no longer be completed: a node of the group says that
-it will never have its slices, or the world has changed. Parity of a snapshot that was protected once is kept until the
-agent says that it may go, or a new world needs the memory and it is not the stable one; at most SETS_MAX snapshots have
-parity at a time, the stable one and the one being written.
+it will never have its slices, or the world has changed. Parity of a snapshot that was protected is kept until the agent
+says that it may go, or a newer world needs its memory and it is not the stable one. At most SETS_MAX snapshots have parity
+at a time, the stable one and the one being written.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from agent.tables import Table, make_table, shard_bytes
-from elastic.snapshots import Slice, SnapshotId, is_spent
+from elastic.snapshots import Slice, SnapshotId
 from recovery.placement import ProtectionGroup, Stripe
 
 SETS_MAX = 2
@@ -324,6 +324,8 @@ class ProtectionMachine:
             self._emit(DropSlices(part.snapshot))
             return
         if part.snapshot not in self._kept and len(self._kept) >= SNAPSHOTS_MAX:
+            self._drop_spent()
+        if part.snapshot not in self._kept and len(self._kept) >= SNAPSHOTS_MAX:
             self._emit(Vulnerable(part.snapshot, f"{SNAPSHOTS_MAX} snapshots are kept already: forget the old ones"))
             self._emit(DropSlices(part.snapshot))
             return
@@ -359,10 +361,19 @@ class ProtectionMachine:
         self.before_step = max(self.before_step, before_step)
         for kept in self._in_order():
             if kept.id.step < self.before_step:
-                self._drop_parity(kept)
-                self._emit(DropSlices(kept.id))
-                del self._kept[kept.id]
+                self._drop(kept)
         self._forget_worlds()
+
+    def _drop_spent(self) -> None:
+        """Make room for a new snapshot where nothing has become stable for long."""
+        spent = next((kept for kept in self._in_order() if self._is_spent(kept)), None)
+        if spent is not None:
+            self._drop(spent)
+
+    def _drop(self, kept: _Kept) -> None:
+        self._drop_parity(kept)
+        self._emit(DropSlices(kept.id))
+        del self._kept[kept.id]
 
     def _forget_worlds(self) -> None:
         needed = {self._newest(), *(kept.id.generation for kept in self._kept.values())}
@@ -455,18 +466,18 @@ class ProtectionMachine:
                 self._emit(WriteParity(kept.id, group, stripe, row, block_bytes, shards))
 
     def _make_room(self, kept: _Kept, size_bytes: int) -> bool:
-        """Free what is of no use any more until a snapshot's parity fits, first what was given up; False if it cannot yet."""
+        """Free what no restore needs, oldest first, until a snapshot's parity fits; False if it cannot yet."""
         sets = [other for other in self._in_order() if other.block_bytes is not None]
 
         def taken_bytes() -> int:
             return sum(self._set_bytes(other) for other in sets)
 
         while len(sets) >= SETS_MAX or taken_bytes() + size_bytes > self.parity_bytes_max:
-            useless = [other for other in sets if other.given_up] or [other for other in sets if self._is_spent(other)]
-            if not useless:
+            useless = next((other for other in sets if self._is_spent(other)), None)
+            if useless is None:
                 break
-            self._drop_parity(useless[0])
-            sets.remove(useless[0])
+            self._drop_parity(useless)
+            sets.remove(useless)
         if len(sets) >= SETS_MAX:
             return False  # the usual wait: a set is free once the newer of them is stable
         if taken_bytes() + size_bytes > self.parity_bytes_max:
@@ -479,8 +490,15 @@ class ProtectionMachine:
         return True
 
     def _is_spent(self, kept: _Kept) -> bool:
-        """Whether it was protected in a world that is over and never became stable, which it cannot any more."""
-        return is_spent(kept.id, self._newest(), self.before_step)
+        """Whether nobody will restore a snapshot: it was given up, or its world is over and it is not the stable one.
+
+        What this node alone saw protected in a world that is over never becomes stable, however long it is waited for.
+        """
+        stable = max(
+            (other.id for other in self._kept.values() if other.was_protected and other.id.step == self.before_step),
+            default=None,
+        )
+        return kept.given_up or (kept.id.generation < self._newest() and kept.id != stable)
 
     def _set_bytes(self, kept: _Kept) -> int:
         group = self._group(kept)

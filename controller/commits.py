@@ -41,6 +41,9 @@ def worker_prepared(job: Job, worker: Worker, report: Prepared, now: float) -> N
         consider_switch(job, now)
         return
     holders = [report for report in _reports(attempt).values() if _holds_state(job, plan, report)]
+    if not holders and plan.kind is PlanKind.SWITCH:
+        abandon_switch(job, "no member holds the state yet")
+        return
     if not holders and attempt.snapshot is None:
         state_lost(job, "no survivor holds the state", now)
         return

@@ -300,11 +300,13 @@ def _open_if_ready(job: Job, restoring: Restoring, choice: Restore, now: float) 
         return
     ready = {node.id for node in able if node.incarnation in restoring.assembled}
     # Members that live and hold nothing, since the world that was to give it to them never did, are as good as warm ones.
-    warm = [w for w in job.workers.values() if w.state in ("warm", "member") and w.node in ready]
+    waits = now - restoring.chosen_at < job.settings.join_timeout_s
+    states = ("warm", "member") if waits else ("warm", "member", "warming", "registered")
+    warm = [w for w in job.workers.values() if w.state in states and w.node in ready]
     warm.sort(key=lambda w: (natural(w.node), w.local_rank))
     if not warm or len({w.node for w in warm}) < job.settings.nodes_min:
         return
-    if len(warm) < sum(node.nproc for node in able) and now - restoring.chosen_at < job.settings.join_timeout_s:
+    if waits and len(warm) < sum(node.nproc for node in able):
         return
     members = [w.id for w in warm][: job.spec.slots]
     open_generation(job, PlanKind.FENCE, members, choice.reason, now, snapshot=restoring.snapshot)

@@ -42,6 +42,8 @@ def consider_switch(job: Job, now: float) -> None:
         joining = _joiners(job, len(members))
     if not joining and not leaving:
         return
+    if not any(w.holds_state for w in job.known(members)):
+        return  # they are about to read it themselves
     words = [f"{', '.join(joining)} joins"] if joining else []
     words += [f"{', '.join(m.worker for m in leaving)} leaves"] if leaving else []
     open_generation(

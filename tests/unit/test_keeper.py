@@ -19,7 +19,6 @@ from tests.unit.keepers import Node, Site
 
 MIB = 1 << 20
 FIRST, SECOND, THIRD = SnapshotId(7, 1), SnapshotId(8, 1), SnapshotId(9, 1)
-QUICK = KeeperSettings(silence_s=0.3)
 
 
 def uneven(count: int) -> list[int]:
@@ -134,7 +133,7 @@ def test_a_slice_that_was_damaged_before_it_was_handed_over_is_not_protected() -
 
 def test_a_node_that_dies_while_it_is_read_from_is_decoded_instead() -> None:
     async def scenario() -> None:
-        async with Site(2, 1, settings=QUICK) as site:
+        async with Site(2, 1) as site:
             site.capture(FIRST, [64 * MIB] * 3)
             await site.until_protected(FIRST)
             assembling = asyncio.create_task(site.assemble("node-0", FIRST, []))
@@ -148,7 +147,7 @@ def test_a_node_that_dies_while_it_is_read_from_is_decoded_instead() -> None:
 
 def test_a_node_that_stands_still_while_it_is_decoded_from_is_done_without() -> None:
     async def scenario() -> None:
-        async with Site(2, 2, settings=QUICK) as site:
+        async with Site(2, 2) as site:
             site.capture(FIRST, [48 * MIB] * 4)
             await site.until_protected(FIRST)
             assembling = asyncio.create_task(site.assemble("node-0", FIRST, ["node-1"]))
@@ -166,7 +165,7 @@ def test_a_node_that_stands_still_while_it_is_decoded_from_is_done_without() -> 
 
 def test_a_keeper_killed_during_the_exchange_is_started_again_and_all_is_protected() -> None:
     async def scenario() -> None:
-        async with Site(2, 1, settings=QUICK) as site:
+        async with Site(2, 1) as site:
             site.capture(FIRST, [32 * MIB] * 3)
             victim = site.nodes["node-1"]
             before = victim.keeper.pid
@@ -242,7 +241,7 @@ def test_an_assembly_has_its_deadline() -> None:
 def test_with_keys_only_those_that_the_world_names_may_ask() -> None:
     async def scenario() -> None:
         pairs = [tuple(half.decode() for half in zmq.curve_keypair()) for _ in range(3)]
-        settings = [KeeperSettings(public_key=public, secret_key=secret, silence_s=0.3) for public, secret in pairs]
+        settings = [KeeperSettings(public_key=public, secret_key=secret) for public, secret in pairs]
         async with Site(2, 1, settings=settings) as site:
             site.capture(FIRST, uneven(3))
             await site.until_protected(FIRST)
