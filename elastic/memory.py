@@ -165,8 +165,6 @@ def _checksum(numbers: tuple[int, ...]) -> int:
     return crc32(struct.pack(f"={len(numbers)}q", *numbers))
 
 
-
-
 # ----------------------------------------------------------------------------------------------------
 # Messages
 
