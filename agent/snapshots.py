@@ -215,9 +215,15 @@ class NodeSnapshots:
                 keeper.hold(one.slice, one.fd)
 
     async def _revive(self) -> None:
-        await asyncio.sleep(RESTART_S)  # it went with the standby, perhaps, which is started again
-        if self._keeper is not None:
-            await self._keeper.start()
+        """Start the keeper until it runs: it may have gone with the standby, which takes its time to start again."""
+        while self._keeper is not None:
+            await asyncio.sleep(RESTART_S)
+            try:
+                await self._keeper.start()
+            except Unreachable:
+                continue
+            self._say("the keeper runs again")
+            return
 
     # What the keeper says (`agent.keeping.Listener`).
 
