@@ -157,11 +157,8 @@ class NodeSnapshots:
         """The keeper; started when it is first needed. Raises Unreachable."""
         async with self._starting:
             data, parity = self._plan.data_shards, self._plan.parity_shards
-            if self._keeper is not None and parity and not self._parity_bytes:
-                await self._keeper.stop()  # it was started to read, and there is something to protect now
-                self._keeper = None
-                self._told.clear()
-                self._forgotten = NO_STEP
+            if parity and not self._parity_bytes:
+                await self._end_keeper()  # it was started to read, and there is something to protect now
             if self._keeper is None:
                 self._parity_bytes = self._budget_bytes * parity // (data + parity) if parity else 0
                 self._memory.limit(self._budget_bytes - self._parity_bytes)
@@ -170,6 +167,15 @@ class NodeSnapshots:
                 await keeper.start()
                 self._keeper = keeper
         return self._keeper
+
+    async def _end_keeper(self) -> None:
+        """Let go of the keeper; another one, which knows nothing, is started when it is needed."""
+        keeper, self._keeper = self._keeper, None
+        if keeper is not None:
+            await keeper.stop()
+        self._told.clear()
+        self._covered.clear()
+        self._forgotten = NO_STEP
 
     async def _follow(self, plan: Plan) -> None:
         """Tell the keeper where those of the others in a world are, and again when one has moved."""
@@ -274,6 +280,8 @@ class NodeSnapshots:
         self._restored = order.step
         snapshot = SnapshotId(order.step, order.generation)
         self._memory.drop_adopted(but=snapshot)
+        if order.step < self._forgotten:
+            await self._end_keeper()  # it would take what is captured from now on for outdated
         try:
             if order.checkpoint:
                 await self._read_checkpoint(order)
