@@ -72,6 +72,11 @@ def let_finish(job: Job, now: float) -> None:
             worker.state = "left"
 
 
+def may_conclude(job: Job) -> bool:
+    """Whether the loop has ended, and what must be done once after it has not been done yet."""
+    return job.finishing and job.concludes and not job.concluded and not job.outcome
+
+
 def _conclude(job: Job, now: float) -> None:
     """Have the first worker that can do it do what must be done once."""
     ranks = {member.worker: member.rank for member in job.last_members()}

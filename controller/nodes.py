@@ -9,7 +9,7 @@ is ever taken into a world here.
 
 from __future__ import annotations
 
-from controller.endings import check_outcome
+from controller.endings import check_outcome, let_finish, may_conclude
 from controller.events import CloseAgent, Persist, ToAgent
 from controller.job import Job
 from controller.losses import workers_lost
@@ -73,6 +73,8 @@ def agent_attached(job: Job, hello: AgentHello, now: float) -> None:
             replay(job, status, now)
     if job.recovering_until is not None:
         finish_recovering(job, now)
+    elif job.finishing and job.concluded:
+        let_finish(job, now)  # one that has come back had done what must be done once
     else:
         fill_places(job, node)
 
@@ -91,7 +93,7 @@ def _refusal(job: Job, hello: AgentHello) -> str:
         )
     if job.settings.token and hello.token != job.settings.token:
         return f"node {hello.node} shows a wrong join token: start it with the token of job {job.settings.job!r}"
-    if job.outcome or (job.finishing and job.recovering_until is None):
+    if job.outcome or (job.finishing and job.recovering_until is None and not may_conclude(job)):
         return f"job {job.settings.job!r} is over: {job.reason or 'it has finished'}"
     known = job.nodes.get(hello.node)
     if known is not None and known.attached and known.incarnation != hello.incarnation:

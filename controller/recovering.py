@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from controller.attempts import suspect
-from controller.endings import check_finished, check_outcome, let_finish
+from controller.endings import check_finished, check_outcome, let_finish, may_conclude
 from controller.events import Persist
 from controller.fencing import fence
 from controller.founding import admit_joiner, found_if_complete
@@ -99,17 +99,20 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
 def take_back(job: Job, node: Node, hello: AgentHello) -> tuple[str, ...]:
     """Return the workers that a (re)attached agent may keep.
 
-    None, unless nothing has been decided since it was last heard: it comes to a controller that waits for agents.
+    None, unless nothing has been decided since it was last heard: it comes to a controller that waits for agents. Or unless
+    they may be needed to do what must be done once after the loop.
     """
+    members = {member.worker for member in job.last_members()}
     keep: list[str] = []
-    if job.recovering_until is not None:
-        members = {member.worker for member in job.last_members()}
-        for status in hello.workers:
-            known = job.workers.get(status.worker)
-            if status.exited or (known is not None and known.state != "lost"):
-                continue
-            if status.generation and status.worker not in members:
-                continue  # a newer world has left it out
+    for status in hello.workers:
+        known = job.workers.get(status.worker)
+        if status.exited or (known is not None and known.state != "lost"):
+            continue
+        if job.recovering_until is None:
+            wanted = may_conclude(job) and any(isinstance(m, Leaving) and m.digest == job.digest for m in status.messages)
+        else:
+            wanted = not status.generation or status.worker in members  # else a newer world has left it out
+        if wanted:
             worker = Worker(id=status.worker, node=node.id, local_rank=status.local_rank)
             worker.pid, worker.status = status.pid, replace(status, messages=())
             job.workers[worker.id] = worker

@@ -7,6 +7,7 @@ transcript in `tests/unit/test_*_machine.py`, which stays.
 KEPT_SEEDS: dict[int, str] = {
     204783: "a switch that was prepared at step 0 looked as if its members held the initial state only",
     401938: "a switch that was prepared before its members had read the state was taken for the loss of it",
+    2146: "a node that came back as the loop had ended was refused, although its worker could do what on_end asks for",
     514: "a controller that restarted before the first world forgot the checkpoint that it was to begin with",
     51414: "a first world that never read its checkpoint was taken for one that holds the state of step 0",
     53250: "a node that came back could not read what another one had already assembled",

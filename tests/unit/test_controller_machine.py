@@ -340,6 +340,20 @@ def test_what_must_run_once_runs_on_the_first_worker_and_elsewhere_if_that_one_i
     assert "END succeeded" in job.exits(B, 0)
 
 
+def test_a_node_that_comes_back_after_the_loop_may_do_what_must_be_done_once() -> None:
+    job = Job()
+    job.running("n0", "n1")
+    leaving = Leaving(9, "d", 36, concludes=True)
+    job.say(A, leaving)
+    job.say(B, leaving)
+    job.feed(AgentGone("n1#1", "reset"))
+    status = WorkerStatus(B, generation=1, committed=9, messages=(Registered(SPEC), leaving))
+    assert f"n1#1: welcome [{B}]" in job.attach("n1", status)
+    assert job.exits(A) == ["ledger workers-lost", "ledger concluding", f"{B}: conclude"]
+    assert job.say(B, Concluded(9)) == ["ledger job-concluded", f"{B}: finish, the job is done"]
+
+
+
 def test_a_job_fails_if_nobody_finishes_what_must_run_once() -> None:
     job = Job()
     job.running("n0")
