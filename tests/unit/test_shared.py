@@ -52,6 +52,7 @@ def test_pieces_lie_on_pages_of_their_own() -> None:
 
 
 def test_memory_outlives_its_region_and_descriptors_go_with_it() -> None:
+    gc.collect()  # what other tests have left
     before = open_files()
     region = Region(64)
     memory = region.memory
