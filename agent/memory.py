@@ -17,11 +17,11 @@ import struct
 from pathlib import Path
 
 from elastic.checksum import crc32
+from elastic.domain import NO_STEP
 from elastic.errors import ConfigError, ElasticError, ProtocolError, TransferError
 from elastic.memory import (
     BUFFERS_MAX,
     MESSAGE_SIZE_BYTES_MAX,
-    NO_STEP,
     PAGE_SIZE_BYTES,
     AskRoom,
     AskSlice,
@@ -285,7 +285,7 @@ class MemoryService:
             raise ConfigError(
                 f"The snapshots of worker {worker} need {_mib(promised_bytes)} of memory, and other workers have "
                 f"{_mib(others_bytes)} of the {_mib(self._budget_bytes)} that --snapshot-memory allows on this node: set it "
-                f"to {_mib(others_bytes + promised_bytes)} or more, or to 0 to train without snapshots in memory."
+                f"to {_mib(others_bytes + promised_bytes)} or more, or train without snapshots (--snapshot-every 0)."
             )
 
     async def _find(self, snapshot: SnapshotId, index: int) -> tuple[Message, list[int]]:

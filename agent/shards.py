@@ -10,6 +10,7 @@ refused. This file must never unpickle, and knows nothing of what the bytes mean
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import struct
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ _RECONNECT_MS = 50
 _RECONNECT_MAX_MS = 1000
 _BACKLOG_FRAMES = 256
 _MESSAGES_AT_ONCE = 16
+_BARRED = zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 
 _REQUEST = struct.Struct("!4sBHQqqQI")
 _REPLY = struct.Struct("!4sBI")
@@ -304,7 +306,7 @@ class Peer:
         self._credits = asyncio.Semaphore(credits)
         self._outstanding: dict[int, _Asked] = {}
         self._number = 0
-        self._is_refused = False
+        self._is_refused = self._is_barred = False
         self._loop = asyncio.get_running_loop()
         self._quiet_since_s = self._loop.time()
         socket = context.socket(zmq.DEALER)
@@ -321,7 +323,7 @@ class Peer:
             socket.curve_publickey = keys.public.encode()
             socket.curve_secretkey = keys.secret.encode()
             socket.curve_serverkey = public_key.encode()
-        events = zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED
+        events = zmq.EVENT_CONNECTED | zmq.EVENT_CLOSED | zmq.EVENT_DISCONNECTED | _BARRED
         self._monitor = _Wire(socket.get_monitor_socket(events), self._learn)
         self._wire = _Wire(socket, self._read)
         socket.connect(address)
@@ -398,9 +400,14 @@ class Peer:
             asked.reply.set_result(Answer(Status(status), data, crc))
 
     async def _watch(self) -> None:
-        """Nothing is believed to be on its way after a long silence."""
+        """Nothing is believed to be on its way after a long silence, and a peer that barred us may know us by now."""
         while True:
             await asyncio.sleep(self._silence_s / 4)
+            if self._is_barred:
+                self._is_barred = False
+                with contextlib.suppress(zmq.ZMQError):  # the library has given the connection up by itself
+                    self._wire.socket.disconnect(self.address)
+                self._wire.socket.connect(self.address)
             if self._outstanding and self._loop.time() - self._quiet_since_s > self._silence_s:
                 self._lose_all()
                 self._quiet_since_s = self._loop.time()
@@ -408,7 +415,8 @@ class Peer:
     def _learn(self, frames: list[zmq.Frame]) -> None:
         """A broken connection loses what was asked over it; one that is refused says that nobody is there."""
         event = parse_monitor_message([frame.bytes for frame in frames])["event"]
-        self._is_refused = event == zmq.EVENT_CLOSED
+        self._is_barred |= bool(event & _BARRED)
+        self._is_refused = event == zmq.EVENT_CLOSED or self._is_barred
         if event != zmq.EVENT_CONNECTED:
             self._lose_all()
 

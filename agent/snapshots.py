@@ -8,6 +8,7 @@ is the controller's, how shards are exchanged the keeper's. It must never look i
 from __future__ import annotations
 
 import asyncio
+import math
 import mmap
 import os
 import sys
@@ -37,7 +38,7 @@ from elastic.domain import (
 )
 from elastic.errors import CheckpointError, TransferError, Unreachable
 from elastic.snapshots import Slice, SnapshotId
-from recovery.placement import ProtectionGroup, Site, make_groups
+from recovery.plan import protection_groups
 
 PLANS_KEPT = 64
 LOOK_S, LOOK_AGAIN_S = 0.1, 2.0
@@ -46,6 +47,7 @@ PEER_TIMEOUT_S = 2.0
 KEEPERS_TIMEOUT_S = 20.0
 ASSEMBLY_TIMEOUT_S = 600.0
 RESTART_S = 1.0
+SAID_AGAIN_S = 10.0
 
 
 class NodeSnapshots:
@@ -79,6 +81,7 @@ class NodeSnapshots:
         self._told: set[tuple[SnapshotId, int]] = set()  # slices that it was told of
         self._covered: set[SnapshotId] = set()  # of which all parity that this node holds is complete
         self._forgotten = NO_STEP
+        self._weak_at = -math.inf  # when it was said that a snapshot is not protected
         self._restored = NO_STEP  # step of what was assembled for a restore
         self._tasks: set[asyncio.Task[None]] = set()
         self._following: asyncio.Task[None] | None = None
@@ -171,21 +174,27 @@ class NodeSnapshots:
     async def _end_keeper(self) -> None:
         """Let go of the keeper; another one, which knows nothing, is started when it is needed."""
         keeper, self._keeper = self._keeper, None
-        if keeper is not None:
-            await keeper.stop()
         self._told.clear()
         self._covered.clear()
         self._forgotten = NO_STEP
+        self._store.keeper_address = ""
+        if keeper is not None:
+            await keeper.stop()
 
     async def _follow(self, plan: Plan) -> None:
-        """Tell the keeper where those of the others in a world are, and again when one has moved."""
-        keeper = await self._running_keeper()
-        known: Mapping[str, str] = {}
+        """Tell the keeper where those of the others in a world are, and again when one has moved or it is another."""
+        entered: tuple[KeeperProcess, Mapping[str, str]] | None = None
         while True:
+            try:
+                keeper = await self._running_keeper()
+            except Unreachable as error:
+                self._say(str(error))
+                await asyncio.sleep(RESTART_S)
+                continue
             found = await self._keepers_of(plan.nodes)
             is_complete = len(found) == len(plan.nodes) - (self._node in {node.node for node in plan.nodes})
-            if is_complete and found != known:
-                known = found
+            if is_complete and (keeper, found) != entered:
+                entered = (keeper, found)
                 self._enter(keeper, plan, found)
             await asyncio.sleep(LOOK_AGAIN_S if is_complete else LOOK_S)
 
@@ -202,7 +211,7 @@ class NodeSnapshots:
         for member in plan.members:
             slices[member.node] = (*slices.get(member.node, ()), member.rank)
         self._entered = plan
-        keeper.enter(World(plan.generation, self._node, peers, slices, _groups(plan)))
+        keeper.enter(World(plan.generation, self._node, peers, slices, protection_groups(plan)))
         self._tell_slices(keeper)
 
     def _tell_slices(self, keeper: KeeperProcess) -> None:
@@ -220,17 +229,6 @@ class NodeSnapshots:
                 self._told.add(name)
                 keeper.hold(one.slice, one.fd)
 
-    async def _revive(self) -> None:
-        """Start the keeper until it runs: it may have gone with the standby, which takes its time to start again."""
-        while self._keeper is not None:
-            await asyncio.sleep(RESTART_S)
-            try:
-                await self._keeper.start()
-            except Unreachable:
-                continue
-            self._say("the keeper runs again")
-            return
-
     # What the keeper says (`agent.keeping.Listener`).
 
     def keeper_bound(self, address: str) -> None:
@@ -247,15 +245,17 @@ class NodeSnapshots:
         (self._covered.add if is_covered else self._covered.discard)(snapshot)
 
     def vulnerable(self, snapshot: SnapshotId, reason: str) -> None:
-        return
+        now = asyncio.get_running_loop().time()
+        if now - self._weak_at > SAID_AGAIN_S:  # a node that stays away makes one snapshot after the other weak
+            self._weak_at = now
+            self._say(f"the snapshot of step {snapshot.step} is not protected: {reason}")
 
     def keeper_progress(self, counted: Mapping[str, int]) -> None:
         return
 
     def keeper_gone(self, reason: str) -> None:
-        self._store.keeper_address = ""
         self._say(reason)
-        self._spawn(self._revive())
+        self._spawn(self._end_keeper())  # `_follow` starts another, or whoever needs it to restore
 
     # -- restoring -------------------------------------------------------------------------------------------------
 
@@ -317,7 +317,7 @@ class NodeSnapshots:
                 raise Unreachable(f"The keepers of {', '.join(silent)} did not say where they listen; order again.")
             await asyncio.sleep(LOOK_S)
         self._enter(keeper, max(world, self._entered, key=lambda plan: plan.generation), peers)
-        order = AssemblyOrder(snapshot, world.world_size, sources, tuple(decoded), _groups(world))
+        order = AssemblyOrder(snapshot, world.world_size, sources, tuple(decoded), protection_groups(world))
         return await keeper.assemble(order, ASSEMBLY_TIMEOUT_S)
 
     async def _read_checkpoint(self, order: AssembleSnapshot) -> None:
@@ -357,7 +357,7 @@ class NodeSnapshots:
         """Write the newest stable snapshot of a world to the durable tier."""
         slices: list[tuple[Slice, int]] = []
         try:
-            slices = await self._copied(order.world)
+            slices = await self._copied()
             path = await self._durable(order.target, order.keep).write(slices)
         except (CheckpointError, TransferError, Unreachable) as error:
             return CheckpointSaved(order.number, refusal=str(error))
@@ -368,7 +368,7 @@ class NodeSnapshots:
             return CheckpointSaved(order.number, refusal="a newer one was asked for before its turn came")
         return CheckpointSaved(order.number, slices[0][0].snapshot.step, path)
 
-    async def _copied(self, world: Plan) -> list[tuple[Slice, int]]:
+    async def _copied(self) -> list[tuple[Slice, int]]:
         """Copies of all slices of one snapshot, since writing takes longer than the workers can do without the memory."""
         self._memory.pause(True)  # nobody captures while one of them may not
         try:
@@ -385,17 +385,16 @@ class NodeSnapshots:
                 )
             plan = self._plans[snapshot.generation]
             sources = {member.rank: member.node for member in plan.members}
-            copies = await self._gathered(snapshot, plan, plan.nodes, sources)
-            copies += await asyncio.to_thread(_copy, list(self._held(snapshot).values()))
+            copies = await asyncio.to_thread(_copy, list(self._held(snapshot).values()))
+            try:
+                copies += await self._gathered(snapshot, plan, plan.nodes, sources)
+            except BaseException:
+                for _, fd in copies:
+                    os.close(fd)
+                raise
             return sorted(copies, key=lambda copy: copy[0].index)
         finally:
             self._memory.pause(False)
-
-
-def _groups(plan: Plan) -> tuple[ProtectionGroup, ...]:
-    if not plan.parity_shards:
-        return ()
-    return make_groups([Site(node.node, node.domain) for node in plan.nodes], plan.data_shards, plan.parity_shards)
 
 
 def _copy(slices: Sequence[HeldSlice]) -> list[tuple[Slice, int]]:

@@ -16,6 +16,7 @@ from controller.restoring import state_lost
 from controller.state import Attempt, Worker
 from controller.switching import consider_switch, retry_switch_later
 from elastic.domain import FRESH_STEP, Commit, Finish, Plan, PlanKind, Prepared
+from recovery.plan import protection_gaps
 
 
 def worker_prepared(job: Job, worker: Worker, report: Prepared, now: float) -> None:
@@ -95,7 +96,7 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
             "generation-committed",
             f"generation {plan.generation} committed"
             + (f", continuing after step {restore}" if plan.kind is PlanKind.FENCE else "")
-            + (", which all read from memory" if snapshot is not None else "")
+            + (", which all read from their agents" if snapshot is not None else "")
             + (f", {len(joiners)} joiner(s) receive the state" if joiners and snapshot is None else ""),
             {
                 "generation": plan.generation,
@@ -105,11 +106,21 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
             },
         )
     )
+    _tell_of_gaps(job, plan)
     # Whoever has seen the verdict knows whether it ends the loop, and all others do what it said.
     stop = any(report.stopping for report in holders)
     command = Commit(plan.generation, restore, joiners, stop, snapshot.generation if snapshot is not None else 0)
     for worker_id in sorted(attempt.participants):
         job.tell(job.workers[worker_id], command)
+
+
+def _tell_of_gaps(job: Job, plan: Plan) -> None:
+    """Say where snapshots of this world are protected less well than was asked for, or are again as they should be."""
+    gaps = protection_gaps(plan, job.settings.data_shards, job.settings.parity_shards)
+    if gaps != job.protection_gaps:
+        job.protection_gaps = gaps
+        sentence = " ".join(gaps) or "Snapshots are protected as was asked for again."
+        job.emit(Persist("protection-changed", sentence, {"gaps": list(gaps)}))
 
 
 def _restore_step(job: Job, holders: list[Prepared]) -> int:

@@ -50,6 +50,7 @@ class Job:
     probing: Probing | None = None
     probed_cut_at: float = float("-inf")  # when nodes that were left out for a dead link were last probed
     worlds: dict[int, Plan] = field(default_factory=dict)  # newest committed ones; snapshots of them may be needed
+    protection_gaps: tuple[str, ...] = ()  # in what the newest one's protection falls short of what was asked for
     restoring: Restoring | None = None
     searches: int = 0  # for snapshots so far
     failed_searches: int = 0  # in a row, since a world has trained

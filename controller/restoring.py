@@ -29,7 +29,7 @@ from elastic.domain import (
 )
 from elastic.snapshots import SnapshotId
 from recovery.ladder import Holding, Restore, Rung, SnapshotWorld, choose_restore
-from recovery.placement import Site, make_groups
+from recovery.plan import protection_groups
 
 FAILURES_MAX = 5  # searches in a row whose choice no agent could assemble
 
@@ -46,8 +46,10 @@ def state_lost(job: Job, reason: str, now: float) -> None:
         _search(job, reason, now)
     elif away:
         _wait_for_nodes(job, reason, now)
+    elif _may_search(job):
+        _give_up(job, reason, f"no agent could restore what was found, {FAILURES_MAX} times in a row", now)
     else:
-        _give_up(job, reason, "", now)
+        _give_up(job, reason, "no snapshot was taken", now)
 
 
 def _may_search(job: Job) -> bool:
@@ -83,7 +85,7 @@ def _give_up(job: Job, reason: str, obstacle: str, now: float) -> None:
         job,
         "failed",
         f"every copy of the training state was lost after step {job.step_committed} ({reason}); "
-        + (obstacle or "no snapshot was taken")
+        + obstacle
         + "; the job must be started again"
         + (" from step 0" if job.saved_step == NO_STEP else ""),
         now,
@@ -214,15 +216,16 @@ def take_checkpoint(job: Job, node: Node, answer: CheckpointFound, now: float) -
         return
     for sentence in answer.passed_over:
         job.emit(Persist("checkpoint-passed-over", sentence, {}))
+    if answer.refusal:
+        end_job(job, "failed", answer.refusal, now)
+        return
     if job.plan is None:
         job.looked = True
         if answer.path:
             job.saved_step, job.saved_path = answer.step, answer.path
         found = answer.path or "no checkpoint to begin with"
         job.emit(Persist("checkpoint-looked", found, {"step": job.saved_step, "path": answer.path}))
-    if answer.refusal:
-        end_job(job, "failed", answer.refusal, now)
-    elif not answer.path and job.plan is None:
+    if not answer.path and job.plan is None:
         job.restoring = None
     elif not answer.path:
         _give_up(job, restoring.reason, f"no whole checkpoint is left at {job.settings.checkpoint_target}", now)
@@ -278,10 +281,8 @@ def _order(job: Job, restoring: Restoring, choice: Restore) -> None:
 def _worlds(job: Job) -> list[SnapshotWorld]:
     worlds = []
     for generation, plan in job.worlds.items():
-        sites = [Site(node.node, node.domain) for node in plan.nodes]
-        groups = make_groups(sites, plan.data_shards, plan.parity_shards) if plan.parity_shards else ()
         slices = tuple((member.node, member.rank) for member in plan.members)
-        worlds.append(SnapshotWorld(generation, slices, groups))
+        worlds.append(SnapshotWorld(generation, slices, protection_groups(plan)))
     return worlds
 
 

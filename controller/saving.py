@@ -45,7 +45,7 @@ def save(job: Job, now: float) -> None:
     node = job.nodes[job.plan.members[0].node]
     job.saves += 1
     job.saving = Saving(job.saves, node.incarnation, now)
-    order = SaveCheckpoint(job.saves, job.settings.checkpoint_target, job.settings.checkpoint_keep, job.plan)
+    order = SaveCheckpoint(job.saves, job.settings.checkpoint_target, job.settings.checkpoint_keep)
     job.emit(ToAgent(node.incarnation, order))
 
 

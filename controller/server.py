@@ -7,6 +7,7 @@ next is looked at, so the order of effects that the machine asks for is the orde
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 import json
 import os
@@ -48,6 +49,7 @@ from elastic.wire.convert import to_plain, to_proto, unwrap, wrap
 TICK_S = 0.05
 OUTBOX_LIMIT = 4096  # messages to one agent that does not read; beyond it the agent is given up
 CALLS_LINGER_S = 1.0  # how long it waits for calls in progress, such as followers of the events
+LOOK_AGAIN_S = 0.5
 END_LINGER_S = 5.0  # how long the end waits for agents to say goodbye
 
 
@@ -151,6 +153,12 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
         async with self.news:
             self.news.notify_all()
 
+    async def _next_event(self) -> None:
+        """Wait until the ledger has more, or for a moment: one may have come just before."""
+        async with self.news:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.news.wait(), LOOK_AGAIN_S)
+
     async def _end_when_empty(self) -> None:
         deadline = time.monotonic() + END_LINGER_S
         while self.streams and time.monotonic() < deadline:
@@ -242,11 +250,7 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
                 continue
             if not request.follow or self.over.is_set():
                 return
-            async with self.news:
-                try:
-                    await asyncio.wait_for(self.news.wait(), 0.5)
-                except TimeoutError:
-                    continue
+            await self._next_event()
 
     async def Drain(
         self, request: runtime_pb2.DrainRequest, context: channels.Context
@@ -268,7 +272,7 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
         self.handle(SaveAsked())
         saving = self.machine.saving
         while saving is not None and self.machine.saving == saving and not self.over.is_set():
-            await asyncio.sleep(TICK_S)  # as long as the caller's deadline allows
+            await self._next_event()  # as long as the caller's deadline allows
         if self.machine.save_fault or self.machine.saved_step == NO_STEP:
             await context.abort(grpc.StatusCode.ABORTED, f"no checkpoint was written: {self.machine.save_fault}")
         return runtime_pb2.CheckpointReply(text=f"step {self.machine.saved_step} is at {self.machine.saved_path}")

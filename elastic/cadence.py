@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from math import ceil, sqrt
+from math import sqrt
+
+AUTO = -1
+"""In place of a number of steps: as often as is cheap."""
 
 
 def snapshot_interval_s(cost_s: float, failures_per_s: float, *, step_s: float, stall_max: float = 0.01) -> float:
@@ -21,9 +24,3 @@ def snapshot_interval_s(cost_s: float, failures_per_s: float, *, step_s: float, 
             f"stall_max={stall_max} more than 0"
         )
     return max(sqrt(2 * cost_s / failures_per_s), cost_s / stall_max, step_s)
-
-
-def snapshot_interval_steps(cost_s: float, failures_per_s: float, *, step_s: float, stall_max: float = 0.01) -> int:
-    """The same in whole steps, rounded up so that both bounds hold. Arguments as above."""
-    steps = snapshot_interval_s(cost_s, failures_per_s, step_s=step_s, stall_max=stall_max) / step_s
-    return ceil(steps - 1e-9)  # a quotient that is whole but for its last bits is whole

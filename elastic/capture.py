@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from elastic.checksum import crc32
+from elastic.domain import NO_STEP
 from elastic.encoding import flat_bytes, raw_view, tensor_over
 from elastic.errors import ConfigError, ProtocolError, TransferError
 from elastic.memory import (
     BUFFERS_MAX,
-    NO_STEP,
     SnapshotMemory,
     SnapshotPage,
     StoredSlice,
@@ -47,7 +47,7 @@ class Capturer:
 
     Attributes:
         cost_s: how long the last `capture`, and the `finish` after it, held up their caller.
-        captured_step: of the newest complete slice; -1 for none.
+        captured_step: of the newest complete slice; NO_STEP for none.
     """
 
     def __init__(self, state: TrainingState, memory: SnapshotMemory, *, buffers: int = BUFFERS_MAX) -> None:

@@ -462,7 +462,6 @@ class SaveCheckpoint:
     number: int = 0
     target: str = ""
     keep: int = 0
-    world: Plan = field(default_factory=Plan)
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ from elastic.records import SampleRecord
 from elastic.reduction import Reduced, Reducer, Reduction
 from elastic.sampler import SlotSampler
 from elastic.snapshots import SnapshotId
-from elastic.snapshotter import Ballot, Snapshotter
+from elastic.snapshotter import Snapshotter
 from elastic.state import TrainingState
 from elastic.transfer import receive_state, send_state
 
@@ -390,7 +390,6 @@ class Engine:
         answer = self.coordinator.ask(AskVote(step))
         if not isinstance(answer, MayVote):
             return False
-        snapshots = self.snapshots.vote(step, self.plan, time.monotonic())
         vote = verdict.Vote(
             step=step,
             generation=answer.generation,
@@ -401,10 +400,7 @@ class Engine:
             stop=self.stop_asked,
             presence=self.reducer.presence(),
             measures_hash=zlib.crc32(repr(self.measures.agreement).encode()),
-            protected=snapshots.protected,
-            captures=snapshots.captures,
-            missed=snapshots.missed,
-            stable=snapshots.stable,
+            snapshots=self.snapshots.vote(step, self.plan, time.monotonic()),
         )
         with self._waiting():
             outcome = verdict.cast(group, vote, voted=reach_voted)
@@ -417,7 +413,7 @@ class Engine:
         plan, rank = self.plan, self.rank
         self._apply(step, outcome.presence, commit=outcome.decision is verdict.Decision.COMMIT)
         # Whoever commits without having seen the verdict learns of what is stable from the next one.
-        self.snapshots.decided(step, plan, rank, Ballot(outcome.protected, outcome.captures, outcome.missed, outcome.stable))
+        self.snapshots.decided(step, plan, rank, outcome.snapshots)
         return True
 
     def _groups_hash(self) -> int:

@@ -21,6 +21,7 @@ from io import FileIO
 from pathlib import Path
 
 from elastic.checksum import crc32
+from elastic.domain import NO_STEP
 from elastic.errors import ConfigError, ElasticError, ProtocolError, TransferError, Unreachable
 from elastic.snapshots import Slice, SnapshotId, numbers_of, slice_of
 
@@ -28,7 +29,6 @@ BUFFERS_MAX = 3
 """A snapshot of every step needs three: the stable one, the one that is being protected, and the next."""
 PAGE_SIZE_BYTES = 4096
 MESSAGE_SIZE_BYTES_MAX = 16 * 2**10
-NO_STEP = -1
 
 _FREE, _WRITING, _FILLED = range(3)
 _STABLE_AT, _PROTECTED_AT, _PAUSED_AT, _BUFFERS_AT = 0, 1, 3, 8  # words of eight bytes; a snapshot has two

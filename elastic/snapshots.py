@@ -10,7 +10,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elastic.domain import NO_STEP
+
 ALIGNMENT_BYTES = 64
+NO_OPINION = 1 << 62
+"""A step above every other: a worker that has captured nothing does not hold back what is stable."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -58,6 +62,23 @@ class Slice:
     def stored_bytes(self) -> int:
         """Length of the stored slice."""
         return self.description_at + self.description_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Ballot:
+    """What a worker's vote on a step, or the verdict on all of them, says of snapshots.
+
+    Attributes:
+        protected: the newest step whose snapshot is safe, as far as this worker or everybody goes; `NO_OPINION` for none.
+        captures: whether this worker can and wants to capture the step, or all do.
+        missed: whether the last one that all had agreed to capture is not here, or not everywhere.
+        stable: the newest step that is known to be safe everywhere; NO_STEP for none. Not everybody sees every verdict.
+    """
+
+    protected: int = NO_OPINION
+    captures: bool = False
+    missed: bool = False
+    stable: int = NO_STEP
 
 
 def is_spent(snapshot: SnapshotId, generation: int, stable: int) -> bool:

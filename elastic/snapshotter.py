@@ -14,13 +14,11 @@ import sys
 from dataclasses import dataclass
 from typing import Protocol
 
-from elastic.cadence import snapshot_interval_s
+from elastic.cadence import AUTO, snapshot_interval_s
 from elastic.domain import NO_STEP, Plan
 from elastic.errors import ConfigError, Unreachable
-from elastic.snapshots import SnapshotId
-from elastic.verdict import NO_OPINION
+from elastic.snapshots import NO_OPINION, Ballot, SnapshotId
 
-AUTO = -1
 FAILURES_PER_S = 1 / 3600.0  # after which a snapshot is restored, of a whole job: a guess, since most jobs see none
 STEP_S_MIN = 1e-6
 
@@ -43,23 +41,6 @@ class Capturer(Protocol):
     def discard(self, snapshot: SnapshotId) -> None: ...
 
     def finish(self) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Ballot:
-    """What a vote, or the verdict on all of them, says of snapshots.
-
-    Attributes:
-        protected: the newest step that is safe; `NO_OPINION` for none.
-        captures: whether the step is captured.
-        missed: whether the last one that all had agreed to capture is not here, or not everywhere.
-        stable: the newest step that is known to be safe everywhere; NO_STEP for none. Not everybody sees every verdict.
-    """
-
-    protected: int = NO_OPINION
-    captures: bool = False
-    missed: bool = False
-    stable: int = NO_STEP
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,21 +11,19 @@ from __future__ import annotations
 import contextlib
 import enum
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from elastic.errors import CollectiveAborted, ConfigError
 from elastic.group import Group
+from elastic.snapshots import Ballot
 
 _DIRECT_SIZE_MAX = 8
 """Up to here everybody sends to everybody, which takes the time of one message."""
 
 _TAG = 1 << 28
 """Above every tag of a reduction."""
-
-NO_OPINION = 1 << 62
-"""A step above every other: a worker that has captured nothing does not hold back what is stable."""
 
 _EQUAL = {
     "step": "the step",
@@ -67,10 +65,7 @@ class Vote:
         next_generation: the newest generation that this worker is ready to switch to.
         stop: whether this worker was asked to stop after this step.
         presence: for each parameter, whether a slot of this worker gave it a gradient.
-        protected: the newest step whose snapshot is safe as far as this worker goes; `NO_OPINION` if it has none yet.
-        captures: whether this worker can and wants to capture this step.
-        missed: whether this worker does not have the last step that all had agreed to capture.
-        stable: the newest step whose snapshot is safe everywhere, as this worker knows; -1 for none.
+        snapshots: what this worker says of them.
     """
 
     step: int
@@ -82,10 +77,7 @@ class Vote:
     stop: bool
     presence: Sequence[bool] = ()
     measures_hash: int = 0
-    protected: int = NO_OPINION
-    captures: bool = False
-    missed: bool = False
-    stable: int = -1
+    snapshots: Ballot = field(default_factory=Ballot)
 
 
 @dataclass(frozen=True)
@@ -98,10 +90,7 @@ class Outcome:
         next_generation: the newest generation that all are ready to switch to.
         stop: whether anybody was asked to stop.
         presence: for each parameter, whether any slot gave it a gradient.
-        protected: the newest step whose snapshot is safe as far as everybody goes; `NO_OPINION` if nobody has one.
-        captures: whether all capture this step.
-        missed: whether somebody does not have the last step that all had agreed to capture.
-        stable: the newest step whose snapshot is safe everywhere, as anybody knew before this; -1 for none.
+        snapshots: what all together say of them.
     """
 
     decision: Decision
@@ -109,10 +98,7 @@ class Outcome:
     next_generation: int
     stop: bool
     presence: list[bool]
-    protected: int = NO_OPINION
-    captures: bool = False
-    missed: bool = False
-    stable: int = -1
+    snapshots: Ballot = field(default_factory=Ballot)
 
 
 def cast(group: Group, vote: Vote, voted: Callable[[], None] | None = None) -> Outcome:
@@ -134,8 +120,9 @@ def cast(group: Group, vote: Vote, voted: Callable[[], None] | None = None) -> O
 def _pack(vote: Vote) -> torch.Tensor:
     # The complement reverses the order like a minus sign, but has no value that it overflows on.
     equal = [vote.step, vote.generation, vote.groups_hash, vote.measures_hash]
-    flags = [not vote.complete, not vote.finite, vote.stop, not vote.captures, vote.missed, vote.stable]
-    head = [*equal, *(~value for value in equal), ~vote.next_generation, ~vote.protected, *flags]
+    ballot = vote.snapshots
+    flags = [not vote.complete, not vote.finite, vote.stop, not ballot.captures, ballot.missed, ballot.stable]
+    head = [*equal, *(~value for value in equal), ~vote.next_generation, ~ballot.protected, *flags]
     return torch.tensor([*head, *vote.presence], dtype=torch.int64)
 
 
@@ -154,7 +141,8 @@ def _read(maxima: torch.Tensor, vote: Vote) -> Outcome:
     else:
         decision, reason = Decision.COMMIT, "all gradients are summed and finite"
     presence = [bool(value) for value in values[2 * count + _HEAD :]]
-    return Outcome(decision, reason, ~next_generation, bool(stop), presence, ~protected, not spared, bool(missed), stable)
+    ballot = Ballot(~protected, not spared, bool(missed), stable)
+    return Outcome(decision, reason, ~next_generation, bool(stop), presence, ballot)
 
 
 def _ignore() -> None:

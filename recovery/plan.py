@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from elastic.domain import Member, Plan, PlanKind, PlanNode
 from recovery.dealing import deal_afresh, deal_orphans
+from recovery.placement import ProtectionGroup, Site, make_groups, warnings
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,3 +78,16 @@ def make_plan(
         parity_shards=parity_shards if is_protected else 0,
     )
 
+
+def protection_groups(plan: Plan) -> tuple[ProtectionGroup, ...]:
+    """Return the groups whose nodes protect the snapshots of a world; none where nothing is protected."""
+    return make_groups(_sites(plan), plan.data_shards, plan.parity_shards) if plan.parity_shards else ()
+
+
+def protection_gaps(plan: Plan, data_shards: int, parity_shards: int) -> tuple[str, ...]:
+    """Return in what the protection of a world falls short of the code that was asked for, a sentence each."""
+    return warnings(_sites(plan), data_shards, parity_shards) if parity_shards else ()
+
+
+def _sites(plan: Plan) -> list[Site]:
+    return [Site(node.node, node.domain) for node in plan.nodes]

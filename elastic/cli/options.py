@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import click
 
+from elastic.cadence import AUTO
 from elastic.errors import ConfigError
 
 DEFAULT_PORT = 29400
-AUTO_CADENCE = -1
 MEMORY_SHARE = 0.25  # of the machine's, for snapshots
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -56,8 +56,8 @@ class Cadence(click.ParamType[int]):
     name = "N|auto"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if value == "auto" or value == AUTO_CADENCE:
-            return AUTO_CADENCE
+        if value == "auto" or value == AUTO:
+            return AUTO
         if not str(value).isdigit():
             self.fail(f"{value!r} is not a number of steps, 0 or auto", param, ctx)
         return int(value)

@@ -1202,28 +1202,22 @@ class SaveCheckpoint(_message.Message):
     NUMBER_FIELD_NUMBER: _builtins.int
     TARGET_FIELD_NUMBER: _builtins.int
     KEEP_FIELD_NUMBER: _builtins.int
-    WORLD_FIELD_NUMBER: _builtins.int
     number: _builtins.int
     """Comes back in the answer."""
     target: _builtins.str
     """Directory, or an address of fsspec."""
     keep: _builtins.int
     """Older ones beyond so many are removed."""
-    @_builtins.property
-    def world(self) -> Global___Plan:
-        """That trains now."""
-
     def __init__(
         self,
         *,
         number: _builtins.int = ...,
         target: _builtins.str = ...,
         keep: _builtins.int = ...,
-        world: Global___Plan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["world", b"world"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "number", b"number", "target", b"target", "world", b"world"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keep", b"keep", "number", b"number", "target", b"target"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -111,7 +111,7 @@ class Agent(Process):
             )
         )
         self.memory = Memory()
-        self._protecting: set[SnapshotId] = set()
+        self._captured: dict[SnapshotId, Plan] = {}
         self.workers: dict[str, Worker] = {}  # until their end is known
         self.forked: list[Worker] = []
         self.stream: Stream | None = None
@@ -265,9 +265,12 @@ class Agent(Process):
 
     def _save(self, order: SaveCheckpoint) -> None:
         stable = max((w.snapshotter.stable for w in self.workers.values() if w.alive), default=NO_STEP)
-        snapshot = SnapshotId(stable, order.world.generation)
-        sources = {member.rank: member.node for member in order.world.members}
-        digest = assemble(self.world.memories(self.node.name), order.world, snapshot, sources, ())
+        here = [s for s in self._captured if s.step == stable and self.memory.shots(s)]
+        digest = None
+        if here:
+            snapshot, plan = here[0], self._captured[here[0]]
+            sources = {member.rank: member.node for member in plan.members}
+            digest = assemble(self.world.memories(self.node.name), plan, snapshot, sources, ())
         if digest is None or self.random.random() < 0.1:
             self.handle(CarriedOut(CheckpointSaved(order.number, refusal="the disk is full")))
             return
@@ -277,8 +280,10 @@ class Agent(Process):
 
     def captured(self, plan: Plan, snapshot: SnapshotId) -> None:
         """A worker has captured a slice of a snapshot."""
-        if plan.parity_shards and snapshot not in self._protecting:
-            self._protecting.add(snapshot)
+        if snapshot in self._captured:
+            return
+        self._captured[snapshot] = plan
+        if plan.parity_shards:
             self.post(self.random.uniform(0.001, 0.1), self._protect, plan, snapshot, 40)
 
     def _protect(self, plan: Plan, snapshot: SnapshotId, tries: int) -> None:

@@ -8,7 +8,8 @@ from random import Random
 
 from elastic.domain import Plan, SnapshotHolding
 from elastic.snapshots import SnapshotId
-from recovery.placement import ProtectionGroup, Site, make_groups
+from recovery.placement import ProtectionGroup
+from recovery.plan import protection_groups
 
 MISSES = 0.05  # of captures that were agreed on
 
@@ -54,9 +55,7 @@ class Memory:
 
 def group_of(plan: Plan, node: str) -> ProtectionGroup | None:
     """The protection group of a node in a world."""
-    sites = [Site(n.node, n.domain) for n in plan.nodes]
-    groups = make_groups(sites, plan.data_shards, plan.parity_shards) if plan.parity_shards else ()
-    return next((group for group in groups if node in group.nodes), None)
+    return next((group for group in protection_groups(plan) if node in group.nodes), None)
 
 
 def assemble(

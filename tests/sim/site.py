@@ -52,7 +52,7 @@ class Site(World):
         return {a.node.name: a.memory for a in living if frozenset((node, a.node.name)) not in dead}
 
     def node_of(self, worker: Worker) -> Node:
-        return next(node for node in self.nodes.values() if worker.keeper in node.agents)
+        return next(node for node in self.nodes.values() if worker.parent in node.agents)
 
     def add_node(self) -> None:
         node = Node(self, f"n{len(self.nodes)}")

@@ -44,8 +44,8 @@ from elastic.protocol import (
     Warmed,
     WorkerMachine,
 )
-from elastic.snapshots import SnapshotId
-from elastic.snapshotter import Ballot, Snapshotter
+from elastic.snapshots import Ballot, SnapshotId
+from elastic.snapshotter import Snapshotter
 from tests.sim.clock import Violation
 from tests.sim.groups import TRANSFER, Broken
 from tests.sim.links import End, Stream
@@ -84,7 +84,7 @@ Main = Generator[Request, Any, Any]
 Gradient = tuple[int, int, int]  # step, slot, digest of the parameters it was computed with
 
 
-class Keeper(End, Protocol):
+class Parent(End, Protocol):
     """The agent that forked a worker."""
 
     memory: Memory
@@ -97,10 +97,10 @@ class Keeper(End, Protocol):
 class Worker(Process):
     """One worker process."""
 
-    def __init__(self, world: World, keeper: Keeper, order: StartWorker, pid: int) -> None:
+    def __init__(self, world: World, parent: Parent, order: StartWorker, pid: int) -> None:
         super().__init__(world.clock)
         self.world = world
-        self.keeper = keeper
+        self.parent = parent
         self.id = order.worker
         self.local_rank = order.local_rank
         self.restarted = not self.id.endswith(".1")
@@ -108,7 +108,7 @@ class Worker(Process):
         self.random = world.random
         self.speed = world.scenario.worker_speed(self.random)
         self.machine = WorkerMachine(self.id)
-        self.stream: Stream = world.connect(self, keeper)
+        self.stream: Stream = world.connect(self, parent)
         self.page_generation = 0
         self.page_committed = 0
         self.page_progress = 0
@@ -122,7 +122,7 @@ class Worker(Process):
         self.reduced: tuple[Gradient, ...] | None = None
         self.donate: tuple[int, ...] = ()
         self.snapshot: SnapshotId | None = None  # that all read the state from
-        self.capturer = Capturer(keeper.memory, self.id, world.scenario.buffers, self.random)
+        self.capturer = Capturer(parent.memory, self.id, world.scenario.buffers, self.random)
         self.snapshotter = Snapshotter()
         self.finishes_by_order = False  # what it writes was decided by a newer generation
         self._wakes = 0
@@ -143,7 +143,7 @@ class Worker(Process):
         else:
             self.stream.die(self)
         self.world.groups.worker_died(self, silent=silent)
-        self.keeper.worker_ended(self, code)
+        self.parent.worker_ended(self, code)
 
     def die_between_effects(self) -> None:
         self.world.note("worker %s is killed between two effects", self.id)
@@ -281,7 +281,7 @@ class Worker(Process):
         assert self.plan is not None
         self.capturer.digest = self.digest
         self.snapshotter.step_ended(self.committed, self.plan.generation, self.clock.now)
-        self.keeper.captured(self.plan, SnapshotId(self.committed, self.plan.generation))
+        self.parent.captured(self.plan, SnapshotId(self.committed, self.plan.generation))
         self.world.moment("captured", self)
 
     def _ask_until(self, *unsettled: type) -> Generator[Request, Any, Answer]:
@@ -368,7 +368,7 @@ class Worker(Process):
 
     def _restore(self, snapshot: SnapshotId) -> Generator[Request, Any, None]:
         yield Sleep(self.random.uniform(0.001, 0.05))
-        shots = self.keeper.memory.readable.get(snapshot)
+        shots = self.parent.memory.readable.get(snapshot)
         if shots is None:
             raise Violation(f"worker {self.id} is to restore {snapshot}, which its agent has not assembled")
         self.donate, self.snapshot = (), None

@@ -83,6 +83,7 @@ def test_where_snapshots_are_off_nobody_is_asked() -> None:
     job.running("n0", "n1")
     job.exits(A)
     assert job.exits(B)[-1] == "END failed"
+    assert "no snapshot was taken" in job.machine.reason
 
 
 def test_before_the_first_committed_step_the_world_forms_anew() -> None:
@@ -122,6 +123,7 @@ def test_where_nobody_can_assemble_it_is_looked_for_again_and_not_for_ever() -> 
     chosen(job)
     job.assembled("n0", refusal="a slice is gone")
     assert job.assembled("n1", refusal="a slice is gone")[-1] == "END failed"
+    assert "no agent could restore what was found, 5 times in a row" in job.machine.reason
 
 
 def test_a_loss_while_the_world_forms_begins_the_search_again() -> None:
@@ -157,3 +159,14 @@ def test_a_controller_that_restarts_remembers_that_steps_were_lost() -> None:
     job.assembled("n0", "n1")
     job.prepare(3, 0, A2, B2, has_state=False)
     assert job.restarted().machine.step_committed == 2
+
+
+def test_a_world_that_is_protected_less_well_than_was_asked_for_is_told_of_once() -> None:
+    def told(**code: int) -> list[list[str]]:
+        job = Job(snapshot_every=1, **code)
+        job.running("n0", "n1")
+        return [data["gaps"] for kind, data in job.ledger if kind == "protection-changed"]
+
+    assert told() == told(data_shards=1, parity_shards=1) == []
+    ((gap,),) = told(data_shards=2, parity_shards=1)
+    assert "2 nodes are no groups of 3" in gap

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
+from elastic.cadence import AUTO
 from elastic.domain import NO_STEP, Member, Plan
 from elastic.errors import ConfigError
-from elastic.snapshots import SnapshotId
-from elastic.snapshotter import AUTO, Ballot, Snapshotter
-from elastic.verdict import NO_OPINION
+from elastic.snapshots import NO_OPINION, Ballot, SnapshotId
+from elastic.snapshotter import Snapshotter
 
 ONE = Plan(generation=1, members=(Member("a"), Member("b", rank=1)))
 TWO = replace(ONE, generation=2)

@@ -46,7 +46,7 @@ class LedgerLaw:
             raise Violation(f"two processes are worker {worker.id}")
         self.processes.add(worker.id)
         for other in self.site.workers:
-            same_place = other.keeper is worker.keeper and other.local_rank == worker.local_rank
+            same_place = other.parent is worker.parent and other.local_rank == worker.local_rank
             if same_place and other.alive and other is not worker:
                 raise Violation(f"worker {worker.id} is started in the place of {other.id}, which still runs")
 
