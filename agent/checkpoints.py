@@ -11,8 +11,8 @@ import importlib
 import warnings
 import zlib
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import torch
@@ -33,7 +33,7 @@ from agent.plain import DESCRIPTION, PlainForm, plain_form
 from agent.rotation import MARKER, METADATA, Marker
 from elastic.encoding import TENSOR_DTYPES, flat_bytes, raw_view
 from elastic.errors import CheckpointError
-from elastic.payload import read_description
+from elastic.payload import SnapshotLayout, read_description
 from elastic.snapshots import Slice
 from elastic.state import Entry
 
@@ -154,7 +154,8 @@ def _read(place: Place, name: str, memory: Tensor) -> Slice:
         raise CheckpointError(f"{path} is damaged (the CRC of its description differs): take an older one.")
     manifest, small = read_description(raw_view(described))
     keys = plain_form(manifest, small, len(described)).keys()
-    begins, _ = _extents(manifest)
+    places, _ = _places(manifest, whole.count)
+    begins = [place[0].start if place else 0 for place in places]
     fill({keys[i]: (begin, TENSOR_DTYPES[manifest[i].dtype]) for i, begin in enumerate(begins)})
     if zlib.crc32(raw_view(memory[: whole.end])) != whole.payload_crc:
         raise CheckpointError(f"{path} is damaged (the CRC of its tensors differs): take an older one.")
@@ -165,7 +166,7 @@ class _Memory:
     """A snapshot as it lies in slices. Raises CheckpointError unless they are all there and sound.
 
     Attributes:
-        whole: the slice that would hold all of it. description: its description, uint8.
+        whole: the slice that would hold all of it. description: its description, uint8. manifest, small: what it says.
     """
 
     def __init__(self, slices: Sequence[tuple[Slice, Tensor]]) -> None:
@@ -188,6 +189,15 @@ class _Memory:
             whole_crc = joined(whole_crc, each.payload_crc, len(payload))
             self._payloads.append(payload)
             self._ends.append(each.end)
+        self.manifest, self.small = read_description(raw_view(self.description))
+        self._places, size_bytes = _places(self.manifest, first.count)
+        if size_bytes != first.total_bytes:
+            raise CheckpointError(
+                f"The snapshot of step {first.snapshot.step} has {first.total_bytes} bytes and describes "
+                f"{size_bytes}: take another one."
+            )
+        if any(entry.sharding is not None for entry in self.manifest):
+            whole_crc = self._crc_in_one_slice()
         self.whole = rotation.whole_slice(
             first.snapshot,
             total_bytes=first.total_bytes,
@@ -196,16 +206,25 @@ class _Memory:
             description_crc=first.description_crc,
         )
 
-    def read(self, begin: int, end: int) -> Tensor:
-        """Bytes of the payload: uint8, a view where they lie in one slice, which cannot be written to otherwise."""
-        pieces: list[Tensor] = []
-        position, index = begin, bisect_right(self._ends, begin)
-        while position < end:
-            payload, stop = self._payloads[index], min(end, self._ends[index])
-            at = self._ends[index] - len(payload)
-            pieces.append(payload[position - at : stop - at])
-            position, index = stop, index + 1
+    def tensor(self, number: int) -> Tensor:
+        """Bytes of a tensor of the manifest: uint8, a view where they lie together, which cannot be written to otherwise."""
+        pieces = [piece for place in self._places[number] for piece in self._read(place)]
         return pieces[0] if len(pieces) == 1 else torch.cat([*pieces, torch.empty(0, dtype=torch.uint8)])
+
+    def _read(self, place: range) -> Iterator[Tensor]:
+        position, index = place.start, bisect_right(self._ends, place.start)
+        while position < place.stop:
+            payload, stop = self._payloads[index], min(place.stop, self._ends[index])
+            at = self._ends[index] - len(payload)
+            yield payload[position - at : stop - at]
+            position, index = stop, index + 1
+
+    def _crc_in_one_slice(self) -> int:
+        """The CRC of the payload as one worker alone would have captured it."""
+        layout, crc = SnapshotLayout(self.manifest, 1), 0
+        for run in layout.runs(range(layout.size_bytes)):
+            crc = zlib.crc32(raw_view(self.tensor(run.tensor)), crc)
+        return crc
 
 
 class _FromMemory(DefaultSavePlanner):
@@ -217,16 +236,9 @@ class _FromMemory(DefaultSavePlanner):
 
     def __init__(self, memory: _Memory, progress: Progress | None) -> None:
         super().__init__()
-        manifest, small = read_description(raw_view(memory.description))
-        self.form: PlainForm = plain_form(manifest, small, len(memory.description))
-        self._memory, self._manifest, self._progress = memory, manifest, progress
-        self._begins, size_bytes = _extents(manifest)
-        if size_bytes != memory.whole.total_bytes:
-            raise CheckpointError(
-                f"The snapshot of step {memory.whole.snapshot.step} has {memory.whole.total_bytes} bytes and describes "
-                f"{size_bytes}: take another one."
-            )
-        self.size_bytes = sum(manifest[index].size_bytes for index in self.form.entries.values())
+        self.form: PlainForm = plain_form(memory.manifest, memory.small, len(memory.description))
+        self._memory, self._progress = memory, progress
+        self.size_bytes = sum(memory.manifest[index].size_bytes for index in self.form.entries.values())
         self._done_bytes = 0
 
     def lookup_object(self, index: MetadataIndex) -> Any:
@@ -237,10 +249,9 @@ class _FromMemory(DefaultSavePlanner):
         if self._progress is not None:
             self._progress(self._done_bytes, self.size_bytes)
         number = self.form.entries[index.fqn]
-        entry, begin = self._manifest[number], self._begins[number]
+        entry = self._memory.manifest[number]
         self._done_bytes += entry.size_bytes
-        data = _alone(self._memory.read(begin, begin + entry.size_bytes))
-        return data.view(TENSOR_DTYPES[entry.dtype]).view(entry.shape)
+        return _alone(self._memory.tensor(number)).view(TENSOR_DTYPES[entry.dtype]).view(entry.shape)
 
 
 class _IntoMemory(DefaultLoadPlanner):
@@ -308,10 +319,13 @@ def _alone(data: Tensor) -> Tensor:
     return torch.frombuffer(raw_view(data), dtype=torch.uint8)
 
 
-def _extents(manifest: Sequence[Entry]) -> tuple[list[int], int]:
-    """Where each tensor begins in the payload, and where the last one ends."""
-    *begins, end = accumulate((entry.size_bytes for entry in manifest), initial=0)
-    return begins, end
+def _places(manifest: Sequence[Entry], count: int) -> tuple[list[list[range]], int]:
+    """Where in the payload of `count` workers the bytes of each tensor lie, in their order; and the payload's size."""
+    layout = SnapshotLayout(manifest, count)
+    found: list[list[tuple[int, range]]] = [[] for _ in manifest]
+    for run in layout.runs(range(layout.size_bytes)):
+        found[run.tensor].append((run.in_tensor.start, range(run.in_piece.start, run.in_piece.stop)))
+    return [[place for _, place in sorted(each, key=itemgetter(0))] for each in found], layout.size_bytes
 
 
 def _writer(place: Place, path: str) -> FileSystemWriter:

@@ -36,6 +36,7 @@ from recovery.placement import ProtectionGroup
 CODES = ((2, 1), (2, 2))
 DEADLINE_S = 120.0
 MIB = 1 << 20
+SHARD_MIB = 320
 
 
 class Node:
@@ -161,7 +162,7 @@ def tabulate(report: dict[str, Any]) -> Table:
 
 def main() -> int:
     parser = command(__doc__)
-    parser.add_argument("--shard-mib", type=int, default=320, help="of each node [320]")
+    parser.add_argument("--shard-mib", type=int, default=SHARD_MIB, help=f"of each node [{SHARD_MIB}]")
     return main_of(parser, measure, tabulate)
 
 

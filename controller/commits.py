@@ -41,14 +41,32 @@ def worker_prepared(job: Job, worker: Worker, report: Prepared, now: float) -> N
         )
         consider_switch(job, now)
         return
-    holders = [report for report in _reports(attempt).values() if _holds_state(job, plan, report)]
+    holders = _holders(job, attempt)
     if not holders and plan.kind is PlanKind.SWITCH:
         abandon_switch(job, "no member holds the state yet")
         return
     if not holders and attempt.snapshot is None:
-        state_lost(job, "no survivor holds the state", now)
+        state_lost(job, f"no survivor holds all of the state: {plan.reason}", now)
         return
     _commit(job, attempt, holders, now)
+
+
+def _holders(job: Job, attempt: Attempt) -> list[Prepared]:
+    """What those said who hold the state."""
+    plan, reports = attempt.plan, list(_reports(attempt).values())
+    assert job.spec is not None
+    if job.spec.shard_optimizer and plan.kind is PlanKind.FENCE and not _need_no_optimizer(job, plan, reports):
+        return []  # after a fault a part of it is nowhere, or of another step
+    return [report for report in reports if _holds_state(job, plan, report)]
+
+
+def _need_no_optimizer(job: Job, plan: Plan, reports: list[Prepared]) -> bool:
+    """Whether all that is still needed of a sharded state is on every worker: nothing was trained yet, or all has been."""
+    newest = max(report.committed for report in reports)
+    if newest == FRESH_STEP:
+        return job.step_committed == FRESH_STEP
+    ended = any(member.leaving for member in job.known(plan.members))
+    return ended and all(report.has_state and report.committed == newest for report in reports)
 
 
 def _holds_state(job: Job, plan: Plan, report: Prepared) -> bool:
@@ -107,8 +125,8 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
         )
     )
     _tell_of_gaps(job, plan)
-    # Whoever has seen the verdict knows whether it ends the loop, and all others do what it said.
-    stop = any(report.stopping for report in holders)
+    # Whoever has seen the verdict knows whether it ends the loop, and all others do what it said, if from an older step on.
+    stop = any(report.stopping for report in holders or reports.values())
     command = Commit(plan.generation, restore, joiners, stop, snapshot.generation if snapshot is not None else 0)
     for worker_id in sorted(attempt.participants):
         job.tell(job.workers[worker_id], command)

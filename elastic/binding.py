@@ -129,9 +129,18 @@ def bind_optimizer(optimizer: Optimizer, index: int, engine: Engine) -> None:
     def zero_grad(set_to_none: bool = True) -> None:
         return None
 
+    if engine.zero is not None:
+        optimizer.state_dict = optimizer.load_state_dict = _refuse_state_of_all  # type: ignore[method-assign]
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # or schedulers made later would wrap it again
     optimizer.step = step  # type: ignore[method-assign, assignment]
     optimizer.zero_grad = zero_grad  # type: ignore[method-assign]
+
+
+def _refuse_state_of_all(*_: object, **__: object) -> Any:
+    raise ConfigError(
+        "optimizer.state_dict() or load_state_dict() was called, but with shard_optimizer=True each worker holds a part of the "
+        "state only: checkpoints of the whole are written with --checkpoint-dir, and read when a job starts there"
+    )
 
 
 def bind_scheduler(scheduler: Any, engine: Engine) -> None:

@@ -29,8 +29,18 @@ from elastic.memory import (
     StoredSlice,
     populate,
 )
-from elastic.payload import Layout, Unpacker, describe, manifest_of, manifest_text, read_description
-from elastic.snapshots import Slice, SnapshotId, is_spent, share_of
+from elastic.payload import (
+    Layout,
+    SnapshotLayout,
+    Unpacker,
+    clipped,
+    describe,
+    manifest_of,
+    manifest_text,
+    read_description,
+)
+from elastic.sharding import Cut
+from elastic.snapshots import Slice, SnapshotId, is_spent
 from elastic.state import TrainingState, Watch
 
 PIECE_SIZE_BYTES = 2**20
@@ -38,7 +48,7 @@ PIECE_SIZE_BYTES = 2**20
 
 
 class Capturer:
-    """Takes snapshots of one worker's share of a replicated state.
+    """Takes snapshots of one worker's share of the state: an equal one of what all hold, and all that it holds alone.
 
     Args:
         state: to read. Its tensors stay as they are from `capture` until `finish` has returned.
@@ -235,13 +245,16 @@ class _Plan:
         self.index, self.count = index, count
         self.watch = Watch(state)
         entries, tensors = state.described_tensors()
-        layout = Layout(entries)
+        if state.shards is not None and state.cut != Cut(index, count):
+            raise ProtocolError(f"The state is cut as {state.cut}, and part {index} of {count} was to be captured.")
+        extents = state.extents(entries)
+        layout = SnapshotLayout(entries, count)
         self.manifest = manifest_text(entries)
         self.total_bytes = layout.size_bytes
-        self.share = share_of(layout.size_bytes, index, count)
+        self.share = layout.share(index)
         self.groups: dict[torch.device, _Group] = {}
-        for run in layout.runs(self.share):
-            tensor = tensors[run.tensor]
+        for whole in layout.runs(self.share):
+            (run, _), tensor = next(clipped(whole, extents[whole.tensor])), tensors[whole.tensor]
             group = self.groups.setdefault(tensor.device, _Group())
             if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
                 group.sources.append(flat_bytes(tensor)[run.in_tensor])
@@ -346,22 +359,21 @@ def restore(state: TrainingState, memory: SnapshotMemory, snapshot: SnapshotId) 
         first = slices[0].slice
         slices += [memory.slice(snapshot, index) for index in range(1, first.count)]
         description = slices[0].description()
-        for index, stored in enumerate(slices):
-            _check_alike(snapshot, index, stored.slice, first)
-            if manifest_of(stored.description()) != manifest_of(description):
-                raise TransferError(
-                    f"{_named(stored.slice)} describes another state than slice 0: take an older snapshot."
-                )
         entries, small = read_description(description)
-        layout = Layout(entries)
+        layout = SnapshotLayout(entries, first.count)
         if layout.size_bytes != first.total_bytes:
             raise TransferError(
                 f"{_named(first)} describes {layout.size_bytes} bytes, not {first.total_bytes}: ask anew."
             )
-        tensors = state.adopt(entries, small)
-        unpacker = Unpacker(layout, tensors)
+        for index, stored in enumerate(slices):
+            _check_alike(snapshot, index, stored.slice, first, layout)
+            if manifest_of(stored.description()) != manifest_of(description):
+                raise TransferError(
+                    f"{_named(stored.slice)} describes another state than slice 0: take an older snapshot."
+                )
+        target = _Target(layout, state.adopt(entries, small), state.extents(entries))
         for stored in slices:
-            if _unpack(stored, layout, tensors, unpacker) != stored.slice.payload_crc:
+            if target.unpack(stored) != stored.slice.payload_crc:
                 raise TransferError(
                     f"{_named(stored.slice)} is damaged (its payload's CRC differs): take another snapshot."
                 )
@@ -371,29 +383,40 @@ def restore(state: TrainingState, memory: SnapshotMemory, snapshot: SnapshotId) 
     return snapshot.step
 
 
-def _unpack(stored: StoredSlice, layout: Layout, tensors: Sequence[Tensor], unpacker: Unpacker) -> int:
-    """Copy a slice's payload to where it belongs; returns the CRC of what has been copied."""
-    staging = torch.empty(PIECE_SIZE_BYTES, dtype=torch.uint8)
-    begin, crc = stored.slice.begin, 0
-    for run in layout.runs(range(begin, stored.slice.end)):
-        tensor = tensors[run.tensor]
-        is_direct = tensor.device.type == "cpu" and tensor.is_contiguous()
-        memory = raw_view(tensor)[run.in_tensor] if is_direct else raw_view(staging)
-        for start in range(run.in_piece.start, run.in_piece.stop, PIECE_SIZE_BYTES):
-            stop = min(start + PIECE_SIZE_BYTES, run.in_piece.stop)
-            at = start - run.in_piece.start if is_direct else 0
-            piece = memory[at : at + stop - start]
-            stored.read(start, piece)
-            crc = crc32(piece, crc)
-            if not is_direct:
-                unpacker.unpack(range(begin + start, begin + stop), staging)
-    return crc
+class _Target:
+    """The tensors that a snapshot is read into."""
+
+    def __init__(self, layout: Layout, tensors: Sequence[Tensor], extents: Sequence[range]) -> None:
+        self._layout, self._tensors, self._extents = layout, tensors, extents
+        self._unpacker = Unpacker(layout, tensors, extents)
+        self._staging = torch.empty(PIECE_SIZE_BYTES, dtype=torch.uint8)
+
+    def unpack(self, stored: StoredSlice) -> int:
+        """Copy a slice's payload to where it belongs, if anything of it does; returns the CRC of all that was read."""
+        begin, crc = stored.slice.begin, 0
+        for whole in self._layout.runs(range(begin, stored.slice.end)):
+            tensor = self._tensors[whole.tensor]
+            can_be_direct = tensor.device.type == "cpu" and tensor.is_contiguous()
+            for run, is_here in clipped(whole, self._extents[whole.tensor]):
+                is_direct = is_here and can_be_direct
+                memory = raw_view(tensor)[run.in_tensor] if is_direct else raw_view(self._staging)
+                for start in range(run.in_piece.start, run.in_piece.stop, PIECE_SIZE_BYTES):
+                    stop = min(start + PIECE_SIZE_BYTES, run.in_piece.stop)
+                    at = start - run.in_piece.start if is_direct else 0
+                    piece = memory[at : at + stop - start]
+                    stored.read(start, piece)
+                    crc = crc32(piece, crc)
+                    if is_here and not is_direct:
+                        self._unpacker.unpack(range(begin + start, begin + stop), self._staging)
+        return crc
 
 
-def _check_alike(snapshot: SnapshotId, index: int, piece: Slice, first: Slice) -> None:
+def _check_alike(
+    snapshot: SnapshotId, index: int, piece: Slice, first: Slice, layout: SnapshotLayout
+) -> None:
     """Raise TransferError unless this is the slice that was asked for, and goes with the first one."""
     is_asked = (piece.snapshot, piece.index, piece.count) == (snapshot, index, first.count)
-    is_share = range(piece.begin, piece.end) == share_of(first.total_bytes, index, first.count)
+    is_share = range(piece.begin, piece.end) == layout.share(index)
     if not is_asked or not is_share or piece.total_bytes != first.total_bytes:
         raise TransferError(f"{_named(piece)} does not go with slice 0 ({piece}, {first}): take an older snapshot.")
 

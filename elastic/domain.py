@@ -40,6 +40,7 @@ class TrainingSpec:
     state_digest: str = ""
     data_digest: str = ""
     numerics: str = ""
+    shard_optimizer: bool = False
 
     def difference(self, other: TrainingSpec, *, with_state: bool) -> str:
         """Return the first difference in words, or "" when both train the same thing.
@@ -66,6 +67,7 @@ _SPEC_WORDS = {
     "batch_size": "the batch sizes",
     "shuffle": "the shuffle settings",
     "drop_last": "the drop_last settings",
+    "shard_optimizer": "the shard_optimizer settings",
     "layout_digest": "names, shapes or dtypes of the parameters or buffers",
     "data_digest": "the first samples of the dataset",
     "numerics": 'what bits depend on (use the same everywhere, or reduction="fast")',

@@ -39,22 +39,26 @@ from elastic.protocol import (
     Finished,
     FinishStep,
     GoOn,
+    HandOver,
     HasConcluded,
     LoopEnded,
     MayCommit,
     MayVote,
     MustConclude,
     StateReceived,
+    StateSpoilt,
     Wait,
     Warmed,
 )
 from elastic.records import SampleRecord
 from elastic.reduction import Reduced, Reducer, Reduction
 from elastic.sampler import SlotSampler
+from elastic.sharding import OptimizerShards
 from elastic.snapshots import SnapshotId
 from elastic.snapshotter import Snapshotter
 from elastic.state import TrainingState
 from elastic.transfer import receive_state, send_state
+from elastic.zero import Zero
 
 LOSS = "loss"  # the measure that is shown to people
 
@@ -86,6 +90,7 @@ class Parts:
         stateful: Schedulers and the like; the state goes to joiners, and nothing else is done with it.
         more_models: Modules that are not trained here and whose tensors belong to the state (an average of weights).
         rules: What a commit makes of buffers.
+        shards_optimizer: Whether each worker holds a part of the optimizers' state alone.
     """
 
     models: Mapping[str, nn.Module]
@@ -94,11 +99,17 @@ class Parts:
     parameters: Sequence[nn.Parameter]
     more_models: Mapping[str, nn.Module] = field(default_factory=dict)
     rules: Mapping[str, Rule] = field(default_factory=dict)
+    shards_optimizer: bool = False
 
-    def state(self, measured: measures.Measures, buffers: Mapping[str, Tensor] | None = None) -> TrainingState:
+    def state(
+        self,
+        measured: measures.Measures,
+        buffers: Mapping[str, Tensor] | None = None,
+        shards: OptimizerShards | None = None,
+    ) -> TrainingState:
         """Return all of it as the state that joiners are given."""
         stateful = {**self.stateful, "elastic.measures": measured}
-        return TrainingState({**self.models, **self.more_models}, self.optimizers, stateful, buffers)
+        return TrainingState({**self.models, **self.more_models}, self.optimizers, stateful, buffers, shards)
 
 
 def reach_voted() -> None:
@@ -128,7 +139,9 @@ class Engine:
         self.parts = parts
         self.buffers = CommittedBuffers(parts.models, sampler.slots, parts.rules)
         self.measures = measures.Measures()
-        self.state = parts.state(self.measures, self.buffers.copies)
+        self.zero = Zero(parts.optimizers) if parts.shards_optimizer else None
+        shards = self.zero.shards if self.zero is not None else None
+        self.state = parts.state(self.measures, self.buffers.copies, shards)
         self.reducer = Reducer(
             parts.parameters,
             replicas=replicas,
@@ -154,7 +167,7 @@ class Engine:
         self.to_announce: list[int] = []  # committed steps whose callbacks have not run
         self.on_commit: list[Callable[[int], None]] = []
         self.stop_asked = False
-        self.inner_steps: list[Callable[[], object]] = [optimizer.step for optimizer in parts.optimizers.values()]
+        self.inner_steps: list[Callable[[], object]] = [self._inner_step(each) for each in parts.optimizers.values()]
         self.before_clipping: list[Callable[[], object]] = []  # what reduced gradients go through first (unscaling)
         self.on_skip: list[Callable[[], object]] = []  # what a step without an update calls in place of the optimizers
         self._warm_steps = tuple(self.inner_steps)
@@ -168,6 +181,10 @@ class Engine:
         self.on_end: list[Callable[[], None]] = []
         self._committed_plan: Plan | None = None  # the world that committed the newest step, if this worker was in it
         self._recorded_dead: set[str] = set()  # whose share of that step this worker has recorded for them
+
+    def _inner_step(self, optimizer: Optimizer) -> Callable[[], object]:
+        """What updates the parameters, or this worker's part of them."""
+        return optimizer.step if self.zero is None else self.zero.shards.stepping(optimizer, optimizer.step)
 
     # -- what the loader asks --------------------------------------------------------------------------------------
 
@@ -253,6 +270,9 @@ class Engine:
                 elif joiners:
                     with self._waiting():
                         self._pass_state(joiners)
+                if self._must_settle():
+                    with self._waiting():
+                        self._settle_shards(joining)
             except CollectiveAborted as error:
                 self.coordinator.feed(CollectiveBroke(str(error)))
                 continue
@@ -348,6 +368,8 @@ class Engine:
             # are touched now need not be touched while its peers wait. They need not wait for the word until then: what
             # may take long the first time (fetching, compiling) is behind it.
             self._say_warm()
+            if self.zero is not None:
+                self.zero.expect(self.coordinator.settings.rank, self.coordinator.settings.world_size)
             for inner in self._warm_steps:
                 inner()
             return
@@ -377,7 +399,7 @@ class Engine:
             except CollectiveAborted as error:
                 reason = str(error)
                 self.coordinator.feed(CollectiveBroke(reason))
-            if self._regroup(step) or self._donate or self.reducer.remaining_slots():
+            if self._regroup(step) or self._donate or self.reducer.remaining_slots() or self._must_settle():
                 return  # a joiner is given the state at the next fetch, where all who give it are at the same point
 
     def _try_commit(self, step: int) -> bool:
@@ -433,6 +455,8 @@ class Engine:
         reach_inside(FailPoint.APPLYING)
         for deed in (*self.before_clipping, *((*self.clips, *self.inner_steps) if commit else self.on_skip)):
             deed()
+        if commit and self.zero is not None:
+            self._gather(self.zero)
         if commit:
             self.buffers.commit(reduced.extras[: self.buffers.extras], slots)
         else:
@@ -451,6 +475,16 @@ class Engine:
         self._plan_step()
         self._show()
 
+    def _gather(self, zero: Zero) -> None:
+        """Have what the others have updated; only then is the step committed here."""
+        assert self.group is not None
+        try:
+            with self._waiting():
+                zero.gather(self.group)
+        except CollectiveAborted as error:
+            self.coordinator.feed(StateSpoilt(str(error)))
+            raise
+
     # -- worlds ----------------------------------------------------------------------------------------------------
 
     def _regroup(self, step: int) -> bool:
@@ -468,6 +502,8 @@ class Engine:
                 case EnterWorld():
                     self._enter(answer)
                     return committed
+                case HandOver(plan):
+                    self._hand_over(plan)
                 case GoOn():
                     return committed
                 case Finished():
@@ -478,8 +514,15 @@ class Engine:
     def _enter(self, world: EnterWorld) -> None:
         if world.rank == min(set(range(world.plan.world_size)) - set(world.joiner_ranks), default=0):
             self._record_for_the_dead(world.plan)
+        before, group = self.plan, self.group
         self.plan, self.rank = world.plan, world.rank
         self.group = self.coordinator.group(world.plan.generation)
+        if self.zero is not None:
+            try:
+                with self._waiting():
+                    self.zero.enter(world, before, group, self.state)
+            except CollectiveAborted as error:
+                self.coordinator.feed(StateSpoilt(str(error)))
         self._donate, self._restore = world.joiner_ranks, world.snapshot
         self._plan_step()
         self._show()
@@ -516,6 +559,26 @@ class Engine:
             return
         reach_inside(FailPoint.JOINER_COPYING)
         self._has_state(receive_state(self.group, self.state, donors))
+
+    def _hand_over(self, plan: Plan) -> None:
+        """The others go on without this worker, but not without its part of the optimizers' state."""
+        assert self.zero is not None and self.plan is not None and self.group is not None
+        try:
+            with self._waiting():
+                self.zero.hand_over(plan, self.plan, self.group, self.committed, self.state)
+        except CollectiveAborted as error:
+            print(f"elastic: those who stay must restore a snapshot: {error}", file=sys.stderr, flush=True)
+
+    def _must_settle(self) -> bool:
+        return self.zero is not None and self.zero.must_settle
+
+    def _settle_shards(self, joins: bool) -> None:
+        """Every member takes its part of the optimizers' state in this world."""
+        assert self.group is not None and self.zero is not None
+        try:
+            self.zero.settle(self.group, self.committed, joins, self.state)
+        except TransferError as error:
+            self.coordinator.end_process(str(error))
 
     def _read_state(self, snapshot: SnapshotId) -> None:
         """Every rank goes on from the snapshot, which its node's agent has ready."""
@@ -558,8 +621,12 @@ class Engine:
                     for conclude in self.on_end:
                         conclude()
                     self.coordinator.feed(HasConcluded())
-                case EnterWorld():
+                case HandOver(plan):
+                    self._hand_over(plan)
+                case EnterWorld(snapshot=None):
                     self._enter(answer)
+                case EnterWorld():
+                    self.coordinator.end_process("its loop has ended, and the world goes back to a step before that")
                 case _:
                     raise ProtocolError(f"{answer} after the loop: a fault of the runtime")
 

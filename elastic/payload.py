@@ -1,8 +1,8 @@
 """The training state as one string of bytes, cut into pieces, and the description that goes with it.
 
-The payload is the manifest's tensors in its order, each in row-major order, with nothing in between. The description
-is the manifest and the small state as JSON. Peers that send state, snapshots and checkpoints share this form. This
-file must never communicate, and never decides who copies what.
+The payload is the manifest's tensors, each in row-major order, with nothing in between; in which order, a `Layout` says.
+The description is the manifest and the small state as JSON. Peers that send state, snapshots and checkpoints share this
+form. This file must never communicate, and never decides who copies what.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import json
 import struct
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 from elastic.encoding import flat_bytes
 from elastic.errors import ConfigError, TransferError
+from elastic.sharding import Cut
+from elastic.snapshots import share_of
 from elastic.state import Entry
 
 DESCRIPTION_SIZE_BYTES_MAX = 128 * 2**20
@@ -75,6 +77,19 @@ def read_description(description: memoryview) -> tuple[list[Entry], str]:
 
 
 @dataclass(frozen=True, slots=True)
+class Segment:
+    """Consecutive bytes of one tensor, as a part of a string of such.
+
+    Attributes:
+        tensor: its number in the manifest. begin, end: bytes of it, in row-major order.
+    """
+
+    tensor: int
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Run:
     """Consecutive bytes of one tensor inside a piece of the payload."""
 
@@ -84,46 +99,99 @@ class Run:
 
 
 class Layout:
-    """Where each tensor lies in the payload.
+    """Where the bytes of each tensor lie in the payload.
+
+    Args:
+        segments: what the payload consists of, in order.
 
     Attributes:
         size_bytes: of all of it.
     """
 
-    def __init__(self, entries: Sequence[Entry]) -> None:
-        self._sizes = [entry.size_bytes for entry in entries]
-        self._ends = list(itertools.accumulate(self._sizes))
+    def __init__(self, segments: Iterable[Segment]) -> None:
+        self._segments = [segment for segment in segments if segment.end > segment.begin]
+        self._ends = list(itertools.accumulate(segment.end - segment.begin for segment in self._segments))
         self.size_bytes = self._ends[-1] if self._ends else 0
 
     def runs(self, piece: range) -> Iterator[Run]:
         """The tensors' bytes in `piece`, in order."""
         position = piece.start
-        tensor = bisect_right(self._ends, position)
+        number = bisect_right(self._ends, position)
         while position < piece.stop:
-            start = self._ends[tensor] - self._sizes[tensor]
-            stop = min(self._ends[tensor], piece.stop)
-            if stop > position:
-                yield Run(
-                    tensor,
-                    slice(position - start, stop - start),
-                    slice(position - piece.start, stop - piece.start),
-                )
-            position = max(position, stop)
-            tensor += 1
+            segment, end = self._segments[number], self._ends[number]
+            stop = min(end, piece.stop)
+            shift = segment.end - end
+            in_tensor = slice(position + shift, stop + shift)
+            yield Run(segment.tensor, in_tensor, slice(position - piece.start, stop - piece.start))
+            position, number = stop, number + 1
+
+
+class SnapshotLayout(Layout):
+    """The payload of a snapshot, of which each of `count` workers has copied its share.
+
+    Behind each other, by worker: its equal share of what all hold, and its part of each tensor that is cut. Where none is
+    cut, these are simply the tensors in the manifest's order.
+    """
+
+    def __init__(self, entries: Sequence[Entry], count: int) -> None:
+        segments = [
+            Segment(number, 0, entry.size_bytes) for number, entry in enumerate(entries) if entry.sharding is None
+        ]
+        cut = [number for number, entry in enumerate(entries) if entry.sharding is not None]
+        alike = Layout(segments)
+        self._shares = [share_of(alike.size_bytes, index, count) for index in range(count)]
+        if cut:
+            shares: list[range] = []
+            segments = []
+            for index, share in enumerate(self._shares):
+                own = [Segment(run.tensor, run.in_tensor.start, run.in_tensor.stop) for run in alike.runs(share)]
+                extents = [(number, entries[number].extent(Cut(index, count))) for number in cut]
+                own += [Segment(number, extent.start, extent.stop) for number, extent in extents]
+                begin = shares[-1].stop if shares else 0
+                shares.append(range(begin, begin + sum(segment.end - segment.begin for segment in own)))
+                segments += own
+            self._shares = shares
+        super().__init__(segments)
+
+    def share(self, index: int) -> range:
+        """The bytes of the payload that a worker copies."""
+        return self._shares[index]
+
+
+def clipped(run: Run, extent: range) -> Iterator[tuple[Run, bool]]:
+    """Cut a run where a tensor that has only these bytes of the whole begins and ends.
+
+    Yields runs in order, and whether they lie in that tensor; if so, `in_tensor` counts from its first byte.
+    """
+    start, stop = run.in_tensor.start, run.in_tensor.stop
+    first = min(max(extent.start, start), stop)
+    last = max(min(extent.stop, stop), first)
+    shift = run.in_piece.start - start
+    for begin, end, is_here in ((start, first, False), (first, last, True), (last, stop, False)):
+        if end > begin:
+            at = extent.start if is_here else 0
+            yield Run(run.tensor, slice(begin - at, end - at), slice(begin + shift, end + shift)), is_here
 
 
 class Packer:
-    """Copies tensors into pieces of the payload."""
+    """Copies tensors into pieces of the payload.
 
-    def __init__(self, layout: Layout, tensors: Sequence[Tensor]) -> None:
-        self._layout = layout
+    Args:
+        extents: which bytes of each whole tensor `tensors` has; None for all of all.
+    """
+
+    def __init__(self, layout: Layout, tensors: Sequence[Tensor], extents: Sequence[range] | None = None) -> None:
+        self.layout = layout
         self._tensors = tensors
+        self._extents = extents
         self._last: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.uint8))
 
     def pack(self, piece: range, staging: Tensor) -> None:
         """Write the bytes of `piece` to the front of `staging` (uint8, one dimension)."""
-        for run in self._layout.runs(piece):
-            staging[run.in_piece].copy_(self._flat(run.tensor)[run.in_tensor])
+        for run in self.layout.runs(piece):
+            begin = 0 if self._extents is None else self._extents[run.tensor].start
+            source = self._flat(run.tensor)[run.in_tensor.start - begin : run.in_tensor.stop - begin]
+            staging[run.in_piece].copy_(source)
 
     def _flat(self, index: int) -> Tensor:
         """The bytes of a tensor; kept, since they may fill many pieces and be a copy."""
@@ -133,21 +201,32 @@ class Packer:
 
 
 class Unpacker:
-    """Copies pieces of the payload into tensors, each byte once; those that are not contiguous are gathered first."""
+    """Copies pieces of the payload into tensors, each byte once; those that are not contiguous are gathered first.
 
-    def __init__(self, layout: Layout, tensors: Sequence[Tensor]) -> None:
-        self._layout = layout
+    Args:
+        extents: which bytes of each whole tensor `tensors` has, the others being passed over; None for all of all.
+    """
+
+    def __init__(self, layout: Layout, tensors: Sequence[Tensor], extents: Sequence[range] | None = None) -> None:
+        self.layout = layout
         self._tensors = tensors
+        self._extents = extents
         self._gathered: dict[int, tuple[Tensor, int]] = {}
 
     def unpack(self, piece: range, staging: Tensor) -> None:
         """Write the bytes of `piece`, which are at the front of `staging`, to where they belong."""
-        for run in self._layout.runs(piece):
-            tensor, source = self._tensors[run.tensor], staging[run.in_piece]
-            if tensor.is_contiguous():
-                flat_bytes(tensor)[run.in_tensor].copy_(source)
-            else:
-                self._gather(run, tensor, source)
+        for whole in self.layout.runs(piece):
+            parts = [(whole, True)] if self._extents is None else clipped(whole, self._extents[whole.tensor])
+            for run, is_here in parts:
+                if is_here:
+                    self._write(run, staging[run.in_piece])
+
+    def _write(self, run: Run, source: Tensor) -> None:
+        tensor = self._tensors[run.tensor]
+        if tensor.is_contiguous():
+            flat_bytes(tensor)[run.in_tensor].copy_(source)
+        else:
+            self._gather(run, tensor, source)
 
     def _gather(self, run: Run, tensor: Tensor, source: Tensor) -> None:
         if run.tensor not in self._gathered:

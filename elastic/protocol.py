@@ -116,6 +116,13 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
+class StateSpoilt:
+    """Main: part of the state here has been changed, and the rest never will be: it is of no use any more."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class AskWorld:
     """Main: I am outside every collective; where do I stand?"""
 
@@ -164,6 +171,7 @@ Event = (
     | AskVote
     | AskCommit
     | Applied
+    | StateSpoilt
     | AskWorld
     | StateReceived
     | CollectiveBroke
@@ -266,6 +274,13 @@ class EnterWorld:
 
 
 @dataclass(frozen=True, slots=True)
+class HandOver:
+    """The world goes on as `plan` without this worker: give the others what it alone holds, then AskWorld again."""
+
+    plan: Plan
+
+
+@dataclass(frozen=True, slots=True)
 class MustConclude:
     """All have left the loop: run what must run once after it, and say HasConcluded."""
 
@@ -277,7 +292,7 @@ class Finished:
     reason: str
 
 
-Answer = MayVote | MayCommit | MustRegroup | GoOn | Wait | FinishStep | EnterWorld | MustConclude | Finished
+Answer = MayVote | MayCommit | MustRegroup | GoOn | Wait | FinishStep | EnterWorld | HandOver | MustConclude | Finished
 Effect = Send | BuildGroup | DropGroup | WakeMain | Exit | Answer
 
 
@@ -303,6 +318,7 @@ class WorkerMachine:
         self.warmed = False
         self.left: Leaving | None = None
         self.resumed_in = 0
+        self.shards_optimizer = False  # each worker holds a part of the state that no other one does
         self.stopping = False  # a verdict has said that all leave the loop
         self.concluding = False  # this worker is to run what must run once after the loop
         self.finished = ""
@@ -321,6 +337,7 @@ class WorkerMachine:
                     return []
                 return [Send(PrepareFailed(generation, reason))]
             case Register(spec):
+                self.shards_optimizer = spec.shard_optimizer
                 return [Send(Registered(spec))]
             case Warmed():
                 self.warmed = True
@@ -331,6 +348,8 @@ class WorkerMachine:
                 return self._ask_commit(next_generation, stop)
             case Applied(step):
                 return self._applied(step)
+            case StateSpoilt(reason):
+                return self._state_spoilt(reason)
             case AskWorld():
                 return self._ask_world()
             case StateReceived(committed):
@@ -463,6 +482,15 @@ class WorkerMachine:
             effects.append(Send(Resumed(self.world.generation, step)))
         return effects
 
+    def _state_spoilt(self, reason: str) -> list[Effect]:
+        self.has_state = False
+        self.word = Word.OPEN  # what was being written is over
+        effects = self._collective_broke(reason)
+        if self.pending is not None and self.pending.kind is not PlanKind.SWITCH:
+            self.word = Word.SEALED
+            effects += self._report_if_ready()
+        return effects
+
     def _collective_broke(self, reason: str) -> list[Effect]:
         if self.world is None or self.broken:
             return []
@@ -519,7 +547,7 @@ class WorkerMachine:
         if rank is None:
             # The old group stays until the controller knows that all others have switched, and says Finish.
             self.world = None
-            return [switched, Wait(plan.reason)]
+            return [switched, HandOver(plan) if self.shards_optimizer else Wait(plan.reason)]
         self.world = plan
         snapshot = SnapshotId(order.restore_step, order.snapshot_generation) if order.snapshot_generation else None
         return [switched, EnterWorld(plan, rank, self.committed, order.joiner_ranks, snapshot)]

@@ -156,6 +156,7 @@ class Session:
         virtual_replicas: int = 0,
         reduction: str = "ordered",
         seed: int | None = None,
+        shard_optimizer: bool = False,
     ) -> Any:
         """Bind models, optimizers, one training DataLoader, LR schedulers and a GradScaler to this session.
 
@@ -170,6 +171,8 @@ class Session:
             virtual_replicas: Blocks of slots that are summed as one; 0: the number of workers at the start.
             reduction: "ordered" (the same bits whoever computes what) or "fast" (the backend's all-reduce).
             seed: For sampling and all randomness; None: the job's --seed.
+            shard_optimizer: Hold each part of the optimizers' state on one worker only (ZeRO-1), with the same bits. For
+                elementwise optimizers; a lost worker's part comes from a snapshot, so start agents with --snapshot-every.
 
         Returns:
             The same objects in the same order (the loader as an `ElasticLoader`); a single one is returned bare.
@@ -194,7 +197,8 @@ class Session:
         (loader,) = kinds["loader"]
         spec = LoaderSpec.of(loader)
         stateful = named("scheduler", kinds["scheduler"]) | named("scaler", kinds["scaler"]) | self._stateful
-        parts = Parts(models, optimizers, stateful, trainable(models, optimizers), self._more_models, self._rules)
+        trained = trainable(models, optimizers)
+        parts = Parts(models, optimizers, stateful, trained, self._more_models, self._rules, shard_optimizer)
         admitted = self._register(parts, loader, spec, slots, virtual_replicas, mode)
         if admitted.virtual_replicas > admitted.slots:
             raise ConfigError(
@@ -256,6 +260,7 @@ class Session:
                     state_digest=state.digest_model(),
                     data_digest=digest_of_sample(loader.dataset, self._seed),
                     numerics=numerics(),
+                    shard_optimizer=parts.shards_optimizer,
                 )
             )
         )

@@ -16,8 +16,8 @@ import itertools
 import json
 import math
 import operator
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from torch.optim import Optimizer
 
 from elastic.encoding import TENSOR_DTYPES, check_dense, decode, encode, flat_bytes, raw_view
 from elastic.errors import ConfigError, TransferError
+from elastic.sharding import Cut, OptimizerShards, Sharding, owned
 
 DIGEST_SIZE_BYTES = 16
 DIMENSIONS_MAX = 64
@@ -53,6 +54,7 @@ class Entry:
             parameters and buffers. stride: of an optimizer's tensor that is dense but not row-major, None
             otherwise. Kept because the order in
             which a kernel sums (a norm, a matrix product) follows the memory, and so do the last bits.
+            sharding: how it is shared out among the workers; None if each has all of it.
     """
 
     kind: EntryKind
@@ -62,11 +64,19 @@ class Entry:
     device: str
     address: StateAddress | None = None
     stride: tuple[int, ...] | None = None
+    sharding: Sharding | None = None
 
     @property
     def size_bytes(self) -> int:
         """Bytes of the tensor's elements."""
         return math.prod(self.shape) * TENSOR_DTYPES[self.dtype].itemsize
+
+    def extent(self, cut: Cut) -> range:
+        """The bytes of the tensor, in row-major order, that a worker with this part of the job holds."""
+        group, index, _ = self.address or (0, 0, "")
+        elements = owned(self.sharding, math.prod(self.shape), group + index, cut)
+        width = TENSOR_DTYPES[self.dtype].itemsize
+        return range(elements.start * width, elements.stop * width)
 
     @property
     def label(self) -> str:
@@ -83,7 +93,7 @@ class Entry:
 
     def to_json(self) -> list[Any]:
         """As a list of JSON's own types."""
-        return [self.kind.value, self.name, self.dtype, self.shape, self.device, self.address, self.stride]
+        return [self.kind.value, self.name, self.dtype, self.shape, self.device, self.address, self.stride, self.sharding]
 
     @classmethod
     def from_json(cls, fields: object) -> Entry:
@@ -93,7 +103,7 @@ class Entry:
             TransferError: `fields` is not what `to_json` can return.
         """
         try:
-            kind, name, dtype, shape, device, address, stride = _checked(fields, list)
+            kind, name, dtype, shape, device, address, stride, sharding = _checked(fields, list)
             entry = cls(
                 kind=EntryKind(kind),
                 name=_checked(name, str),
@@ -102,6 +112,7 @@ class Entry:
                 device=_checked(device, str),
                 address=None if address is None else _address(address),
                 stride=None if stride is None else _sides(stride),
+                sharding=None if sharding is None else Sharding(sharding),
             )
         except (ValueError, TypeError) as error:
             raise TransferError(
@@ -109,6 +120,7 @@ class Entry:
             ) from error
         is_state = entry.kind is EntryKind.OPTIMIZER
         is_sound = entry.dtype in TENSOR_DTYPES and is_state == (entry.address is not None)
+        is_sound &= is_state or entry.sharding is None
         if not is_sound or (entry.stride is not None and not _fills_memory(entry.shape, entry.stride)):
             raise TransferError(f"A manifest holds an impossible entry ({fields}): ask for the state again.")
         return entry
@@ -124,6 +136,7 @@ class TrainingState:
         buffers: tensors to read and write in place of the modules' buffers of the same full name
             ("<model>.<name>"), such as the committed copy. Looked up anew each time; buffers that it lacks are the
             modules' own.
+        shards: which part of the optimizers' state is here; None for all of it.
 
     Raises:
         ConfigError: an optimizer or a thing of a kind that cannot be moved.
@@ -135,11 +148,13 @@ class TrainingState:
         optimizers: Mapping[str, Optimizer],
         stateful: Mapping[str, Any],
         buffers: Mapping[str, Tensor] | None = None,
+        shards: OptimizerShards | None = None,
     ) -> None:
         self.models = models
         self.optimizers = optimizers
         self.stateful = stateful
         self.buffers: Mapping[str, Tensor] = {} if buffers is None else buffers
+        self.shards = shards
         for name, optimizer in optimizers.items():
             if isinstance(optimizer, torch.optim.LBFGS | torch.optim.SparseAdam):
                 raise ConfigError(
@@ -179,13 +194,22 @@ class TrainingState:
         return [entry for entry, _ in self._items()]
 
     def tensors(self) -> list[Tensor]:
-        """The live tensors that `manifest()` describes, in its order, detached."""
+        """The live tensors that `manifest()` describes, in its order, detached; of one that is cut the part that is here."""
         return [tensor for _, tensor in self._items()]
 
     def described_tensors(self) -> tuple[list[Entry], list[Tensor]]:
         """`manifest()` and `tensors()` from one pass."""
         items = list(self._items())
         return [entry for entry, _ in items], [tensor for _, tensor in items]
+
+    @property
+    def cut(self) -> Cut:
+        """Which part of what is cut is here."""
+        return Cut() if self.shards is None else self.shards.cut
+
+    def extents(self, manifest: Sequence[Entry]) -> list[range]:
+        """For each tensor of a manifest, in row-major order, the bytes that the tensor here has of it."""
+        return [self._extent(entry) for entry in manifest]
 
     def small(self) -> str:
         """Everything but the manifest's tensors, as JSON text: hyper-parameters, counters, schedulers and the like.
@@ -207,7 +231,7 @@ class TrainingState:
             small: the donor's `small()`.
 
         Returns:
-            The tensors to write, in the manifest's order.
+            The tensors to write, in the manifest's order; see `extents` for what of each.
 
         Raises:
             ConfigError: models, optimizers or the others differ from the donor's; names the first difference.
@@ -237,8 +261,39 @@ class TrainingState:
                 for entry, tensor in zip(entries, state_tensors, strict=True)
                 if entry.name == name and entry.address is not None
             }
-            _load_state(optimizer, at_optimizer, values["optimizers"][name])
+            _load_state(optimizer, at_optimizer, values["optimizers"][name], self._key)
+        if self.shards is not None:
+            self.shards.touched()
         return [tensor for _, tensor in model_items] + state_tensors
+
+    def recut(self, cut: Cut) -> tuple[list[Entry], list[Tensor], list[Tensor]]:
+        """Make room for another part of what is cut.
+
+        Returns:
+            The manifest; the tensors of the old part, which are this state's no more; those of the new part, still to be
+            written. What is not cut is the same tensor in both.
+        """
+        assert self.shards is not None
+        manifest, old = self.described_tensors()
+        held = {
+            id(parameter): dict(optimizer.state.get(self._key(parameter), {}))
+            for optimizer in self.optimizers.values()
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+        }
+        self.shards.recut(cut)
+        new = []
+        for entry, tensor in zip(manifest, old, strict=True):
+            if entry.sharding is not None and entry.address is not None:
+                tensor = self._state_tensor_for(entry)
+                held[id(self._parameter(entry))][entry.address[2]] = tensor
+            new.append(tensor)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    if held[id(parameter)]:
+                        optimizer.state[self._key(parameter)] = held[id(parameter)]
+        return manifest, old, new
 
     def _items(self) -> Iterator[tuple[Entry, Tensor]]:
         known: set[int] = set()
@@ -246,7 +301,69 @@ class TrainingState:
             known.update(id(parameter) for parameter in model.parameters())
         yield from self._model_items()
         for name, optimizer in sorted(self.optimizers.items()):
-            yield from _state_items(name, optimizer, known)
+            yield from self._state_items(name, optimizer, known)
+
+    def _state_items(
+        self, name: str, optimizer: Optimizer, known: set[int]
+    ) -> Iterator[tuple[Entry, Tensor]]:
+        """Tensor state of one optimizer, by group, position and key."""
+        for group_index, group in enumerate(optimizer.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if id(parameter) not in known:
+                    raise ConfigError(
+                        f"Parameter {index} in group {group_index} of optimizer {name!r} belongs to none of the "
+                        "models: hand over every model that is trained."
+                    )
+                # get(), since indexing a defaultdict would create the state that we only want to look at. Sorted,
+                # since a replica that joined has inserted its keys in another order than one that trained from
+                # the start.
+                for key, value in sorted(
+                    optimizer.state.get(self._key(parameter), {}).items(), key=lambda item: str(item[0])
+                ):
+                    if isinstance(value, Tensor):
+                        yield self._state_entry(name, value, (group_index, index, key), parameter), value.detach()
+
+    def _key(self, parameter: Tensor) -> Tensor:
+        """What an optimizer keeps the state of a parameter under."""
+        return parameter if self.shards is None else self.shards.piece(parameter).stand_in
+
+    def _state_entry(self, name: str, value: Tensor, address: StateAddress, parameter: Tensor) -> Entry:
+        """Describe a tensor of an optimizer's state, as a whole."""
+        piece = None if self.shards is None else self.shards.piece(parameter)
+        if piece is None or piece.sharding is None or (not value.dim() and piece.stand_in.dim()):
+            return _described(EntryKind.OPTIMIZER, name, value, address)
+        entry = _described(EntryKind.OPTIMIZER, name, value, address)
+        stride = torch.empty_like(parameter, device="meta").stride()
+        is_like = value.shape == piece.stand_in.shape
+        if not is_like or (piece.sharding is Sharding.WHOLE and len(piece.extent) and value.stride() != stride):
+            raise ConfigError(
+                f"The {entry.label} has the shape {tuple(value.shape)}, which is neither a single number nor like its part "
+                f"of the parameter ({tuple(piece.stand_in.shape)}): leave shard_optimizer=True out for this optimizer."
+            )
+        shape = tuple(parameter.shape)
+        stride_kept = None if stride == _row_major(shape) else stride
+        return replace(entry, shape=shape, stride=stride_kept, sharding=piece.sharding)
+
+    def _extent(self, entry: Entry) -> range:
+        """The bytes of a tensor that are here, in row-major order."""
+        sharding = None
+        if entry.address is not None and self.shards is not None:
+            parameter = self._parameter(entry)
+            is_like = tuple(parameter.shape) == entry.shape
+            sharding = self.shards.piece(parameter).sharding if is_like else None
+        return replace(entry, sharding=sharding).extent(self.cut)
+
+    def _parameter(self, entry: Entry) -> nn.Parameter:
+        """The parameter that a tensor of an optimizer's state belongs to."""
+        assert entry.address is not None
+        group, index, _ = entry.address
+        try:
+            parameter: nn.Parameter = self.optimizers[entry.name].param_groups[group]["params"][index]
+        except (KeyError, IndexError):
+            raise TransferError(
+                f"A manifest names an unknown {entry.label}: ask for the state again."
+            ) from None
+        return parameter
 
     def _model_items(self) -> Iterator[tuple[Entry, Tensor]]:
         """Parameters, then buffers; each shared tensor under the first of its names."""
@@ -300,7 +417,8 @@ class TrainingState:
         return {
             "models": self._saved_names,
             "optimizers": {
-                name: _small_of(name, optimizer) for name, optimizer in sorted(self.optimizers.items())
+                name: _small_of(name, optimizer, self._key)
+                for name, optimizer in sorted(self.optimizers.items())
             },
             "stateful": {name: thing.state_dict() for name, thing in sorted(self.stateful.items())},
         }
@@ -325,31 +443,32 @@ class TrainingState:
                 raise ConfigError(f"The {words} are {here} here and {there} on the donors: {_SAME_PROGRAM}")
 
     def _state_tensor_for(self, entry: Entry) -> Tensor:
-        """The tensor that will hold `entry`: the present one if it has the same form, otherwise a new one."""
+        """The tensor that will hold `entry` or the part of it that belongs here: the present one if it has the same form."""
         if entry.address is None or entry.name not in self.optimizers:
             raise TransferError(
                 f"A manifest names an unknown optimizer {entry.name!r}: ask for the state again."
             )
-        optimizer = self.optimizers[entry.name]
-        group, index, key = entry.address
-        try:
-            parameter = optimizer.param_groups[group]["params"][index]
-        except IndexError:
-            raise TransferError(
-                f"A manifest names an unknown {entry.label}: ask for the state again."
-            ) from None
-        present = optimizer.state.get(parameter, {}).get(key)
+        parameter = self._parameter(entry)
+        present = self.optimizers[entry.name].state.get(self._key(parameter), {}).get(entry.address[2])
+        dtype = TENSOR_DTYPES[entry.dtype]
+        shape, stride = self._form(entry, parameter)
         if (
             isinstance(present, Tensor)
-            and _described(entry.kind, entry.name, present, entry.address) == entry
+            and (present.shape, present.stride(), present.dtype, present.device.type)
+            == (shape, stride, dtype, entry.device)
         ):
             return present.detach()
         # On the CPU by choice (a step counter) or beside its parameter: an optimizer knows no third place.
         device = torch.device("cpu") if entry.device == "cpu" else parameter.device
-        dtype = TENSOR_DTYPES[entry.dtype]
-        if entry.stride is not None:
-            return torch.empty_strided(entry.shape, entry.stride, dtype=dtype, device=device)
-        return torch.empty(entry.shape, dtype=dtype, device=device)
+        return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+    def _form(self, entry: Entry, parameter: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Shape and strides of what is here of a tensor of an optimizer's state."""
+        extent = self._extent(entry)
+        is_split = self.shards is not None and self.shards.piece(parameter).sharding is Sharding.SPLIT
+        if (is_split and tuple(parameter.shape) == entry.shape) or len(extent) < entry.size_bytes:
+            return (len(extent) // TENSOR_DTYPES[entry.dtype].itemsize,), (1,)
+        return entry.shape, entry.stride or _row_major(entry.shape)
 
 
 class Watch:
@@ -411,6 +530,11 @@ def _described(kind: EntryKind, name: str, tensor: Tensor, address: StateAddress
     )
 
 
+def _row_major(shape: Sequence[int]) -> tuple[int, ...]:
+    """Strides of a contiguous tensor."""
+    return tuple(torch.empty(shape, device="meta").stride())
+
+
 def _fills_memory(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether strides visit each place of a block of memory once: some order of dimensions is row-major."""
     if len(shape) != len(stride):
@@ -424,32 +548,12 @@ def _fills_memory(shape: Sequence[int], stride: Sequence[int]) -> bool:
     return True
 
 
-def _state_items(name: str, optimizer: Optimizer, known: set[int]) -> Iterator[tuple[Entry, Tensor]]:
-    """Tensor state of one optimizer, by group, position and key."""
-    for group_index, group in enumerate(optimizer.param_groups):
-        for index, parameter in enumerate(group["params"]):
-            if id(parameter) not in known:
-                raise ConfigError(
-                    f"Parameter {index} in group {group_index} of optimizer {name!r} belongs to none of the "
-                    "models: hand over every model that is trained."
-                )
-            # get(), since indexing a defaultdict would create the state that we only want to look at. Sorted,
-            # since a replica that joined has inserted its keys in another order than one that trained from
-            # the start.
-            for key, value in sorted(
-                optimizer.state.get(parameter, {}).items(), key=lambda item: str(item[0])
-            ):
-                if isinstance(value, Tensor):
-                    address = (group_index, index, key)
-                    yield _described(EntryKind.OPTIMIZER, name, value, address), value.detach()
-
-
-def _small_of(name: str, optimizer: Optimizer) -> dict[str, Any]:
+def _small_of(name: str, optimizer: Optimizer, key_of: Callable[[Tensor], Tensor]) -> dict[str, Any]:
     """What an optimizer holds besides parameters and tensor state."""
     state: dict[StateAddress, Any] = {}
     for group_index, group in enumerate(optimizer.param_groups):
         for index, parameter in enumerate(group["params"]):
-            for key, value in optimizer.state.get(parameter, {}).items():
+            for key, value in optimizer.state.get(key_of(parameter), {}).items():
                 if not isinstance(key, str):
                     raise ConfigError(f"Optimizer {name!r} has state under {key!r}, which is not a string.")
                 if not isinstance(value, Tensor):
@@ -503,7 +607,10 @@ def _load_groups(optimizer: Optimizer, groups: Sequence[dict[str, Any]]) -> None
 
 
 def _load_state(
-    optimizer: Optimizer, tensors: Mapping[StateAddress, Tensor], small: Mapping[str, Any]
+    optimizer: Optimizer,
+    tensors: Mapping[StateAddress, Tensor],
+    small: Mapping[str, Any],
+    key_of: Callable[[Tensor], Tensor],
 ) -> None:
     """Replace an optimizer's state, so that nothing of its own is left over."""
     by_parameter: dict[tuple[int, int], dict[str, Any]] = {}
@@ -512,7 +619,7 @@ def _load_state(
     optimizer.state.clear()
     optimizer.state.update(small["shared"])
     for (group, index), state in sorted(by_parameter.items()):
-        optimizer.state[optimizer.param_groups[group]["params"][index]] = state
+        optimizer.state[key_of(optimizer.param_groups[group]["params"][index])] = state
 
 
 def _checked(value: Any, kind: type) -> Any:

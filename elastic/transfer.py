@@ -7,7 +7,8 @@
       | <-- its share in pieces -|   <-- its share -------|
 
 The state is one string of bytes: the manifest's tensors in its order, each in row-major order. Every donor
-holds all of it and sends an equal share, so that several links work at once. A piece carries its step, its
+holds all of it and sends an equal share, so that several links work at once. Tensors that are cut over the workers are
+described, and moved afterwards (`resharding.py`). A piece carries its step, its
 number and a CRC-32; nothing is written into the joiner's tensors before these are right. Sizes are agreed
 before the first piece, since gloo ends the process when a message has another size than its receiver expects.
 
@@ -33,6 +34,7 @@ from elastic.payload import (
     DESCRIPTION_SIZE_BYTES_MAX,
     Layout,
     Packer,
+    Segment,
     Unpacker,
     describe,
     manifest_text,
@@ -104,7 +106,7 @@ def send_state(
     entries, tensors = state.described_tensors()
     manifest = manifest_text(entries)
     header = describe(manifest, state.small()) if group.rank == donors[0] else b""
-    layout = Layout(entries)
+    layout = _layout_of_replicated(entries)
     share = share_of(layout.size_bytes, donors.index(group.rank), len(donors))
     preamble = _Preamble(
         step=step,
@@ -159,7 +161,7 @@ def receive_state(
     group.recv(header, donors[0], TAG_HEADER).wait()
     try:
         entries, small = _opened(raw_view(header), preambles[0])
-        layout = Layout(entries)
+        layout = _layout_of_replicated(entries)
         _check_preambles(preambles, donors, layout, step)
         destinations = state.adopt(entries, small)
     except Exception as error:  # Whatever it is, the donors wait for an answer.
@@ -171,6 +173,13 @@ def receive_state(
     if faults:
         raise TransferError(f"The state of step {step} arrived damaged ({faults[0]}): ask for it again.")
     return step
+
+
+def _layout_of_replicated(entries: Sequence[Entry]) -> Layout:
+    """Where in the payload each tensor lies that every donor has all of."""
+    return Layout(
+        Segment(number, 0, entry.size_bytes) for number, entry in enumerate(entries) if entry.sharding is None
+    )
 
 
 @dataclass(frozen=True, slots=True)

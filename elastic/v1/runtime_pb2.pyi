@@ -70,6 +70,7 @@ class TrainingSpec(_message.Message):
     STATE_DIGEST_FIELD_NUMBER: _builtins.int
     DATA_DIGEST_FIELD_NUMBER: _builtins.int
     NUMERICS_FIELD_NUMBER: _builtins.int
+    SHARD_OPTIMIZER_FIELD_NUMBER: _builtins.int
     slots: _builtins.int
     """Requested micro-batches per global batch; 0: the number of replicas at the start."""
     virtual_replicas: _builtins.int
@@ -94,6 +95,8 @@ class TrainingSpec(_message.Message):
     """Digest over the first sample of the dataset."""
     numerics: _builtins.str
     """What the bits of a kernel depend on: versions, threads, the processor's capability."""
+    shard_optimizer: _builtins.bool
+    """Whether each worker holds a part of the optimizer's state alone."""
     def __init__(
         self,
         *,
@@ -109,10 +112,11 @@ class TrainingSpec(_message.Message):
         state_digest: _builtins.str = ...,
         data_digest: _builtins.str = ...,
         numerics: _builtins.str = ...,
+        shard_optimizer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "data_digest", b"data_digest", "dataset_size", b"dataset_size", "drop_last", b"drop_last", "layout_digest", b"layout_digest", "numerics", b"numerics", "reduction", b"reduction", "seed", b"seed", "shuffle", b"shuffle", "slots", b"slots", "state_digest", b"state_digest", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "data_digest", b"data_digest", "dataset_size", b"dataset_size", "drop_last", b"drop_last", "layout_digest", b"layout_digest", "numerics", b"numerics", "reduction", b"reduction", "seed", b"seed", "shard_optimizer", b"shard_optimizer", "shuffle", b"shuffle", "slots", b"slots", "state_digest", b"state_digest", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

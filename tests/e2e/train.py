@@ -114,6 +114,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--virtual-replicas", type=int, default=4)
     parser.add_argument("--reduction", default="ordered")
     parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    parser.add_argument("--shard-optimizer", action="store_true")
+    parser.add_argument("--model-only", action="store_true", help="Leave the optimizer out of the fingerprint.")
     parser.add_argument("--plain-model", action="store_true", help="Neither dropout nor batch norm.")
     parser.add_argument("--clip", type=float, default=0.5)
     parser.add_argument("--no-scheduler", action="store_true")
@@ -266,6 +268,7 @@ def main() -> None:
         slots=args.slots,
         virtual_replicas=args.virtual_replicas,
         reduction=args.reduction,
+        shard_optimizer=args.shard_optimizer,
     )[-1:]
     network = torch.compile(model) if "compile" in features else model
     steps = args.epochs * len(loader)
@@ -334,9 +337,12 @@ def main() -> None:
     session.close()
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
+        things = [model, scheduler, scaler, odd]
+        things += [average] if "average" in features else []
+        things += [] if args.model_only else [optimizer]
         ended = {
             "step": session.step,
-            "fingerprint": fingerprint(model, optimizer, scheduler, scaler, odd, *([average] if "average" in features else [])),
+            "fingerprint": fingerprint(*things),
             "loss": session.loss,
             "zeros": session.mean("zeros"),
         }

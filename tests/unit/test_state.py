@@ -475,7 +475,7 @@ def test_what_cannot_be_moved_is_refused_in_words() -> None:
             act()
 
 
-GOOD = ["optimizer", "main", "float32", [2, 3], "cpu", [0, 1, "exp_avg"], None]
+GOOD = ["optimizer", "main", "float32", [2, 3], "cpu", [0, 1, "exp_avg"], None, None]
 
 
 @pytest.mark.parametrize(
@@ -495,6 +495,7 @@ GOOD = ["optimizer", "main", "float32", [2, 3], "cpu", [0, 1, "exp_avg"], None]
         {5: [0, -1, "exp_avg"]},
         {6: [9, 9]},
         {6: [1]},
+        {7: "halved"},
     ],
     ids=str,
 )
