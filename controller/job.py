@@ -82,6 +82,7 @@ class Job:
     # While agents may come back with what they hold.
     recovering_until: float | None = None  # while not None, nothing is decided: agents may come back
     returned_at: float | None = None  # when the first member came back in that time
+    waits_with: frozenset[str] = frozenset()  # nodes that were here when that began, and did not have enough
     restarted: bool = False  # it is the controller itself that was away
 
     # The end.

@@ -163,6 +163,9 @@ def finish_recovering(job: Job, now: float) -> None:
     members = job.last_members()
     here = {node.id for node in job.nodes.values() if node.attached}
     until = job.recovering_until
+    is_cut = job.spec is not None and job.spec.shard_optimizer
+    if is_cut and not job.restarted and here <= job.waits_with and now < until:
+        return  # what is here was not enough
     if any(worker.alive and worker.holds_state for worker in job.known(members)):
         # With one of them here, the others have as long as a lease.
         job.returned_at = now if job.returned_at is None else job.returned_at

@@ -10,6 +10,8 @@ here, and nothing here judges why the state was lost.
 
 from __future__ import annotations
 
+import math
+
 from controller.attempts import open_generation, site_of
 from controller.endings import end_job
 from controller.events import Persist, ToAgent
@@ -59,6 +61,7 @@ def _may_search(job: Job) -> bool:
 def _wait_for_nodes(job: Job, reason: str, now: float) -> None:
     job.restoring = None
     job.recovering_until = now + job.settings.start_timeout_s
+    job.waits_with = frozenset(node.id for node in _here(job))
     job.emit(
         Persist("job-waits", f"no worker that holds the state can be reached ({reason}): waiting for its node", {})
     )
@@ -172,9 +175,7 @@ def _ask(job: Job, restoring: Restoring) -> None:
 def _choose(job: Job, restoring: Restoring, now: float) -> None:
     here = _here(job)
     missing = [node for node in here if node.incarnation not in restoring.found]
-    # A member's agent whose stream was only reset is back at once.
-    may_return = any(w.state == "lost" for w in job.known(job.last_members()))
-    if missing or ((may_return or not here) and now - restoring.since < job.settings.failure_timeout_s):
+    if missing:
         return  # an agent that is here answers, or its lease lapses
     holdings = [
         Holding(node.id, SnapshotId(held.step, held.generation), held.slices, held.parity)
@@ -183,6 +184,14 @@ def _choose(job: Job, restoring: Restoring, now: float) -> None:
     ]
     saved = job.saved_step if job.settings.checkpoint_target and job.saved_step != NO_STEP else None
     choice = choose_restore(holdings, _worlds(job), committed=job.step_committed, checkpoint_step=saved)
+    # A member's agent whose stream was only reset is back at once, and may have a newer snapshot.
+    may_return = any(w.state == "lost" for w in job.known(job.last_members()))
+    redone_s = math.inf
+    if choice.snapshot is not None:
+        redone_s = (job.step_committed - choice.snapshot.step) * job.steps.median_s()
+    waited_s = now - restoring.since
+    if (may_return or not here) and waited_s < min(redone_s, job.settings.failure_timeout_s):
+        return
     if choice.snapshot is not None:
         _decide(job, restoring, choice, choice.snapshot, "", now)
     elif choice.rung is Rung.CHECKPOINT:

@@ -449,6 +449,8 @@ class Engine:
     def _apply(self, step: int, presence: Sequence[bool], *, commit: bool) -> None:
         reduced = self.reduced
         assert reduced is not None and self.plan is not None
+        if self.zero is not None:
+            self.zero.check(self.rank, self.plan.world_size)
         self.snapshots.finish()
         self.reducer.install(presence)
         slots = sum(1 for size in self.sampler.sizes(step) if size)

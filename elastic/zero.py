@@ -14,7 +14,8 @@ from collections.abc import Mapping
 
 from torch.optim import Optimizer
 
-from elastic.domain import Plan
+from elastic.domain import Plan, PlanKind
+from elastic.errors import ProtocolError
 from elastic.group import Group
 from elastic.protocol import EnterWorld
 from elastic.resharding import Move, ParameterGather, move_shards
@@ -42,6 +43,14 @@ class Zero:
         """After an update: everybody gets what the others have updated. Raises CollectiveAborted."""
         self._gather.run(group)
 
+    def check(self, rank: int, world_size: int) -> None:
+        """Before an update: raise ProtocolError unless this worker holds the part that is its own."""
+        if self.shards.cut != Cut(rank, world_size):
+            raise ProtocolError(
+                f"rank {rank} of {world_size} holds part {self.shards.cut.index} of {self.shards.cut.count} of the optimizer's "
+                "state: a fault of the runtime"
+            )
+
     @property
     def must_settle(self) -> bool:
         """Whether parts are still to be moved in the world that was entered."""
@@ -66,6 +75,8 @@ class Zero:
             self.shards.recut(Cut(world.rank, size))
         elif self.shards.is_untouched:
             self.shards.recut(Cut(staying.index(world.rank), len(staying)))
+        elif world.plan.kind is not PlanKind.SWITCH:
+            return  # the loop has ended everywhere: no part is needed any more, and some may be lost
         else:
             assert before is not None and group is not None
             self._among_those_who_stay(before, world.plan, group, world.committed, state)

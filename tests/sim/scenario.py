@@ -131,6 +131,8 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
         ),
         buffers=memory.choice((2, 3)),
     )
+    if Random(f"alone {seed}").random() < 0.25:
+        scenario = replace(scenario, spec=replace(scenario.spec, shard_optimizer=True))
     if memory.random() < 0.25:
         scenario = _with_durable_tier(scenario, memory)
     faults = draw_faults(random)

@@ -11,7 +11,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from elastic.domain import Failed, Plan, StartWorker
+from elastic.domain import Failed, Plan, PlanKind, StartWorker
 from elastic.protocol import (
     Answer,
     Applied,
@@ -29,6 +29,7 @@ from elastic.protocol import (
     GoOn,
     GroupFell,
     GroupStands,
+    HandOver,
     HasConcluded,
     Heard,
     LoopEnded,
@@ -38,6 +39,7 @@ from elastic.protocol import (
     Register,
     Send,
     StateReceived,
+    StateSpoilt,
     UserCodeRaised,
     Wait,
     WakeMain,
@@ -73,10 +75,20 @@ class WaitForWake:
 
 @dataclass(frozen=True, slots=True)
 class Collective:
-    """The main thread enters an operation of the adopted world and waits for all values, or Broken."""
+    """The main thread enters an operation of the adopted world, or of `generation`, and waits for all values, or Broken."""
 
     what: tuple[str, int]
     value: Any
+    generation: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one worker alone holds of the optimizer's state: part `index` of `count`, of the state with this digest."""
+
+    index: int
+    count: int
+    digest: int
 
 
 Request = Sleep | WaitForWake | Collective
@@ -122,6 +134,8 @@ class Worker(Process):
         self.reduced: tuple[Gradient, ...] | None = None
         self.donate: tuple[int, ...] = ()
         self.snapshot: SnapshotId | None = None  # that all read the state from
+        self.part: Part | None = None  # of a state that is cut; None before the first step
+        self.settles = False  # parts are still to be moved in the world that was entered
         self.capturer = Capturer(parent.memory, self.id, world.scenario.buffers, self.random)
         self.snapshotter = Snapshotter()
         self.finishes_by_order = False  # what it writes was decided by a newer generation
@@ -220,9 +234,9 @@ class Worker(Process):
                     self.post(0.0, self._resume, None)
                 else:
                     self._asleep = True
-            case Collective(what, value):
+            case Collective(what, value, generation):
                 assert self.plan is not None
-                group = self.world.groups.of(self.plan.generation)
+                group = self.world.groups.of(generation or self.plan.generation)
                 assert group is not None
                 group.contribute(self, what, value)
 
@@ -272,8 +286,12 @@ class Worker(Process):
                     yield Sleep(self.random.uniform(0.0, 0.05))
                     self.world.observe("concluded", self)
                     self.feed(HasConcluded())
+                case EnterWorld(snapshot=None):
+                    yield from self._enter(answer)  # a loop that has ended gives the state to nobody
                 case EnterWorld():
-                    self._enter(answer)  # a loop that has ended gives the state to nobody
+                    return FENCED_EXIT_CODE  # it cannot go back
+                case HandOver(plan):
+                    yield from self._hand_over(plan)
                 case _:
                     raise Violation(f"worker {self.id}: {answer} after the training loop")
 
@@ -305,7 +323,10 @@ class Worker(Process):
                 self.committed >= self.world.scenario.steps or self.machine.stopping
             ):
                 return False
-            if not self.donate or (yield from self._pass_state()):
+            joins = self.rank in self.donate
+            if self.donate and not (yield from self._pass_state()):
+                continue
+            if not self.settles or (yield from self._settle_parts(joins)):
                 return False
 
     def _regroup(self) -> Generator[Request, Any, bool | None]:
@@ -320,9 +341,11 @@ class Worker(Process):
                     self.finishes_by_order = False
                     committed = True
                 case EnterWorld():
-                    self._enter(answer)
+                    yield from self._enter(answer)
                     yield Sleep(self._moment_s())
                     return committed
+                case HandOver(plan):
+                    yield from self._hand_over(plan)
                 case GoOn():
                     return committed
                 case Finished():
@@ -330,7 +353,8 @@ class Worker(Process):
                 case _:
                     raise Violation(f"worker {self.id}: {answer} while regrouping")
 
-    def _enter(self, world: EnterWorld) -> None:
+    def _enter(self, world: EnterWorld) -> Main:
+        before = self.plan
         self.plan, self.rank, self.donate = world.plan, world.rank, world.joiner_ranks
         self.snapshot = world.snapshot
         self.page_generation = world.plan.generation
@@ -338,6 +362,74 @@ class Worker(Process):
             raise Violation(f"worker {self.id} has committed {self.committed}, its machine says {world.committed}")
         self.world.observe("entered", self, world)
         self.world.moment("entered", self)
+        if self.world.scenario.spec.shard_optimizer:
+            yield from self._take_part(world, before)
+
+    # -- a state that is cut, as in `elastic/zero.py` --------------------------------------------------------------
+
+    def _take_part(self, world: EnterWorld, before: Plan | None) -> Main:
+        size = world.plan.world_size
+        staying = tuple(rank for rank in range(size) if rank not in world.joiner_ranks)
+        self.settles = world.snapshot is None and len(staying) < size
+        if world.snapshot is not None or self.rank in self.donate:
+            self.part = None
+        elif self.part is not None and before is not None and world.plan.kind is PlanKind.SWITCH:
+            yield from self._move_to_those_who_stay(before, world.plan)
+            if self.part is None:
+                self.feed(StateSpoilt("the old world is gone"))
+
+    def _hand_over(self, plan: Plan) -> Main:
+        assert self.plan is not None
+        if self.part is not None:
+            yield from self._move_to_those_who_stay(self.plan, plan)
+
+    def _move_to_those_who_stay(self, before: Plan, plan: Plan) -> Main:
+        ranks = [rank for member in plan.members if (rank := before.rank_of(member.worker)) is not None]
+        if ranks == list(range(before.world_size)):
+            return
+        parts = yield Collective(("hand over", plan.generation), self.part, before.generation)
+        mine = ranks.index(rank) if (rank := before.rank_of(self.id)) in ranks else None
+        self._take(parts, before.world_size, mine, len(ranks))
+
+    def _settle_parts(self, joins: bool) -> Generator[Request, Any, bool]:
+        assert self.plan is not None
+        parts = yield Collective(("settle", self.plan.generation), self.part)
+        self.settles = False
+        if isinstance(parts, Broken):
+            self.part, self.digest = None, TORN
+            self.feed(CollectiveBroke(parts.reason))
+            return False
+        if self.committed and any(part is not None for part in parts.values()):
+            given = [part for part in parts.values() if part is not None]
+            self._take(parts, given[0].count, self.rank, self.plan.world_size)
+        return True
+
+    def _take(self, parts: Any, count: int, index: int | None, of: int) -> None:
+        """Take part `index` of `of` of what all the old parts make up."""
+        self.part = None
+        if isinstance(parts, Broken):
+            self.digest = TORN
+            return
+        given = {part for part in parts.values() if part is not None}
+        if {part.index for part in given} != set(range(count)) or {(part.count, part.digest) for part in given} != {
+            (count, self.digest)
+        }:
+            raise Violation(f"worker {self.id} holds {self.digest} and is given the parts {given} of {count}")
+        if index is not None:
+            self.part = Part(index, of, self.digest)
+
+    def _gather(self, step: int) -> Generator[Request, Any, bool]:
+        """Update the own part and get the others'; whether that came about."""
+        assert self.plan is not None
+        held, part = (self.rank, self.plan.world_size), self.part
+        if part is not None and (part.index, part.count) != held:
+            raise Violation(f"worker {self.id} updates part {held}, and holds {part}")
+        values = yield Collective(("gather", step), None)
+        if isinstance(values, Broken):
+            self.part, self.digest = None, TORN
+            self.feed(StateSpoilt(values.reason))
+            return False
+        return True
 
     def _pass_state(self) -> Generator[Request, Any, bool]:
         """Whether every joiner has the state now; False when the world broke first."""
@@ -371,9 +463,12 @@ class Worker(Process):
         shots = self.parent.memory.readable.get(snapshot)
         if shots is None:
             raise Violation(f"worker {self.id} is to restore {snapshot}, which its agent has not assembled")
+        assert self.plan is not None
         self.donate, self.snapshot = (), None
         self.committed = self.page_committed = snapshot.step
         self.digest = shots[0].digest
+        if self.world.scenario.spec.shard_optimizer:
+            self.part = Part(self.rank, self.plan.world_size, self.digest)
         self.slots_done, self.reduced = {}, None
         self.snapshotter.restored(snapshot.step)
         self.world.observe("received", self)
@@ -391,7 +486,7 @@ class Worker(Process):
             committed = yield from self._regroup()
             if committed is None:
                 return True
-            if committed or self.donate or self._remaining():
+            if committed or self.donate or self.settles or self._remaining():
                 return False
 
     def _try_commit(self) -> Generator[Request, Any, str | Broken]:
@@ -434,7 +529,8 @@ class Worker(Process):
         if not isinstance(answer, MayCommit):
             return "sealed"
         plan = self.plan
-        yield from self._apply(step)
+        if isinstance(broken := (yield from self._apply(step)), Broken):
+            return broken
         self.snapshotter.decided(step, plan, self.rank, verdict)
         return "committed"
 
@@ -442,16 +538,22 @@ class Worker(Process):
         """What passes between an operation and the question that follows: enough for the other thread to come first."""
         return self.random.uniform(0.0, 0.004) if self.random.random() < 0.9 else self.random.uniform(0.0, 0.1)
 
-    def _apply(self, step: int) -> Generator[Request, Any, None]:
+    def _apply(self, step: int) -> Generator[Request, Any, Broken | None]:
         assert self.plan is not None and self.reduced is not None
         self.world.moment("applying", self)
         before, self.digest = self.digest, TORN
         yield Sleep(self.speed.apply_s)
         slots = self.reduced
+        is_cut = self.world.scenario.spec.shard_optimizer
+        if is_cut and not (yield from self._gather(step)):
+            return Broken("the update was not gathered")
         self.digest = abs(hash((before, step, slots)))
+        if is_cut:
+            self.part = Part(self.rank, self.plan.world_size, self.digest)
         self.committed = self.page_committed = step
         self.slots_done, self.reduced = {}, None
         self.world.observe("applied", self, step, slots)
         yield Sleep(self._moment_s())
         self.feed(Applied(step))
         self.world.moment("applied", self)
+        return None

@@ -30,7 +30,9 @@ class Endings:
         self.stop_decided.add(step)
 
     def _holders(self) -> list[Worker]:
-        """Workers that live and hold a trained state, wherever they are."""
+        """Workers that live and hold a trained state, wherever they are; none of them does if it is cut."""
+        if self.site.scenario.spec.shard_optimizer:
+            return []
         return [
             w
             for w in self.site.workers
