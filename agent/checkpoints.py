@@ -223,7 +223,8 @@ class _Memory:
         """The CRC of the payload as one worker alone would have captured it."""
         layout, crc = SnapshotLayout(self.manifest, 1), 0
         for run in layout.runs(range(layout.size_bytes)):
-            crc = zlib.crc32(raw_view(self.tensor(run.tensor)), crc)
+            data = self.tensor(run.tensor)
+            crc = zlib.crc32(raw_view(data), crc)
         return crc
 
 

@@ -25,7 +25,8 @@ def digest_of_sample(dataset: Any, seed: int) -> str:
             for item in value:
                 take(item)
         elif isinstance(value, Tensor):
-            digest.update(raw_view(flat_bytes(value.detach()).cpu()))
+            flat = flat_bytes(value.detach()).cpu()
+            digest.update(raw_view(flat))
         elif hasattr(value, "tobytes"):  # numpy's
             digest.update(value.tobytes())
         elif isinstance(value, str | bytes | bool | int | float):
