@@ -177,6 +177,12 @@ class MemoryService:
         """Free everything that was adopted, but the slices of one snapshot."""
         self._adopted.keep([filled for filled in self._adopted.filled() if filled.slice.snapshot == but])
 
+    def go_back(self, step: int) -> None:
+        """The job goes on from a step that may be older than what living workers know to be stable: nothing newer is."""
+        for one in self._sets.values():
+            if one.page is not None:
+                one.page.stable = min(one.page.stable, step)
+
     def show_protected(self, snapshot: SnapshotId) -> None:
         """Show the living workers the newest snapshot of which their slices are protected."""
         for one in self._sets.values():

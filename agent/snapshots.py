@@ -280,6 +280,7 @@ class NodeSnapshots:
         self._restored = order.step
         snapshot = SnapshotId(order.step, order.generation)
         self._memory.drop_adopted(but=snapshot)
+        self._memory.go_back(order.step)
         if order.step < self._forgotten:
             await self._end_keeper()  # it would take what is captured from now on for outdated
         try:

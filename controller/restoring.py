@@ -195,6 +195,7 @@ def _choose(job: Job, restoring: Restoring, now: float) -> None:
     if choice.snapshot is not None:
         _decide(job, restoring, choice, choice.snapshot, "", now)
     elif choice.rung is Rung.CHECKPOINT:
+        restoring.passed_over = choice.reason
         look_for_checkpoint(job, restoring)
     elif may_return:
         _wait_for_nodes(job, f"{restoring.reason}; {choice.reason}", now)
@@ -240,6 +241,9 @@ def take_checkpoint(job: Job, node: Node, answer: CheckpointFound, now: float) -
         _give_up(job, restoring.reason, f"no whole checkpoint is left at {job.settings.checkpoint_target}", now)
     else:
         reason = f"The checkpoint of step {answer.step} is read: {answer.path}."
+        if restoring.passed_over:
+            found = answer.path if answer.step == job.saved_step else f"that of step {answer.step}, {answer.path}"
+            reason = f"{restoring.passed_over} The newest whole one is {found}."
         choice = Restore(Rung.CHECKPOINT, None, (), (), reason)
         _decide(job, restoring, choice, SnapshotId(answer.step, answer.generation), answer.path, now)
 

@@ -166,7 +166,8 @@ class Restoring:
         since: When it was lost.
         asked: Incarnations of agents that were asked what they hold ...
         found: ... and what they said.
-        looks_in: Incarnation of the agent that looks for a checkpoint, if one is needed.
+        looks_in: Incarnation of the agent that looks for a checkpoint, if one is needed ...
+        passed_over: ... and why one is, in words.
         choice: What is restored, once that is decided ...
         snapshot: ... which one that is ...
         checkpoint: ... where it lies, if it is not in memory ...
@@ -181,6 +182,7 @@ class Restoring:
     asked: set[str] = field(default_factory=set)
     found: dict[str, tuple[SnapshotHolding, ...]] = field(default_factory=dict)
     looks_in: str = ""
+    passed_over: str = ""
     choice: Restore | None = None
     snapshot: SnapshotId | None = None
     checkpoint: str = ""

@@ -84,7 +84,10 @@ class SnapshotPage:
 
     @property
     def stable(self) -> int:
-        """The newest step that is protected everywhere, as far as the worker knows; -1 for none. The worker's to set."""
+        """The newest step that is protected everywhere, as far as the worker knows; -1 for none.
+
+        The worker's to set; the agent lowers it when the job goes back to an older step, which the worker then learns too.
+        """
         return self._words[_STABLE_AT]
 
     @stable.setter

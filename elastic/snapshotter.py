@@ -161,6 +161,8 @@ class Snapshotter:
         self._due = self._captured = self._previous = self._agreed = None
         self._missed = False
         self.stable = step
+        if self._capturer is not None:
+            self._capturer.show_stable(step)
 
     def finish(self) -> None:
         """Wait until nothing is read any more that a commit is about to write."""
