@@ -8,14 +8,17 @@ is committed that not every participant has prepared, and nobody's absence is ju
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from controller.attempts import abandon_switch, suspect
 from controller.events import Persist
 from controller.job import Job
 from controller.probing import begin_probing
+from controller.redundancy import begin_vulnerable, restores_per_s, world_began
 from controller.restoring import state_lost
 from controller.state import Attempt, Worker
 from controller.switching import consider_switch, retry_switch_later
-from elastic.domain import FRESH_STEP, Commit, Finish, Plan, PlanKind, Prepared
+from elastic.domain import FRESH_STEP, Commit, Finish, Plan, PlanKind, Prepared, Switched
 from recovery.plan import protection_gaps
 
 
@@ -105,7 +108,14 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
     redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
     if snapshot is not None:
         redone = job.step_committed - restore + 1
+        job.restores += plan.kind is PlanKind.FENCE
         job.step_committed, job.restoring = restore, None  # what came after it is lost
+        for worker in job.known(plan.members):
+            worker.status = replace(worker.status, stable=min(worker.status.stable, restore))
+    if plan.kind is PlanKind.SWITCH:
+        begin_vulnerable(job, now)
+    else:
+        world_began(job, restore, now)
     if plan.kind is not PlanKind.SWITCH:
         job.note_step(restore, now)
         job.incidents.regrouped(plan.generation, restore, redone)
@@ -127,7 +137,8 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
     _tell_of_gaps(job, plan)
     # Whoever has seen the verdict knows whether it ends the loop, and all others do what it said, if from an older step on.
     stop = any(report.stopping for report in holders or reports.values())
-    command = Commit(plan.generation, restore, joiners, stop, snapshot.generation if snapshot is not None else 0)
+    captured_in = snapshot.generation if snapshot is not None else 0
+    command = Commit(plan.generation, restore, joiners, stop, captured_in, restores_per_s(job, now))
     for worker_id in sorted(attempt.participants):
         job.tell(job.workers[worker_id], command)
 
@@ -149,8 +160,9 @@ def _restore_step(job: Job, holders: list[Prepared]) -> int:
     return restore
 
 
-def worker_switched(job: Job, worker: Worker, generation: int, now: float) -> None:
+def worker_switched(job: Job, worker: Worker, report: Switched, now: float) -> None:
     """One more member is in the new world; with the last one, whoever leaves may go."""
+    generation = report.generation
     attempt = job.attempt
     if attempt is None or not attempt.committed or attempt.plan.generation != generation:
         return
@@ -162,6 +174,7 @@ def worker_switched(job: Job, worker: Worker, generation: int, now: float) -> No
     if job.suspicion is not None and job.suspicion.generation < generation:
         job.suspicion = None  # nobody needs the world that broke any more
     if attempt.plan.kind is PlanKind.SWITCH:
+        world_began(job, report.committed, now)
         job.emit(
             Persist(
                 "generation-adopted",

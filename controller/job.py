@@ -51,8 +51,12 @@ class Job:
     probed_cut_at: float = float("-inf")  # when nodes that were left out for a dead link were last probed
     worlds: dict[int, Plan] = field(default_factory=dict)  # newest committed ones; snapshots of them may be needed
     protection_gaps: tuple[str, ...] = ()  # in what the newest one's protection falls short of what was asked for
+    vulnerable_since: float | None = None  # since when the present world has no stable snapshot of its own
+    vulnerable_s: float = 0.0  # for how long earlier ones had none
+    protected_after: int | None = None  # the step after which the present world began; None until it has
     restoring: Restoring | None = None
     searches: int = 0  # for snapshots so far
+    restores: int = 0  # of snapshots or checkpoints, in a job that had trained
     failed_searches: int = 0  # in a row, since a world has trained
     looked: bool = False  # for a checkpoint to begin with
     saving: Saving | None = None

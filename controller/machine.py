@@ -54,6 +54,7 @@ from controller.losses import attempt_expired, worker_exited
 from controller.nodes import agent_attached, drain, drain_refusal, let_drained_go, node_lost, node_said_goodbye
 from controller.probing import take_answer
 from controller.recovering import finish_recovering, restore_from_ledger
+from controller.redundancy import check_redundancy
 from controller.restoring import check_restoring, take_assembled, take_checkpoint, take_found
 from controller.saving import save, save_if_due, save_refusal, stop, take_saved
 from controller.state import Node
@@ -182,6 +183,7 @@ class ControllerMachine(Job):
             fence_if_unexplained(self, now)
         check_standstill(self, now)
         probe_left_out(self, now)
+        check_redundancy(self, now)
         for look in (save_if_due, check_restoring, found_if_complete, check_start_timeout, consider_switch, let_drained_go):
             if self.outcome or self.recovering_until is not None:
                 return

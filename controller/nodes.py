@@ -15,6 +15,7 @@ from controller.job import Job
 from controller.losses import workers_lost
 from controller.places import fill_places
 from controller.recovering import finish_recovering, replay, take_back
+from controller.redundancy import may_leave
 from controller.restoring import forget_answers
 from controller.state import Node
 from controller.switching import consider_switch
@@ -178,6 +179,9 @@ def let_drained_go(job: Job, now: float) -> None:
         for worker in idle:
             job.kill(worker, "its node is drained")
         workers_lost(job, idle, "drain", f"node {node.id}", "drained", "a person", now, state="left")
-        if not any(w.alive and w.node == node.id for w in job.workers.values()):
+        if any(w.alive and w.node == node.id for w in job.workers.values()):
+            continue
+        node.waits_since = now if node.waits_since is None else node.waits_since
+        if may_leave(job, node.waits_since, now):
             node.shut_down = True
             job.emit(ToAgent(node.incarnation, Shutdown("drained", 0)))

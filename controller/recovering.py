@@ -31,6 +31,7 @@ from elastic.domain import (
     Leaving,
     Member,
     Plan,
+    PlanKind,
     Registered,
     Warm,
     WorkerStatus,
@@ -60,6 +61,7 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 job.note_world(job.plan)
                 job.joiners = frozenset(job.plan.members[rank].worker for rank in data["joiner_ranks"])
                 if data.get("snapshot_generation"):
+                    job.restores += job.plan.kind is PlanKind.FENCE
                     job.step_committed = data["restore_step"]  # what came after it is lost
                 job.step_committed = max(job.step_committed, data["restore_step"])
             case "generation-adopted":
@@ -73,6 +75,8 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 job.saved_step, job.saved_path = data["step"], data["path"]
             case "checkpoint-saved":
                 job.saved_step, job.saved_path = data["step"], data["path"]
+            case "redundancy-restored":
+                job.vulnerable_s += data["seconds"]
             case "node-draining":
                 job.draining[data["node"]] = data["incarnation"]
             case "node-left":

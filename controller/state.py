@@ -78,6 +78,7 @@ class Node:
     domain: str = ""  # its failure domain; empty: one of its own
     state: str = "attached"  # attached, draining, lost, left
     restarts: dict[int, int] = field(default_factory=dict)
+    waits_since: float | None = None  # since when it is drained, and stays for the sake of what it holds
     shut_down: bool = False  # its agent was told that it has left
     cut_from: frozenset[str] = frozenset()  # nodes that it cannot reach, for which it was left out until it can
 

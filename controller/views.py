@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from controller.job import Job
+from controller.redundancy import vulnerable_s
 from controller.saving import stable_step
 from controller.state import natural
 from elastic.domain import NodeView, StatusReply, WorkerView
@@ -57,4 +58,6 @@ def status(job: Job, now: float) -> StatusReply:
         stable=stable_step(job),
         saved=job.saved_step,
         save_fault=job.save_fault,
+        is_vulnerable=job.vulnerable_since is not None and not job.outcome,
+        vulnerable_s=vulnerable_s(job, now),
     )

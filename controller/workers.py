@@ -50,8 +50,8 @@ def worker_said(job: Job, worker: Worker, message: WorkerMessage, now: float) ->
             worker_prepared(job, worker, message, now)
         case PrepareFailed(generation, reason):
             prepare_failed(job, worker, generation, reason, now)
-        case Switched(generation, _):
-            worker_switched(job, worker, generation, now)
+        case Switched():
+            worker_switched(job, worker, message, now)
         case Resumed(generation, committed):
             worker.holds_state = True
             job.note_step(committed, now)

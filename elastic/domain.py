@@ -227,6 +227,7 @@ class Commit:
     joiner_ranks: tuple[int, ...] = ()
     stop: bool = False
     snapshot_generation: int = 0
+    restores_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -549,6 +550,8 @@ class StatusReply:
     stable: int = NO_STEP
     saved: int = NO_STEP
     save_fault: str = ""
+    is_vulnerable: bool = False
+    vulnerable_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -526,6 +526,7 @@ class Engine:
             except CollectiveAborted as error:
                 self.coordinator.feed(StateSpoilt(str(error)))
         self._donate, self._restore = world.joiner_ranks, world.snapshot
+        self.snapshots.expect(world.restores_per_s)
         self._plan_step()
         self._show()
         self.coordinator.bury()

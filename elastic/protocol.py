@@ -263,7 +263,7 @@ class FinishStep:
 class EnterWorld:
     """Adopted: train in `plan` after step `committed`. Ranks in `joiner_ranks` must be given the state first.
 
-    With a `snapshot` those are all ranks, and each reads it from its node's agent.
+    With a `snapshot` those are all ranks, and each reads it from its node's agent. `restores_per_s` is how often that happens.
     """
 
     plan: Plan
@@ -271,6 +271,7 @@ class EnterWorld:
     committed: int
     joiner_ranks: tuple[int, ...]
     snapshot: SnapshotId | None = None
+    restores_per_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -550,4 +551,5 @@ class WorkerMachine:
             return [switched, HandOver(plan) if self.shards_optimizer else Wait(plan.reason)]
         self.world = plan
         snapshot = SnapshotId(order.restore_step, order.snapshot_generation) if order.snapshot_generation else None
-        return [switched, EnterWorld(plan, rank, self.committed, order.joiner_ranks, snapshot)]
+        entered = EnterWorld(plan, rank, self.committed, order.joiner_ranks, snapshot, order.restores_per_s)
+        return [switched, entered]

@@ -19,7 +19,6 @@ from elastic.domain import NO_STEP, Plan
 from elastic.errors import ConfigError, Unreachable
 from elastic.snapshots import NO_OPINION, Ballot, SnapshotId
 
-FAILURES_PER_S = 1 / 3600.0  # after which a snapshot is restored, of a whole job: a guess, since most jobs see none
 STEP_S_MIN = 1e-6
 
 
@@ -76,9 +75,14 @@ class Snapshotter:
         self._void: SnapshotId | None = None  # the last of which somebody has no slice
         self._missed = False
         self._captured_at_s = self._voted_at_s = -math.inf
+        self._restores_per_s = 0.0
         self._step_s = STEP_S_MIN
         self.stable = NO_STEP
         self.skipped = 0
+
+    def expect(self, restores_per_s: float) -> None:
+        """How often the job has to go back to a snapshot, as far as that can be told, from now on."""
+        self._restores_per_s = restores_per_s
 
     def vote(self, step: int, plan: Plan, now_s: float) -> Ballot:
         """Return what this worker says of snapshots in its vote on a step."""
@@ -90,16 +94,20 @@ class Snapshotter:
         if math.isfinite(self._voted_at_s):
             self._step_s = max(STEP_S_MIN, now_s - self._voted_at_s)
         self._voted_at_s = now_s
-        wants = self._is_due(step, now_s)
+        wants = self._is_due(step, plan, now_s)
         room = self._capturer.has_room(plan.generation, self.stable) and wants
         self.skipped += wants and not room
         return Ballot(self._protected(plan), room, missed, self.stable)
 
-    def _is_due(self, step: int, now_s: float) -> bool:
+    def _is_due(self, step: int, plan: Plan, now_s: float) -> bool:
         assert self._capturer is not None
+        if self._captured is None or self._captured.generation != plan.generation:
+            return True  # what an older world left is protected by others than those who are here
         if self._every != AUTO:
             return step % self._every == 0
-        interval_s = snapshot_interval_s(self._capturer.cost_s, FAILURES_PER_S, step_s=self._step_s)
+        if self._restores_per_s <= 0:
+            return False
+        interval_s = snapshot_interval_s(self._capturer.cost_s, self._restores_per_s, step_s=self._step_s)
         return now_s - self._captured_at_s >= interval_s
 
     def _protected(self, plan: Plan) -> int:

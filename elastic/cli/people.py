@@ -166,6 +166,8 @@ def headline(reply: StatusReply) -> str:
     memory = ""
     if reply.stable != NO_STEP:
         memory = f"  snapshot of step {reply.stable} ({max(0, reply.step - reply.stable)} at risk)"
+    if reply.is_vulnerable and reply.state == "running":
+        memory += "  [yellow]not safe in this world yet[/yellow]"
     return (
         f"job [bold]{reply.job}[/bold]  [{colour}]{reply.state}[/{colour}]{reason}  generation {reply.generation}  "
         f"step {reply.step}  world {reply.world_size}{loss}{rate}{memory}{_durable(reply)}"

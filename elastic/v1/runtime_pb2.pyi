@@ -657,6 +657,7 @@ class Commit(_message.Message):
     JOINER_RANKS_FIELD_NUMBER: _builtins.int
     STOP_FIELD_NUMBER: _builtins.int
     SNAPSHOT_GENERATION_FIELD_NUMBER: _builtins.int
+    RESTORES_PER_S_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     restore_step: _builtins.int
     """FENCE and FOUND: everyone continues after this step. SWITCH: unused."""
@@ -664,6 +665,8 @@ class Commit(_message.Message):
     """All leave the loop after `restore_step`, as its verdict said to some."""
     snapshot_generation: _builtins.int
     """Not 0: all read the state of `restore_step`, captured in that generation, from their agents."""
+    restores_per_s: _builtins.float
+    """How often that is so in this job, as far as it can be told; for the cadence of snapshots."""
     @_builtins.property
     def joiner_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks without state: every other rank gives it to them."""
@@ -676,10 +679,11 @@ class Commit(_message.Message):
         joiner_ranks: _abc.Iterable[_builtins.int] | None = ...,
         stop: _builtins.bool = ...,
         snapshot_generation: _builtins.int = ...,
+        restores_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joiner_ranks", b"joiner_ranks", "restore_step", b"restore_step", "snapshot_generation", b"snapshot_generation", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joiner_ranks", b"joiner_ranks", "restore_step", b"restore_step", "restores_per_s", b"restores_per_s", "snapshot_generation", b"snapshot_generation", "stop", b"stop"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2154,6 +2158,8 @@ class StatusReply(_message.Message):
     STABLE_FIELD_NUMBER: _builtins.int
     SAVED_FIELD_NUMBER: _builtins.int
     SAVE_FAULT_FIELD_NUMBER: _builtins.int
+    IS_VULNERABLE_FIELD_NUMBER: _builtins.int
+    VULNERABLE_S_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     state: _builtins.str
     """founding, running, recovering, ending, succeeded, failed, stopped"""
@@ -2180,6 +2186,10 @@ class StatusReply(_message.Message):
     """Step of the newest checkpoint in the durable tier; -1: none."""
     save_fault: _builtins.str
     """Why the last attempt to write one failed; empty: it did not."""
+    is_vulnerable: _builtins.bool
+    """Whether the present world has no stable snapshot of its own yet."""
+    vulnerable_s: _builtins.float
+    """For how long that was so, all in all."""
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___NodeView]: ...
     @_builtins.property
@@ -2211,10 +2221,12 @@ class StatusReply(_message.Message):
         stable: _builtins.int = ...,
         saved: _builtins.int = ...,
         save_fault: _builtins.str = ...,
+        is_vulnerable: _builtins.bool = ...,
+        vulnerable_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_pid", b"controller_pid", "digest", b"digest", "elapsed_s", b"elapsed_s", "generation", b"generation", "incidents", b"incidents", "incidents_total", b"incidents_total", "job", b"job", "loss", b"loss", "nodes", b"nodes", "productive_s", b"productive_s", "reason", b"reason", "reduction", b"reduction", "samples", b"samples", "save_fault", b"save_fault", "saved", b"saved", "slots", b"slots", "stable", b"stable", "state", b"state", "step", b"step", "step_s", b"step_s", "virtual_replicas", b"virtual_replicas", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_pid", b"controller_pid", "digest", b"digest", "elapsed_s", b"elapsed_s", "generation", b"generation", "incidents", b"incidents", "incidents_total", b"incidents_total", "is_vulnerable", b"is_vulnerable", "job", b"job", "loss", b"loss", "nodes", b"nodes", "productive_s", b"productive_s", "reason", b"reason", "reduction", b"reduction", "samples", b"samples", "save_fault", b"save_fault", "saved", b"saved", "slots", b"slots", "stable", b"stable", "state", b"state", "step", b"step", "step_s", b"step_s", "virtual_replicas", b"virtual_replicas", "vulnerable_s", b"vulnerable_s", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -357,6 +357,7 @@ class Worker(Process):
         before = self.plan
         self.plan, self.rank, self.donate = world.plan, world.rank, world.joiner_ranks
         self.snapshot = world.snapshot
+        self.snapshotter.expect(world.restores_per_s)
         self.page_generation = world.plan.generation
         if self.rank not in self.donate and world.committed != self.committed:
             raise Violation(f"worker {self.id} has committed {self.committed}, its machine says {world.committed}")

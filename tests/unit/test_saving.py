@@ -93,7 +93,7 @@ def test_members_that_never_read_the_checkpoint_hold_no_state() -> None:
 
 def test_a_checkpoint_is_written_when_it_is_due() -> None:
     job = trained(checkpoint_every=3)
-    assert job.tick(0.5) == ["n0#1: save checkpoint"]
+    assert job.tick(0.5) == ["ledger redundancy-restored", "n0#1: save checkpoint"]
     assert job.tick(0.5) == []
     assert saved(job) == ["ledger checkpoint-saved"]
     job.heartbeat(A, 1, 8, stable=5)

@@ -77,12 +77,15 @@ def test_each_step_is_captured_as_the_worlds_own_part() -> None:
     assert snapshots.stable == 2
 
 
-def test_only_every_nth_step_is_captured() -> None:
+def test_only_every_nth_step_is_captured_and_the_first_one_of_a_world() -> None:
     buffers = Buffers()
     snapshots = Snapshotter(buffers, every=3)
     for number in range(1, 8):
         step(snapshots, number)
-    assert [captured[0] for captured in buffers.captured] == [3, 6]
+    assert [captured[0] for captured in buffers.captured] == [1, 3, 6]
+    for number in range(8, 13):
+        step(snapshots, number, TWO)
+    assert [captured[:2] for captured in buffers.captured[3:]] == [(8, 2), (9, 2), (12, 2)]
 
 
 def test_what_one_worker_cannot_capture_no_worker_captures() -> None:
@@ -216,6 +219,11 @@ def test_auto_captures_as_often_as_costs_the_least() -> None:
     buffers = Buffers()
     buffers.cost_s = 0.005  # sqrt(2 * 0.005 * 3600) = 6 s
     snapshots = Snapshotter(buffers, every=AUTO)
+    snapshots.expect(1 / 3600)
     for number in range(1, 101):
         step(snapshots, number, at_s=0.25 * number)
     assert [captured[0] for captured in buffers.captured] == [1, 25, 49, 73, 97]
+    snapshots.expect(4 / 3600)  # four times as often gone back to, half as far apart
+    for number in range(101, 151):
+        step(snapshots, number, at_s=0.25 * number)
+    assert [captured[0] for captured in buffers.captured[5:]] == [109, 121, 133, 145]

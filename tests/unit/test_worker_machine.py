@@ -40,6 +40,7 @@ from elastic.protocol import (
     GoOn,
     GroupFell,
     GroupStands,
+    HandOver,
     Heard,
     LoopEnded,
     MayCommit,
@@ -48,6 +49,7 @@ from elastic.protocol import (
     Register,
     Send,
     StateReceived,
+    StateSpoilt,
     Wait,
     WakeMain,
     Warmed,
@@ -283,6 +285,32 @@ def test_who_leaves_can_be_called_back_by_a_fence() -> None:
     feed(machine, Heard(Prepare(fence)))
     assert feed(machine, GroupStands(3)) == [Send(Prepared(3, 1, 1, has_state=True))]
     assert feed(machine, Heard(Commit(3, restore_step=1)), AskWorld())[-1] == EnterWorld(fence, 0, 1, ())
+
+
+def test_who_leaves_a_state_that_is_cut_hands_its_part_over_first() -> None:
+    machine = founder()
+    machine.shards_optimizer = True
+    world = plan(2, PlanKind.SWITCH, "b")
+    feed(machine, Heard(Prepare(world)), Heard(Commit(2)), AskVote(1), AskCommit(1, 2), Applied(1))
+    assert feed(machine, AskWorld()) == [Send(Switched(2, 1)), HandOver(world)]
+    assert feed(machine, AskWorld())[-1] == Wait("the first world has not formed yet")
+    feed(machine, Heard(Finish("drained")))
+    assert feed(machine, AskWorld()) == [Finished("drained")]
+
+
+def test_an_update_that_is_never_completed_leaves_no_state_and_does_not_wait() -> None:
+    machine = founder(committed=2)
+    feed(machine, AskVote(3), AskCommit(3, 1))
+    assert feed(machine, StateSpoilt("reset")) == [DropGroup(1), Send(CollectiveFailed(1, 3, "reset"))]
+    feed(machine, Heard(Prepare(FENCE)))
+    assert feed(machine, GroupStands(FENCE.generation)) == [Send(Prepared(FENCE.generation, 2, 3, has_state=False))]
+
+
+def test_an_update_that_a_fence_cut_off_is_reported_as_soon_as_it_is_over() -> None:
+    machine = founder(committed=2)
+    feed(machine, AskVote(3), AskCommit(3, 1), Heard(Prepare(FENCE)))
+    assert feed(machine, GroupStands(FENCE.generation)) == [], "its main thread is writing"
+    assert Send(Prepared(FENCE.generation, 2, 3, has_state=False)) in feed(machine, StateSpoilt("reset"))
 
 
 def test_a_joiner_enters_as_soon_as_the_switch_is_committed() -> None:
