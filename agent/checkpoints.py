@@ -27,10 +27,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 import elastic
 from agent import catalog, rotation
-from agent.crcs import joined
 from agent.places import Bucket, Place, open_place
 from agent.plain import DESCRIPTION, PlainForm, plain_form
 from agent.rotation import MARKER, METADATA, Marker
+from elastic.checksum import joined
 from elastic.encoding import TENSOR_DTYPES, flat_bytes, raw_view
 from elastic.errors import CheckpointError
 from elastic.payload import SnapshotLayout, read_description

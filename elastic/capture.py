@@ -9,16 +9,19 @@ state, and never waits for anything on a device but its own copies.
 from __future__ import annotations
 
 import mmap
+import os
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from elastic.checksum import crc32
+from elastic.checksum import crc32, joined
 from elastic.domain import NO_STEP
 from elastic.encoding import flat_bytes, raw_view, tensor_over
 from elastic.errors import ConfigError, ProtocolError, TransferError
@@ -40,11 +43,15 @@ from elastic.payload import (
     read_description,
 )
 from elastic.sharding import Cut
-from elastic.snapshots import Slice, SnapshotId, is_spent
+from elastic.snapshots import Slice, SnapshotId, is_spent, share_of
 from elastic.state import TrainingState, Watch
 
 PIECE_SIZE_BYTES = 2**20
 """Of a payload that is checked and copied at a time: it stays in a processor's second cache in between."""
+
+PART_SIZE_BYTES_MIN = 16 * 2**20
+"""Of a slice that one thread reads while others read the rest: one alone is bound by the kernel's copying."""
+THREADS_MAX = 4
 
 
 class Capturer:
@@ -389,25 +396,37 @@ class _Target:
     def __init__(self, layout: Layout, tensors: Sequence[Tensor], extents: Sequence[range]) -> None:
         self._layout, self._tensors, self._extents = layout, tensors, extents
         self._unpacker = Unpacker(layout, tensors, extents)
-        self._staging = torch.empty(PIECE_SIZE_BYTES, dtype=torch.uint8)
+        # What is not contiguous is gathered from several pieces, which one thread does.
+        can_share = all(tensor.is_contiguous() for tensor in tensors)
+        self._threads = min(THREADS_MAX, len(os.sched_getaffinity(0))) if can_share else 1
 
     def unpack(self, stored: StoredSlice) -> int:
         """Copy a slice's payload to where it belongs, if anything of it does; returns the CRC of all that was read."""
-        begin, crc = stored.slice.begin, 0
-        for whole in self._layout.runs(range(begin, stored.slice.end)):
+        size_bytes = stored.slice.end - stored.slice.begin
+        count = max(1, min(self._threads, size_bytes // PART_SIZE_BYTES_MIN))
+        parts = [share_of(size_bytes, index, count) for index in range(count)]
+        with ThreadPoolExecutor(count) as pool:  # the others of this node's processors wait for the same
+            crcs = list(pool.map(lambda part: self._unpack(stored, part), parts))
+        return reduce(lambda crc, part: joined(crc, part[0], len(part[1])), zip(crcs, parts, strict=True), 0)
+
+    def _unpack(self, stored: StoredSlice, part: range) -> int:
+        """Copy some bytes of a slice's payload; returns their CRC."""
+        begin, crc = stored.slice.begin + part.start, 0
+        staging = torch.empty(PIECE_SIZE_BYTES, dtype=torch.uint8)
+        for whole in self._layout.runs(range(begin, stored.slice.begin + part.stop)):
             tensor = self._tensors[whole.tensor]
             can_be_direct = tensor.device.type == "cpu" and tensor.is_contiguous()
             for run, is_here in clipped(whole, self._extents[whole.tensor]):
                 is_direct = is_here and can_be_direct
-                memory = raw_view(tensor)[run.in_tensor] if is_direct else raw_view(self._staging)
+                memory = raw_view(tensor)[run.in_tensor] if is_direct else raw_view(staging)
                 for start in range(run.in_piece.start, run.in_piece.stop, PIECE_SIZE_BYTES):
                     stop = min(start + PIECE_SIZE_BYTES, run.in_piece.stop)
                     at = start - run.in_piece.start if is_direct else 0
                     piece = memory[at : at + stop - start]
-                    stored.read(start, piece)
+                    stored.read(part.start + start, piece)
                     crc = crc32(piece, crc)
                     if is_here and not is_direct:
-                        self._unpacker.unpack(range(begin + start, begin + stop), self._staging)
+                        self._unpacker.unpack(range(begin + start, begin + stop), staging)
         return crc
 
 

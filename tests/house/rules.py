@@ -36,7 +36,6 @@ MAY_IMPORT = {
 
 # Pure files: what they decide depends on their arguments alone.
 PURE = (
-    "agent/crcs.py",
     "agent/events.py",
     "agent/machine.py",
     "agent/protection.py",

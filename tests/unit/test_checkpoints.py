@@ -24,8 +24,8 @@ from torch.optim import Optimizer
 from agent import rotation
 from agent.catalog import newest_checkpoint
 from agent.checkpoints import read_checkpoint, write_checkpoint
-from agent.crcs import joined
 from agent.rotation import Marker
+from elastic.checksum import joined
 from elastic.errors import CheckpointError
 from elastic.snapshots import Slice
 from elastic.state import Entry, TrainingState
