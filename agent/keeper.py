@@ -27,6 +27,7 @@ import zmq
 from agent.assembly import Assembly, AssemblyFailed
 from agent.channel import Channel
 from agent.holdings import Parity, ParityMemory, Shard, Stored, chunks, map_slice
+from agent.keys import Keys
 from agent.orders import AssemblyOrder, KeeperSettings, world_from_json
 from agent.protection import (
     POLL_S,
@@ -54,7 +55,7 @@ from agent.protection import (
     WriteParity,
 )
 from agent.reading import GoneError, Reader, work_through
-from agent.shards import CHUNK_BYTES, Answer, Keys, Kind, Peer, Peers, Request, ShardServer, Status, Traffic
+from agent.shards import CHUNK_BYTES, Answer, Kind, Peer, Peers, Request, ShardServer, Status, Traffic
 from agent.tables import slice_from_json, slice_to_json, table_to_json
 from elastic.errors import ConfigError, ElasticError, ProtocolError, TransferError, Unreachable
 from elastic.lifeline import die_with_parent

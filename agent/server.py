@@ -44,6 +44,7 @@ from agent.events import (
     Tick,
     WorkerSaid,
 )
+from agent.keys import make_keys
 from agent.machine import AgentMachine, AgentSettings
 from agent.processes import ForkedDaemon, Script, Standby, WorkerProcess, worker_environment
 from agent.snapshots import NodeSnapshots
@@ -139,6 +140,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             peer_address=peer_address,
             worker_address=settings.local_addr,
             labels=settings.labels,
+            data_key=snapshots.public_key,
         )
         self.machine = AgentMachine(
             AgentSettings(
@@ -446,6 +448,7 @@ async def _serve(settings: AgentConfig, socket_path: Path) -> int:
         settings.snapshot_memory_bytes,
         store,
         launch_keeper,
+        make_keys() if settings.token else None,
     )
     await snapshots.start()
     peer_address = channels.join_address(settings.local_addr, port)

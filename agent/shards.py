@@ -20,6 +20,7 @@ import zmq
 from zmq.auth.asyncio import AsyncioAuthenticator
 from zmq.utils.monitor import parse_monitor_message
 
+from agent.keys import Keys
 from elastic.checksum import crc32
 from elastic.errors import ConfigError, TransferError, Unreachable
 from elastic.snapshots import SnapshotId
@@ -129,14 +130,6 @@ class Traffic:
     damaged: int = 0
     refused: int = 0
     stale: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Keys:
-    """A CURVE key pair as zmq.curve_keypair makes it; the public half is told to the others by the control plane."""
-
-    public: str
-    secret: str
 
 
 def parse_request(frame: Buffer) -> tuple[int, Request] | None:

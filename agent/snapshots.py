@@ -13,10 +13,12 @@ import mmap
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from agent.durable import Durable
 from agent.keeping import KeeperProcess, Launch
+from agent.keys import Keys
 from agent.memory import HeldSlice, MemoryService
 from agent.orders import AssemblyOrder, KeeperSettings
 from agent.protection import World
@@ -60,16 +62,27 @@ class NodeSnapshots:
         budget_bytes: What snapshots and parity may take.
         store: Knows the agents of other nodes.
         launch: Starts a keeper.
+        keys: What slices and parity are encrypted with on their way between nodes; None for not at all.
     """
 
     def __init__(
-        self, job: str, node: str, address: str, socket_path: Path, budget_bytes: int, store: StoreService, launch: Launch
+        self,
+        job: str,
+        node: str,
+        address: str,
+        socket_path: Path,
+        budget_bytes: int,
+        store: StoreService,
+        launch: Launch,
+        keys: Keys | None = None,
     ) -> None:
         self.socket_path = socket_path
         self._job, self._node, self._address = job, node, address
         self._budget_bytes = budget_bytes
         self._store = store
         self._launch = launch
+        self._keys = keys
+        self._public_keys: dict[str, str] = {}  # of other nodes' keepers, as the controller says
         self._memory = MemoryService(socket_path, budget_bytes)
         self._durables: dict[tuple[str, int], Durable] = {}
         self._plans: dict[int, Plan] = {}
@@ -85,6 +98,11 @@ class NodeSnapshots:
         self._restored = NO_STEP  # step of what was assembled for a restore
         self._tasks: set[asyncio.Task[None]] = set()
         self._following: asyncio.Task[None] | None = None
+
+    @property
+    def public_key(self) -> str:
+        """What other nodes' keepers know this node's by; "" where nothing is encrypted."""
+        return "" if self._keys is None else self._keys.public
 
     async def start(self) -> None:
         """Serve the workers. Raises OSError."""
@@ -116,8 +134,12 @@ class NodeSnapshots:
     def world_prepared(self, plan: Plan) -> None:
         """A worker of this node was told to prepare for a world."""
         self._plans[plan.generation] = plan
+        self._learn_keys(plan.nodes)
         for generation in sorted(self._plans)[:-PLANS_KEPT]:
             del self._plans[generation]
+
+    def _learn_keys(self, nodes: Iterable[PlanNode]) -> None:
+        self._public_keys |= {node.node: node.data_key for node in nodes}
 
     def world_committed(self, generation: int) -> None:
         """A worker of this node was told that a world is committed: its snapshots are protected from now on."""
@@ -166,6 +188,8 @@ class NodeSnapshots:
                 self._parity_bytes = self._budget_bytes * parity // (data + parity) if parity else 0
                 self._memory.limit(self._budget_bytes - self._parity_bytes)
                 settings = KeeperSettings(address=self._address, parity_bytes_max=self._parity_bytes)
+                if self._keys is not None:
+                    settings = replace(settings, public_key=self._keys.public, secret_key=self._keys.secret)
                 keeper = KeeperProcess(settings, self, self._launch)
                 await keeper.start()
                 self._keeper = keeper
@@ -211,7 +235,8 @@ class NodeSnapshots:
         for member in plan.members:
             slices[member.node] = (*slices.get(member.node, ()), member.rank)
         self._entered = plan
-        keeper.enter(World(plan.generation, self._node, peers, slices, protection_groups(plan)))
+        keys = {node: self._public_keys.get(node, "") for node in peers} if self._keys is not None else {}
+        keeper.enter(World(plan.generation, self._node, peers, slices, protection_groups(plan)), keys)
         self._tell_slices(keeper)
 
     def _tell_slices(self, keeper: KeeperProcess) -> None:
@@ -310,6 +335,7 @@ class NodeSnapshots:
             return []
         keeper = await self._running_keeper()
         self._plans.setdefault(world.generation, world)
+        self._learn_keys(nodes)
         needed = [node for node in nodes if node.node != self._node]
         deadline = asyncio.get_running_loop().time() + KEEPERS_TIMEOUT_S
         while len(peers := await self._keepers_of(needed)) < len(needed):

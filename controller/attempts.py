@@ -67,7 +67,7 @@ def open_generation(
 
 def site_of(node: Node) -> PlanNode:
     """Return a node as plans name it."""
-    return PlanNode(node.id, node.domain, node.peer_address)
+    return PlanNode(node.id, node.domain, node.peer_address, node.data_key)
 
 
 def _candidate(job: Job, worker_id: str) -> Candidate:

@@ -76,6 +76,7 @@ class Node:
     worker_address: str
     heard_at: float
     domain: str = ""  # its failure domain; empty: one of its own
+    data_key: str = ""  # the public CURVE key of its keeper
     state: str = "attached"  # attached, draining, lost, left
     restarts: dict[int, int] = field(default_factory=dict)
     waits_since: float | None = None  # since when it is drained, and stays for the sake of what it holds

@@ -166,6 +166,7 @@ class PlanNode:
     node: str = ""
     domain: str = ""
     peer_address: str = ""
+    data_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +283,7 @@ class AgentHello:
     highest_generation: int = 0
     labels: tuple[tuple[str, str], ...] = ()
     workers: tuple[WorkerStatus, ...] = ()
+    data_key: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -496,21 +496,25 @@ class PlanNode(_message.Message):
     NODE_FIELD_NUMBER: _builtins.int
     DOMAIN_FIELD_NUMBER: _builtins.int
     PEER_ADDRESS_FIELD_NUMBER: _builtins.int
+    DATA_KEY_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     domain: _builtins.str
     """Its failure domain (--label domain=...); empty: one of its own."""
     peer_address: _builtins.str
     """HOST:PORT of its agent's peer service."""
+    data_key: _builtins.str
+    """Public CURVE key of its keeper of snapshots; empty where the job has no join token."""
     def __init__(
         self,
         *,
         node: _builtins.str = ...,
         domain: _builtins.str = ...,
         peer_address: _builtins.str = ...,
+        data_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "node", b"node", "peer_address", b"peer_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "domain", b"domain", "node", b"node", "peer_address", b"peer_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -899,6 +903,7 @@ class AgentHello(_message.Message):
     HIGHEST_GENERATION_FIELD_NUMBER: _builtins.int
     LABELS_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    DATA_KEY_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     node: _builtins.str
     incarnation: _builtins.str
@@ -915,6 +920,8 @@ class AgentHello(_message.Message):
     """Host at which its workers' peers reach them."""
     highest_generation: _builtins.int
     """Newest generation that it has heard of."""
+    data_key: _builtins.str
+    """Public CURVE key of its keeper of snapshots; empty without a join token."""
     @_builtins.property
     def labels(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
         """domain, island, ..."""
@@ -936,10 +943,11 @@ class AgentHello(_message.Message):
         highest_generation: _builtins.int = ...,
         labels: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
         workers: _abc.Iterable[Global___WorkerStatus] | None = ...,
+        data_key: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["highest_generation", b"highest_generation", "incarnation", b"incarnation", "job", b"job", "labels", b"labels", "node", b"node", "nproc", b"nproc", "peer_address", b"peer_address", "pid", b"pid", "protocol_version", b"protocol_version", "token", b"token", "worker_address", b"worker_address", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "highest_generation", b"highest_generation", "incarnation", b"incarnation", "job", b"job", "labels", b"labels", "node", b"node", "nproc", b"nproc", "peer_address", b"peer_address", "pid", b"pid", "protocol_version", b"protocol_version", "token", b"token", "worker_address", b"worker_address", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

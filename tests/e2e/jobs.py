@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from benchmarks.netlab import Lab
 from elastic.cli.people import People
-from elastic.config import ENV_FAIL_POINTS
+from elastic.config import ENV_FAIL_POINTS, ENV_TOKEN
 from elastic.errors import Unreachable
 from elastic.wire.convert import to_plain
 
@@ -50,6 +50,7 @@ class Job:
     """
 
     def __init__(self) -> None:
+        self.token = ""  # what all its agents show
         # A short path: the agent's unix socket lies below it, and such a path has 107 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix="e2e-"))
         self.fail_points = self.folder / "fail-points"  # once it exists, processes may be asked to die
@@ -70,6 +71,7 @@ class Job:
     def environment(self) -> dict[str, str]:
         """What every process of the job is started with."""
         ours = {name: value for name, value in os.environ.items() if not name.startswith("ELASTIC_")}
+        ours |= {ENV_TOKEN: self.token} if self.token else {}
         ours |= {ENV_FAIL_POINTS: str(self.fail_points)} if self.fail_points.exists() else {}
         return ours | {MARK: self.mark, "TMPDIR": str(self.folder), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -91,4 +92,26 @@ def test_a_lost_nodes_slice_is_decoded_from_parity(job: Job, undisturbed: Callab
     after = job.wait_for_world(2, beyond_step=stable["step"] + 2)
     assert not pids_of(before) & pids_of(after)
     assert "decoded" in job.said("controller")
+    finish_nodes(job, undisturbed, not_before=stable["stable"])
+
+
+def test_with_a_join_token_what_passes_between_keepers_is_encrypted(job: Job, undisturbed: Callable[..., str]) -> None:
+    job.token = "a secret of this job"
+    before = start_nodes(job, "abc", "--redundancy", "2+1")
+    stable = job.wait_for(lambda s: s if s["stable"] >= 3 else None, "a protected snapshot")
+    job.kill_node("c")
+    kill_all(before)
+    job.wait_for_world(2, beyond_step=stable["step"] + 2)
+    assert "decoded" in job.said("controller")
+    job.agent("c", 1, train=(*SHORT, *job.held, "--pause-ms", 30))
+    again = job.wait_for_world(3, beyond_step=stable["step"] + 4)
+    job.wait_for(lambda s: s if s["stable"] > again["step"] else None, "a snapshot that three nodes protect")
+    opened = [json.loads(line) for line in job.ask("events", "--json").out.splitlines()]
+    keys = {
+        node["data_key"]
+        for event in opened
+        if event["kind"] == "generation-opened"
+        for node in event["data"]["plan"]["nodes"]
+    }
+    assert len(keys) == 4 and "" not in keys, "three agents, and the one that came back, each with a key of its own"
     finish_nodes(job, undisturbed, not_before=stable["stable"])

@@ -18,11 +18,11 @@ import zmq.asyncio
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agent.keys import Keys, make_keys
 from agent.shards import (
     CHUNK_BYTES,
     CREDITS,
     Answer,
-    Keys,
     Kind,
     Peer,
     Request,
@@ -309,7 +309,7 @@ def test_a_connection_that_breaks_costs_a_question_more() -> None:
 
 def test_a_key_that_is_not_allowed_gets_nothing() -> None:
     async def scenario() -> None:
-        pairs = [Keys(*(half.decode() for half in zmq.curve_keypair())) for _ in range(3)]
+        pairs = [make_keys() for _ in range(3)]
         async with ends(keys=pairs[0]) as both:
             both.server.allowed = frozenset([pairs[1].public])
             allowed = both.peer(keys=pairs[1], public_key=pairs[0].public)
