@@ -204,6 +204,13 @@ class Session:
             raise ConfigError(
                 f"virtual_replicas={admitted.virtual_replicas} exceeds slots={admitted.slots}: give at most as many as slots"
             )
+        if shard_optimizer and self._settings.agent and not admitted.snapshot_every and self.is_main:
+            print(
+                "elastic: shard_optimizer=True, and no snapshots are taken: the loss of any worker goes back to a checkpoint, or "
+                "ends the job; start it with --snapshot-every",
+                file=sys.stderr,
+                flush=True,
+            )
         sampler = SlotSampler(
             spec.dataset_size, spec.batch_size, admitted.slots, self._seed, spec.shuffle, spec.drop_last
         )

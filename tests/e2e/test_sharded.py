@@ -104,6 +104,7 @@ def test_a_stopped_node_is_left_behind(job: Job, undisturbed: Callable[..., str]
 def test_without_snapshots_a_lost_worker_ends_the_job_with_the_reason(job: Job) -> None:
     job.run(2, "--snapshot-every", 0, train=(*SHARDED, *job.held, "--pause-ms", 20))
     before = job.wait_for_world(2, beyond_step=3)
+    assert job.said("run").count("no snapshots are taken: the loss of any worker") == 1
     job.kill(min(pids_of(before)))
     done = job.ended(job.started["run"])
     assert done.code != 0
