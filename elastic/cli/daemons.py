@@ -43,10 +43,12 @@ def controller_settings(
     parent: int = 0,
 ) -> dict[str, Any]:
     """Check a controller's options and return what `controller.__main__` reads. Raises ConfigError."""
+    if redundancy == options.AUTO_REDUNDANCY:
+        redundancy = options.automatic_redundancy(nnodes[1])
     if sum(redundancy) > nnodes[1]:
         raise ConfigError(
             f"--redundancy {redundancy[0]}+{redundancy[1]} needs {sum(redundancy)} nodes, and --nnodes allows {nnodes[1]}: "
-            f"with so many, K+M may be at most {nnodes[1]}"
+            f"with so many, K+M may be at most {nnodes[1]}; auto takes what they allow"
         )
     if checkpoint_dir and not snapshot_every:
         raise ConfigError("--checkpoint-dir writes snapshots from memory, and --snapshot-every 0 takes none: leave one out")

@@ -63,19 +63,30 @@ class Cadence(click.ParamType[int]):
         return int(value)
 
 
-class Redundancy(click.ParamType[tuple[int, int]]):
-    """`K+M` data and parity shards, or `off`."""
+AUTO_REDUNDANCY = (-1, -1)
+"""In place of K and M: what the nodes allow."""
 
-    name = "K+M|off"
+
+def automatic_redundancy(nodes: int) -> tuple[int, int]:
+    """Return K and M for so many nodes: one of a few may be lost, two of six or more; of one alone, none."""
+    if nodes < 2:
+        return 0, 0
+    return (4, 2) if nodes >= 6 else (nodes - 1, 1)
+
+
+class Redundancy(click.ParamType[tuple[int, int]]):
+    """`K+M` data and parity shards, `auto` or `off`."""
+
+    name = "K+M|auto|off"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
         if isinstance(value, tuple):
             return value
-        if value == "off":
-            return (0, 0)
+        if value in ("off", "auto"):
+            return (0, 0) if value == "off" else AUTO_REDUNDANCY
         data, _, parity = str(value).partition("+")
         if not data.isdigit() or not parity.isdigit() or not int(data) or not int(parity):
-            self.fail(f"{value!r} is not K+M with at least one data and one parity shard, or off", param, ctx)
+            self.fail(f"{value!r} is not K+M with at least one data and one parity shard, auto or off", param, ctx)
         return int(data), int(parity)
 
 

@@ -165,9 +165,10 @@ def headline(reply: StatusReply) -> str:
     reason = f"  ({reply.reason})" if reply.reason else ""
     memory = ""
     if reply.stable != NO_STEP:
-        memory = f"  snapshot of step {reply.stable} ({max(0, reply.step - reply.stable)} at risk)"
+        at_risk = max(0, reply.step - reply.stable)
+        memory = f"  snapshot of step {reply.stable} ({at_risk} at risk; vulnerable for {reply.vulnerable_s:.1f} s in all)"
     if reply.is_vulnerable and reply.state == "running":
-        memory += "  [yellow]not safe in this world yet[/yellow]"
+        memory += "  [yellow]no snapshot is safe in this world yet[/yellow]"
     return (
         f"job [bold]{reply.job}[/bold]  [{colour}]{reply.state}[/{colour}]{reason}  generation {reply.generation}  "
         f"step {reply.step}  world {reply.world_size}{loss}{rate}{memory}{_durable(reply)}"

@@ -9,6 +9,7 @@ import pytest
 from controller.events import DrainAsked
 from controller.redundancy import DRAIN_PATIENCE_S, restores_per_s
 from controller.views import status
+from elastic.cli.options import AUTO_REDUNDANCY, Redundancy, automatic_redundancy
 from elastic.domain import CollectiveFailed, Leaving, Prepared
 from tests.unit import controllers
 from tests.unit.controllers import A, B, Job
@@ -90,6 +91,12 @@ def test_a_job_that_goes_back_often_takes_snapshots_more_often() -> None:
     assert restores_per_s(job.machine, job.now) == pytest.approx(1 / 3600, rel=0.01)
     job.machine.restores = 3
     assert restores_per_s(job.machine, job.now + 3600) == pytest.approx(4 / 7200, rel=0.01)
+
+
+def test_auto_takes_the_code_that_the_nodes_allow() -> None:
+    assert Redundancy().convert("auto", None, None) == AUTO_REDUNDANCY
+    codes = [automatic_redundancy(nodes) for nodes in (1, 2, 3, 5, 6, 40)]
+    assert codes == [(0, 0), (1, 1), (2, 1), (4, 1), (4, 2), (4, 2)]
 
 
 # -- state that is cut over the workers ------------------------------------------------------------------------------
