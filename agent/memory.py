@@ -142,16 +142,25 @@ class MemoryService:
                 if filled in one.filled() and (again or not one.is_checked(filled)):
                     await one.examine(filled)
 
-    def forget_before(self, stable: int, generation: int | None = None) -> None:
+    def forget_before(
+        self, stable: int, generation: int | None = None, *, but: SnapshotId | None = None
+    ) -> None:
         """Free the slices of dead workers that are older than the stable step.
 
         Args:
             generation: of the world that trains now. If given, slices of other generations go too unless they are of the
                 stable step: nobody will protect them any more.
+            but: a snapshot that stays, since the job goes back to it although it was not stable yet.
         """
         for one in self._sets.values():
             if one.page is None:
-                one.keep([f for f in one.filled() if not _is_forgettable(f.slice.snapshot, stable, generation)])
+                one.keep(
+                    [
+                        f
+                        for f in one.filled()
+                        if f.slice.snapshot == but or not _is_forgettable(f.slice.snapshot, stable, generation)
+                    ]
+                )
         self._drop_empty()
 
     def adopt(self, piece: Slice, fd: int) -> None:

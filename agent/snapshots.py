@@ -95,7 +95,7 @@ class NodeSnapshots:
         self._covered: set[SnapshotId] = set()  # of which all parity that this node holds is complete
         self._forgotten = NO_STEP
         self._weak_at = -math.inf  # when it was said that a snapshot is not protected
-        self._restored = NO_STEP  # step of what was assembled for a restore
+        self._restored: SnapshotId | None = None  # what the job goes back to, until a newer one is stable
         self._tasks: set[asyncio.Task[None]] = set()
         self._following: asyncio.Task[None] | None = None
 
@@ -156,8 +156,12 @@ class NodeSnapshots:
     def tick(self) -> None:
         """Let go of what nobody needs any more, and tell the keeper of what has come."""
         stable = self.stable
-        self._memory.forget_before(stable, None if stable == NO_STEP else self._plan.generation)
-        if self._restored < stable:
+        if self._restored is not None and self._restored.step < stable:
+            self._restored = None
+        self._memory.forget_before(
+            stable, None if stable == NO_STEP else self._plan.generation, but=self._restored
+        )
+        if self._restored is None:
             self._memory.drop_adopted()
         if self._keeper is not None:
             self._tell_slices(self._keeper)
@@ -302,8 +306,7 @@ class NodeSnapshots:
 
     async def assemble(self, order: AssembleSnapshot) -> SnapshotAssembled:
         """Have every slice of a snapshot here, so that this node's workers can read it."""
-        self._restored = order.step
-        snapshot = SnapshotId(order.step, order.generation)
+        self._restored = snapshot = SnapshotId(order.step, order.generation)
         self._memory.drop_adopted(but=snapshot)
         self._memory.go_back(order.step)
         if order.step < self._forgotten:

@@ -211,6 +211,8 @@ def bind_scaler(scaler: Any, optimizers: Iterable[Optimizer], engine: Engine) ->
         if engine.committed_in_slot:
             inner_update(new_scale)
 
+    # With a scale of its own it asks for nothing that the update would have recorded, and forgets what it did.
+    engine.on_abandon.append(lambda: inner_update(scaler.get_scale()) if scaled else None)
     scaler.unscale_, scaler.step, scaler.update = unscale_, step, update
 
 

@@ -170,6 +170,7 @@ class Engine:
         self.inner_steps: list[Callable[[], object]] = [self._inner_step(each) for each in parts.optimizers.values()]
         self.before_clipping: list[Callable[[], object]] = []  # what reduced gradients go through first (unscaling)
         self.on_skip: list[Callable[[], object]] = []  # what a step without an update calls in place of the optimizers
+        self.on_abandon: list[Callable[[], object]] = []  # what forgets an update that was begun and never completed
         self._warm_steps = tuple(self.inner_steps)
         self._stepped: set[int] = set()
         self._must_warm = joins
@@ -484,6 +485,8 @@ class Engine:
             with self._waiting():
                 zero.gather(self.group)
         except CollectiveAborted as error:
+            for forget in self.on_abandon:
+                forget()
             self.coordinator.feed(StateSpoilt(str(error)))
             raise
 

@@ -8,9 +8,11 @@ from collections.abc import Callable
 
 import pytest
 
+from elastic.failpoints import FailPoint
 from elastic.records import read_record
 from elastic.sampler import SlotSampler
 from tests.e2e.jobs import DEADLINE_S, Job, Status, members_of, pids_of
+from tests.e2e.test_fail_points import hit
 from tests.e2e.test_snapshots import BATCH_SIZE, SAMPLES, SLOTS, STEPS, kill_all
 
 pytestmark = pytest.mark.e2e
@@ -70,6 +72,20 @@ def test_lost_workers_cost_no_bit_with_everything_that_a_loop_may_hold(
     job.assert_nothing_is_left()
 
 
+PLACES = (FailPoint.BEFORE_VOTE, FailPoint.VOTED, FailPoint.VERDICT_SEEN, FailPoint.APPLYING, FailPoint.STEP_ENDED)
+
+
+@pytest.mark.timeout(300)
+def test_a_death_at_any_place_of_a_step_costs_nobody_else_and_no_bit(job: Job, undisturbed: Callable[..., str]) -> None:
+    features = ("--with", "amp", "average", "odd")
+    job.fail_points.mkdir()
+    job.run(3, "--snapshot-every", 1, "--max-restarts", 0, train=(*SHARDED, *job.held, "--pause-ms", 10, *features))
+    for place in (*PLACES, *PLACES):
+        hit(job, 3, place)
+    finish(job, "run")
+    assert job.fingerprint() == undisturbed(*MODEL, *features)
+
+
 def test_who_joins_takes_its_part_and_who_leaves_hands_it_over(job: Job, undisturbed: Callable[..., str]) -> None:
     train = (*SHARDED, *job.held, "--pause-ms", 30)
     job.controller("--nnodes", "1:4", "--join-timeout", 5, "--snapshot-every", 1)
@@ -111,8 +127,8 @@ def test_without_snapshots_a_lost_worker_ends_the_job_with_the_reason(job: Job) 
     assert "no survivor holds all of the state" in done.err and "no snapshot was taken" in done.err
 
 
-LONG = ("--epochs", 24, "--model-only")
-PACE_MS = 250
+LONG = ("--epochs", 18, "--model-only")
+PACE_MS = 350
 PAIRS = tuple(itertools.combinations("abcdef", 2))
 
 

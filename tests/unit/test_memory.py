@@ -290,10 +290,24 @@ def test_of_a_dead_worker_the_filled_buffers_stay_until_they_are_forgotten(tmp_p
         assert other.slice(pieces[1].snapshot, 0).slice.end == 3000
         place.do(lambda s: s.forget_before(6))
         assert [held.slice.snapshot.step for held in place.do(lambda s: s.held())] == [6]
+        place.do(lambda s: s.forget_before(5, generation=3, but=pieces[1].snapshot))
+        assert [held.slice for held in place.do(lambda s: s.held())] == [pieces[1]], "the job goes back to it"
         place.do(lambda s: s.forget_before(5, generation=3))
         assert place.do(lambda s: (s.held(), s.used_bytes)) == ([], 0)
         with pytest.raises(TransferError, match="does not hold slice 0 of the snapshot of step 6"):
             other.slice(pieces[1].snapshot, 0)
+
+
+def test_a_job_that_goes_back_makes_nothing_newer_stable(tmp_path: Path) -> None:
+    with node(tmp_path) as place:
+        link = place.link("w0")
+        write(link, 0, b"payload")
+        assert link.page is not None
+        link.page.stable = 18
+        place.do(lambda s: s.go_back(20))
+        assert place.do(lambda s: s.stable) == 18
+        place.do(lambda s: s.go_back(5))
+        assert place.do(lambda s: s.stable) == 5
 
 
 def test_living_workers_slices_are_never_forgotten(tmp_path: Path) -> None:
