@@ -291,7 +291,7 @@ def test_of_a_dead_worker_the_filled_buffers_stay_until_they_are_forgotten(tmp_p
         place.do(lambda s: s.forget_before(6))
         assert [held.slice.snapshot.step for held in place.do(lambda s: s.held())] == [6]
         place.do(lambda s: s.forget_before(5, generation=3, but=pieces[1].snapshot))
-        assert [held.slice for held in place.do(lambda s: s.held())] == [pieces[1]], "the job goes back to it"
+        assert [held.slice.snapshot for held in place.do(lambda s: s.held())] == [pieces[1].snapshot]
         place.do(lambda s: s.forget_before(5, generation=3))
         assert place.do(lambda s: (s.held(), s.used_bytes)) == ([], 0)
         with pytest.raises(TransferError, match="does not hold slice 0 of the snapshot of step 6"):
