@@ -179,7 +179,7 @@ def worker_switched(job: Job, worker: Worker, report: Switched, now: float) -> N
             Persist(
                 "generation-adopted",
                 f"generation {generation} is adopted by all",
-                {"generation": generation},
+                {"generation": generation, "step": report.committed},
             )
         )
     for member in attempt.leavers:

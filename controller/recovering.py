@@ -20,6 +20,7 @@ from controller.fencing import fence
 from controller.founding import admit_joiner, found_if_complete
 from controller.job import Job
 from controller.places import fill_places
+from controller.redundancy import world_began
 from controller.restoring import state_lost
 from controller.state import Node, Worker
 from controller.switching import consider_switch
@@ -64,8 +65,10 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                     job.restores += job.plan.kind is PlanKind.FENCE
                     job.step_committed = data["restore_step"]  # what came after it is lost
                 job.step_committed = max(job.step_committed, data["restore_step"])
+                world_began(job, data["restore_step"], now)  # whether it has a safe snapshot by now is looked at anew
             case "generation-adopted":
                 job.leavers = ()
+                job.protected_after = data["step"]
             case "training-began":
                 job.step_committed = max(job.step_committed, data["step"])
             case "job-unfounded":
@@ -77,6 +80,7 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 job.saved_step, job.saved_path = data["step"], data["path"]
             case "redundancy-restored":
                 job.vulnerable_s += data["seconds"]
+                job.vulnerable_since = None
             case "node-draining":
                 job.draining[data["node"]] = data["incarnation"]
             case "node-left":

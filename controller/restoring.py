@@ -88,7 +88,7 @@ def _give_up(job: Job, reason: str, obstacle: str, now: float) -> None:
         job,
         "failed",
         f"every copy of the training state was lost after step {job.step_committed} ({reason}); "
-        + obstacle
+        + obstacle.removesuffix(".")
         + "; the job must be started again"
         + (" from step 0" if job.saved_step == NO_STEP else ""),
         now,

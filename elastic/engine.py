@@ -528,6 +528,8 @@ class Engine:
                     self.zero.enter(world, before, group, self.state)
             except CollectiveAborted as error:
                 self.coordinator.feed(StateSpoilt(str(error)))
+            except TransferError as error:
+                self.coordinator.end_process(str(error))
         self._donate, self._restore = world.joiner_ranks, world.snapshot
         self.snapshots.expect(world.restores_per_s)
         self._plan_step()

@@ -173,6 +173,12 @@ def clipped(run: Run, extent: range) -> Iterator[tuple[Run, bool]]:
             yield Run(run.tensor, slice(begin - at, end - at), slice(begin + shift, end + shift)), is_here
 
 
+def cut_up(span: range, size_bytes: int) -> list[range]:
+    """Cut bytes into pieces of a size, the last one perhaps shorter."""
+    cuts = [*range(span.start, span.stop, size_bytes), span.stop]
+    return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
+
+
 class Packer:
     """Copies tensors into pieces of the payload.
 

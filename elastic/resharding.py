@@ -8,7 +8,6 @@ This file must never decide who holds what, and never waits without the group's 
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from elastic.checksum import crc32
 from elastic.encoding import flat_bytes, raw_view
 from elastic.errors import CollectiveAborted, TransferError
 from elastic.group import Group
-from elastic.payload import Layout, Packer, Segment, Unpacker
+from elastic.payload import Layout, Packer, Segment, Unpacker, cut_up
 from elastic.sharding import Cut, OptimizerShards
 from elastic.state import Entry
 
@@ -94,7 +93,7 @@ def _copy_own(packer: Packer | None, unpacker: Unpacker | None) -> None:
     """What stays with a worker only changes its place."""
     if packer is not None and unpacker is not None and packer.layout.size_bytes:
         staging = torch.empty(min(packer.layout.size_bytes, PIECES_SIZE_BYTES), dtype=torch.uint8)
-        for piece in _pieces(packer.layout.size_bytes, PIECES_SIZE_BYTES):
+        for piece in cut_up(range(packer.layout.size_bytes), PIECES_SIZE_BYTES):
             packer.pack(piece, staging)
             unpacker.unpack(piece, staging)
 
@@ -109,11 +108,6 @@ def _overlap(entries: Sequence[Entry], one: Cut | None, other: Cut | None) -> It
             yield Segment(number, max(mine.start, theirs.start), min(mine.stop, theirs.stop))
 
 
-def _pieces(size_bytes: int, piece_bytes: int) -> list[range]:
-    cuts = [*range(0, size_bytes, piece_bytes), size_bytes]
-    return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
-
-
 class _Exchange:
     """Pieces to and from everybody, in rounds of one piece each."""
 
@@ -123,7 +117,11 @@ class _Exchange:
         self._group, self._step, self._packers, self._unpackers = group, step, packers, unpackers
         piece_bytes = max(2**16, PIECES_SIZE_BYTES // max(group.size - 1, 1))
         self._sent, self._received = (
-            {rank: _pieces(each.layout.size_bytes, piece_bytes) for rank, each in many.items() if each.layout.size_bytes}
+            {
+                rank: cut_up(range(each.layout.size_bytes), piece_bytes)
+                for rank, each in many.items()
+                if each.layout.size_bytes
+            }
             for many in (packers, unpackers)
         )
 

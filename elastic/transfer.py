@@ -18,7 +18,6 @@ state. It reads that state while it runs: the caller sees to it that no optimize
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from elastic.payload import (
     Packer,
     Segment,
     Unpacker,
+    cut_up,
     describe,
     manifest_text,
     read_description,
@@ -212,8 +212,7 @@ class _Preamble:
 
     def pieces(self) -> list[range]:
         """The byte range of each piece of this share."""
-        cuts = [*range(self.begin, self.end, self.piece_size_bytes), self.end]
-        return [range(start, stop) for start, stop in itertools.pairwise(cuts)]
+        return cut_up(range(self.begin, self.end), self.piece_size_bytes)
 
 
 def _send_pieces(group: Group, packer: Packer, preamble: _Preamble, joiners: Sequence[int]) -> None:
