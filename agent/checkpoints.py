@@ -152,7 +152,8 @@ def _read(place: Place, name: str, memory: Tensor) -> Slice:
     described = memory[whole.description_at : whole.stored_bytes]
     if zlib.crc32(raw_view(described)) != whole.description_crc:
         raise CheckpointError(f"{path} is damaged (the CRC of its description differs): take an older one.")
-    manifest, small = read_description(raw_view(described))
+    said = read_description(raw_view(described))
+    manifest, small = said.entries, said.small
     keys = plain_form(manifest, small, len(described)).keys()
     places, _ = _places(manifest, whole.count)
     begins = [place[0].start if place else 0 for place in places]
@@ -189,7 +190,8 @@ class _Memory:
             whole_crc = joined(whole_crc, each.payload_crc, len(payload))
             self._payloads.append(payload)
             self._ends.append(each.end)
-        self.manifest, self.small = read_description(raw_view(self.description))
+        said = read_description(raw_view(self.description))
+        self.manifest, self.small = said.entries, said.small
         self._places, size_bytes = _places(self.manifest, first.count)
         if size_bytes != first.total_bytes:
             raise CheckpointError(

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 from controller.events import Persist
 from controller.job import Job
+from controller.layouts import NoLayout, layout_for, tell_of_no_layout
 from controller.state import Attempt, Node, Suspicion
 from elastic.domain import Abandon, Member, PlanKind, PlanNode, Prepare
 from elastic.snapshots import SnapshotId
@@ -28,11 +29,18 @@ def open_generation(
 ) -> None:
     """Make the plan of the next generation, write it down, and have everybody concerned prepare for it.
 
+    Where a pipeline cannot be cut for these members, that is told, and nothing is opened.
+
     `members` are in order of rank; `leavers` are members of the world before, who leave with this switch; `snapshot` is
     what the members read the state from, where nobody holds it.
     """
     assert job.spec is not None
     before = job.attempt.plan if job.attempt is not None and job.membership_from_attempt() else job.plan
+    continued = before if kind is not PlanKind.FOUND and snapshot is None else None
+    layout = layout_for(job, kind, members, continued)
+    if isinstance(layout, NoLayout):
+        tell_of_no_layout(job, layout)
+        return
     job.newest_generation += 1
     nodes = [job.nodes[name] for name in dict.fromkeys(job.workers[worker_id].node for worker_id in members)]
     plan = make_plan(
@@ -43,7 +51,8 @@ def open_generation(
         virtual_replicas=job.spec.virtual_replicas,
         prepare_timeout_ms=int(job.settings.failure_timeout_s * 1000),
         reason=reason,
-        before=before if kind is PlanKind.FENCE and snapshot is None else None,
+        before=continued,
+        layout=layout,
         nodes=[site_of(node) for node in nodes],
         redundancy=(job.settings.data_shards, job.settings.parity_shards),
     )

@@ -13,6 +13,7 @@ from dataclasses import replace
 from controller.attempts import abandon_switch, suspect
 from controller.events import Persist
 from controller.job import Job
+from controller.layouts import is_whole, note_committed
 from controller.probing import begin_probing
 from controller.redundancy import begin_vulnerable, restores_per_s, world_began
 from controller.restoring import state_lost
@@ -60,7 +61,10 @@ def _holders(job: Job, attempt: Attempt) -> list[Prepared]:
     assert job.spec is not None
     if job.spec.shard_optimizer and plan.kind is PlanKind.FENCE and not _need_no_optimizer(job, plan, reports):
         return []  # after a fault a part of it is nowhere, or of another step
-    return [report for report in reports if _holds_state(job, plan, report)]
+    holders = [worker for worker, report in _reports(attempt).items() if _holds_state(job, plan, report)]
+    if plan.kind is PlanKind.FENCE and not is_whole(job, plan, holders):
+        return []
+    return [attempt.prepared[worker] for worker in holders]
 
 
 def _need_no_optimizer(job: Job, plan: Plan, reports: list[Prepared]) -> bool:
@@ -105,6 +109,7 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
         job.workers[member.worker].state = "member"
         job.workers[member.worker].holds_state = reports[member.worker].has_state and member.worker not in given
     job.note_world(plan)
+    note_committed(job, plan)
     redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
     if snapshot is not None:
         redone = job.step_committed - restore + 1

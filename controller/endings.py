@@ -12,6 +12,7 @@ from typing import Any
 
 from controller.events import EndJob, Persist, ToAgent
 from controller.job import Job
+from controller.layouts import final_digest
 from controller.state import Worker
 from elastic.domain import Conclude, Failed, Finish, Shutdown
 
@@ -40,12 +41,12 @@ def check_finished(job: Job, now: float) -> bool:
 
 
 def _begin_finish(job: Job, members: list[Worker], now: float) -> None:
-    digests = {w.leaving.digest for w in members if w.leaving is not None}
-    if len(digests) > 1:
-        end_job(job, "failed", "the replicas' final parameters differ: " + ", ".join(sorted(digests)), now)
+    digest = final_digest(job, [(w.id, w.leaving) for w in members if w.leaving is not None])
+    if not isinstance(digest, str):
+        end_job(job, "failed", "the replicas' final parameters differ: " + ", ".join(sorted(digest)), now)
         return
     job.close_incidents(now)
-    job.finishing, job.digest, job.attempt = True, digests.pop(), None
+    job.finishing, job.digest, job.attempt = True, digest, None
     job.concludes = any(w.leaving.concludes for w in members if w.leaving is not None)
     job.emit(
         Persist(

@@ -14,6 +14,7 @@ from controller.attempts import abandon_switch, open_generation
 from controller.endings import end_job
 from controller.founding import found_anew
 from controller.job import Job
+from controller.layouts import is_whole
 from controller.restoring import state_lost
 from elastic.domain import PlanKind
 
@@ -40,7 +41,7 @@ def fence(job: Job, reason: str, now: float, *, loss: bool, joining: Iterable[st
         state_lost(job, reason, now)  # nobody has read it yet, so whoever is left holds nothing
         return
     members = _seats(job, survivors)
-    if not members:
+    if not members or not is_whole(job, job.plan, [w for w in members if job.workers[w].holds_state]):
         state_lost(job, reason, now)
         return
     open_generation(job, PlanKind.FENCE, [*members, *joining], reason, now)
@@ -57,7 +58,7 @@ def _seats(job: Job, survivors: list[str]) -> list[str]:
     others = [w for w in survivors if w not in holders]
     if any(job.workers[w].leaving for w in holders):
         others = []
-    seated = [*holders, *others][: job.spec.slots]
+    seated = [*holders, *others][: job.spec.seats]
     members = [w for w in survivors if w in seated]
     for worker_id in survivors:
         if worker_id not in members:

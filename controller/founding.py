@@ -51,9 +51,9 @@ def _found(job: Job, ready: list[Worker], now: float) -> None:
     assert job.spec is not None
     fixed = job.spec
     order = sorted(ready, key=lambda w: (natural(w.node), w.local_rank))
-    for worker in order[fixed.slots :]:
+    for worker in order[fixed.seats :]:
         admit_joiner(job, worker)  # more have come since the numbers were fixed
-    order = order[: fixed.slots]
+    order = order[: fixed.seats]
     for worker in order:
         # Whoever was told to join has not kept its initial weights, and is given the state by the others.
         worker.holds_state = worker.state == "registered"
@@ -67,10 +67,12 @@ def _found(job: Job, ready: list[Worker], now: float) -> None:
 
 def _fix_job(job: Job, spec: TrainingSpec, workers: int, now: float) -> bool:
     """Fix slots and virtual replicas for the job's whole life; ends the job where they make no sense."""
-    slots = spec.slots or workers
-    replicas = spec.virtual_replicas or min(workers, slots)
+    stages = min(spec.stages or workers, workers, len(spec.layers)) if spec.is_pipeline else 1
+    width = -(-workers // stages)
+    slots = spec.slots or (2 * workers if spec.is_pipeline else workers)
+    replicas = spec.virtual_replicas or min(width, slots)
     problem = ""
-    if slots < workers:
+    if slots < width:
         problem = f"slots={slots} cannot feed {workers} workers: give at least as many slots as workers"
     elif replicas > slots:
         problem = f"virtual_replicas={replicas} exceeds slots={slots}: give at most as many as slots"

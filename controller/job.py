@@ -50,6 +50,8 @@ class Job:
     probing: Probing | None = None
     probed_cut_at: float = float("-inf")  # when nodes that were left out for a dead link were last probed
     worlds: dict[int, Plan] = field(default_factory=dict)  # newest committed ones; snapshots of them may be needed
+    unsettled: int = 0  # generation of the newest switch whose layers may be on their way; 0 once it has committed a step
+    no_layout: str = ""  # why a pipeline could not be cut for the workers that there were
     protection_gaps: tuple[str, ...] = ()  # in what the newest one's protection falls short of what was asked for
     vulnerable_since: float | None = None  # since when the present world has no stable snapshot of its own
     vulnerable_s: float = 0.0  # for how long earlier ones had none

@@ -60,6 +60,7 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
             case "generation-committed":
                 job.plan, job.leavers = opened[data["generation"]]
                 job.note_world(job.plan)
+                job.unsettled = job.plan.generation if job.plan.moves else 0  # whether they have arrived nobody has written down
                 job.joiners = frozenset(job.plan.members[rank].worker for rank in data["joiner_ranks"])
                 if data.get("snapshot_generation"):
                     job.restores += job.plan.kind is PlanKind.FENCE
@@ -117,7 +118,10 @@ def take_back(job: Job, node: Node, hello: AgentHello) -> tuple[str, ...]:
         if status.exited or (known is not None and known.state != "lost"):
             continue
         if job.recovering_until is None:
-            wanted = may_conclude(job) and any(isinstance(m, Leaving) and m.digest == job.digest for m in status.messages)
+            is_cut = job.spec is not None and job.spec.is_pipeline  # then each has the digest of its own layers
+            wanted = may_conclude(job) and any(
+                isinstance(m, Leaving) and (is_cut or m.digest == job.digest) for m in status.messages
+            )
         else:
             wanted = not status.generation or status.worker in members  # else a newer world has left it out
         if wanted:
@@ -171,7 +175,7 @@ def finish_recovering(job: Job, now: float) -> None:
     members = job.last_members()
     here = {node.id for node in job.nodes.values() if node.attached}
     until = job.recovering_until
-    is_cut = job.spec is not None and job.spec.shard_optimizer
+    is_cut = job.spec is not None and job.spec.holds_parts
     if is_cut and not job.restarted and here <= job.waits_with and now < until:
         return  # what is here was not enough
     if any(worker.alive and worker.holds_state for worker in job.known(members)):

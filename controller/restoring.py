@@ -322,5 +322,5 @@ def _open_if_ready(job: Job, restoring: Restoring, choice: Restore, now: float) 
         return
     if waits and len(warm) < sum(node.nproc for node in able):
         return
-    members = [w.id for w in warm][: job.spec.slots]
+    members = [w.id for w in warm][: job.spec.seats]
     open_generation(job, PlanKind.FENCE, members, choice.reason, now, snapshot=restoring.snapshot)

@@ -66,7 +66,7 @@ def _joiners(job: Job, seats_taken: int, *, warm_only: bool = False) -> list[str
         and not job.is_member(w)
     ]
     ready.sort(key=lambda w: (w.state != "warm", w.switch_failures, natural(w.node), w.local_rank))
-    return [w.id for w in ready][: max(0, job.spec.slots - seats_taken)]
+    return [w.id for w in ready][: max(0, job.spec.seats - seats_taken)]
 
 
 def _reinforce(job: Job, attempt: Attempt, now: float) -> None:

@@ -14,6 +14,7 @@ from controller.endings import check_finished, check_outcome, end_job, worker_co
 from controller.events import Persist
 from controller.founding import admit_joiner, found_if_complete
 from controller.job import Job
+from controller.layouts import note_resumed
 from controller.restoring import check_restoring
 from controller.state import Worker
 from controller.switching import consider_switch
@@ -55,6 +56,7 @@ def worker_said(job: Job, worker: Worker, message: WorkerMessage, now: float) ->
         case Resumed(generation, committed):
             worker.holds_state = True
             job.note_step(committed, now)
+            note_resumed(job, generation)
             if job.plan is not None and generation == job.plan.generation:
                 job.fruitless = job.failed_searches = 0
                 job.close_incidents(now)

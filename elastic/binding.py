@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from elastic.engine import Engine
 from elastic.errors import ConfigError
 from elastic.progress import ProgressPage
+from elastic.replica import ReplicaEngine
 
 COMPILING_S_MAX = 600.0
 
@@ -93,7 +93,7 @@ class _ForwardHook:
         return _ForwardHook, ()
 
 
-def bind_model(model: nn.Module, engine: Engine, *, trained: bool = True) -> None:
+def bind_model(model: nn.Module, engine: ReplicaEngine, *, trained: bool = True) -> None:
     """Let its forwards count as progress; those of a trained one must also come at a place where they can."""
     model.register_forward_hook(_ForwardHook(engine.on_forward if trained else lambda _: engine.beat()))
 
@@ -113,7 +113,7 @@ def excuse_compilers(page: ProgressPage) -> None:
     callbacks.on_compile_end(end)
 
 
-def bind_optimizer(optimizer: Optimizer, index: int, engine: Engine) -> None:
+def bind_optimizer(optimizer: Optimizer, index: int, engine: ReplicaEngine) -> None:
     """Make step() act once per step of the job and zero_grad() leave gradients to the reducer."""
 
     @functools.wraps(optimizer.step)
@@ -143,7 +143,7 @@ def _refuse_state_of_all(*_: object, **__: object) -> Any:
     )
 
 
-def bind_scheduler(scheduler: Any, engine: Engine) -> None:
+def bind_scheduler(scheduler: Any, engine: ReplicaEngine) -> None:
     """Make step() inside the loop act once per committed step; outside the loop it acts at once."""
     inner, inner_state_dict = scheduler.step, scheduler.state_dict
 
@@ -161,7 +161,7 @@ def bind_scheduler(scheduler: Any, engine: Engine) -> None:
     scheduler.step, scheduler.state_dict = step, state_dict
 
 
-def bind_scaler(scaler: Any, optimizers: Iterable[Optimizer], engine: Engine) -> None:
+def bind_scaler(scaler: Any, optimizers: Iterable[Optimizer], engine: ReplicaEngine) -> None:
     """Let gradients be unscaled once, after the reduction, and the scale follow the verdict.
 
     Scaled gradients are reduced; a step that commits is unscaled, clipped and applied, one that is skipped because the
@@ -216,7 +216,7 @@ def bind_scaler(scaler: Any, optimizers: Iterable[Optimizer], engine: Engine) ->
     scaler.unscale_, scaler.step, scaler.update = unscale_, step, update
 
 
-def refuse_clipping_outside(engine: Engine) -> None:
+def refuse_clipping_outside(engine: ReplicaEngine) -> None:
     """Make torch's own clipping say that there is nothing to clip inside the loop, instead of clipping nothing."""
     module: Any = torch.nn.utils.clip_grad
     # Not the functions themselves: a script may have imported those before. These are what they call.
@@ -226,7 +226,7 @@ def refuse_clipping_outside(engine: Engine) -> None:
             setattr(module, name, _refusing(inner, engine))
 
 
-def _refusing(inner: Callable[..., Any], engine: Engine) -> Callable[..., Any]:
+def _refusing(inner: Callable[..., Any], engine: ReplicaEngine) -> Callable[..., Any]:
     @functools.wraps(inner)
     def guarded(gradients: Any, *args: Any, **kwargs: Any) -> Any:
         if engine.slot is not None and not any(len(each) if isinstance(each, list) else 1 for each in gradients):

@@ -160,7 +160,7 @@ class CommittedBuffers:
         """Make the modules' buffers the committed copy (after a commit, a skipped step or a throwaway slot)."""
         # Always: a buffer's version does not tell whether it changed, since batch norm's kernels do not count it up.
         for kept in self._kept:
-            kept.buffer.copy_(kept.copy)
+            kept.buffer.data.copy_(kept.copy)
 
 
 def _is_statistic(module: nn.Module) -> bool:

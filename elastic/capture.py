@@ -11,7 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +33,9 @@ from elastic.memory import (
     populate,
 )
 from elastic.payload import (
+    Description,
     Layout,
+    Section,
     SnapshotLayout,
     Unpacker,
     clipped,
@@ -44,7 +46,7 @@ from elastic.payload import (
 )
 from elastic.sharding import Cut
 from elastic.snapshots import Slice, SnapshotId, is_spent, share_of
-from elastic.state import TrainingState, Watch
+from elastic.state import Entry, TrainingState, Watch
 
 PIECE_SIZE_BYTES = 2**20
 """Of a payload that is checked and copied at a time: it stays in a processor's second cache in between."""
@@ -73,12 +75,18 @@ class Capturer:
         self.cost_s = 0.0
         self.captured_step = NO_STEP
         self._state = state
+        self._section: Section | None = None
         self._memory = memory
         self._buffers = [_Buffer(number) for number in range(buffers)]
         self._stable = NO_STEP
         self._plan: _Plan | None = None
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
         self._begun: tuple[_Buffer, Slice] | None = None  # copies that are under way on a device
+
+    def turn_to(self, state: TrainingState, section: Section) -> None:
+        """Capture a part of the job's state from now on, of which other workers have no copy or the same one."""
+        self.finish()
+        self._state, self._section, self._plan = state, section, None
 
     @property
     def protected(self) -> SnapshotId | None:
@@ -185,7 +193,7 @@ class Capturer:
         """What to copy; the last capture's plan if it still holds."""
         plan = self._plan
         if plan is None or (plan.index, plan.count) != (index, count) or not plan.watch.unchanged():
-            plan = self._plan = _Plan(self._state, index, count)
+            plan = self._plan = _Plan(self._state, index, count, self._section)
         return plan
 
     def _roomy(self, piece: Slice) -> tuple[_Buffer, _Mapping] | None:
@@ -248,15 +256,17 @@ class _Group:
 class _Plan:
     """What a worker copies as part `index` of `count`, for as long as the state consists of the same tensors."""
 
-    def __init__(self, state: TrainingState, index: int, count: int) -> None:
+    def __init__(self, state: TrainingState, index: int, count: int, section: Section | None) -> None:
         self.index, self.count = index, count
         self.watch = Watch(state)
         entries, tensors = state.described_tensors()
         if state.shards is not None and state.cut != Cut(index, count):
             raise ProtocolError(f"The state is cut as {state.cut}, and part {index} of {count} was to be captured.")
         extents = state.extents(entries)
+        if section is not None:
+            index, count = section.members.index(index), len(section.members)
         layout = SnapshotLayout(entries, count)
-        self.manifest = manifest_text(entries)
+        self.manifest = manifest_text(entries, section)
         self.total_bytes = layout.size_bytes
         self.share = layout.share(index)
         self.groups: dict[torch.device, _Group] = {}
@@ -363,31 +373,84 @@ def restore(state: TrainingState, memory: SnapshotMemory, snapshot: SnapshotId) 
     """
     slices = [memory.slice(snapshot, 0)]
     try:
-        first = slices[0].slice
-        slices += [memory.slice(snapshot, index) for index in range(1, first.count)]
-        description = slices[0].description()
-        entries, small = read_description(description)
-        layout = SnapshotLayout(entries, first.count)
-        if layout.size_bytes != first.total_bytes:
-            raise TransferError(
-                f"{_named(first)} describes {layout.size_bytes} bytes, not {first.total_bytes}: ask anew."
-            )
+        count = slices[0].slice.count
+        slices += [memory.slice(snapshot, index) for index in range(1, count)]
         for index, stored in enumerate(slices):
-            _check_alike(snapshot, index, stored.slice, first, layout)
-            if manifest_of(stored.description()) != manifest_of(description):
-                raise TransferError(
-                    f"{_named(stored.slice)} describes another state than slice 0: take an older snapshot."
-                )
-        target = _Target(layout, state.adopt(entries, small), state.extents(entries))
-        for stored in slices:
-            if target.unpack(stored) != stored.slice.payload_crc:
-                raise TransferError(
-                    f"{_named(stored.slice)} is damaged (its payload's CRC differs): take another snapshot."
-                )
+            if (stored.slice.snapshot, stored.slice.index, stored.slice.count) != (snapshot, index, count):
+                raise TransferError(f"{_named(stored.slice)} is not slice {index} of {count}: take an older snapshot.")
+        sections = _sections(slices)
+        entries, small = sections[0].entries, sections[0].small
+        if len(sections) > 1:
+            entries, small = state.chosen([(section.entries, section.small) for section in sections])
+        tensors = state.adopt(entries, small)
+        places = {entry: (tensor, extent) for entry, tensor, extent in zip(entries, tensors, state.extents(entries), strict=True)}
+        for section in sections:
+            section.read(places)
     finally:
         for stored in slices:
             stored.close()
     return snapshot.step
+
+
+class _Section:
+    """The slices of a section, which is whole."""
+
+    def __init__(self, described: Description, slices: Sequence[StoredSlice]) -> None:
+        self.entries, self.small = described.entries, described.small
+        self._slices = slices
+        self._layout = SnapshotLayout(self.entries, len(slices))
+        first = slices[0].slice
+        if self._layout.size_bytes != first.total_bytes:
+            raise TransferError(
+                f"{_named(first)} describes {self._layout.size_bytes} bytes, not {first.total_bytes}: ask anew."
+            )
+        manifest = manifest_of(slices[0].description())
+        for index, stored in enumerate(slices):
+            piece = stored.slice
+            if range(piece.begin, piece.end) != self._layout.share(index) or piece.total_bytes != first.total_bytes:
+                raise TransferError(
+                    f"{_named(piece)} does not go with slice {first.index} ({piece}, {first}): take an older snapshot."
+                )
+            if manifest_of(stored.description()) != manifest:
+                raise TransferError(
+                    f"{_named(piece)} describes another state than slice {first.index}: take an older snapshot."
+                )
+
+    def read(self, places: Mapping[Entry, tuple[Tensor, range]]) -> None:
+        """Copy what is wanted of it to where it belongs. Raises TransferError for what is damaged."""
+        wanted = [places.get(entry, (_NOTHING, range(0))) for entry in self.entries]
+        if not any(entry in places for entry in self.entries):
+            return
+        target = _Target(self._layout, [tensor for tensor, _ in wanted], [extent for _, extent in wanted])
+        for stored in self._slices:
+            if target.unpack(stored) != stored.slice.payload_crc:
+                raise TransferError(
+                    f"{_named(stored.slice)} is damaged (its payload's CRC differs): take another snapshot."
+                )
+
+
+_NOTHING = torch.empty(0, dtype=torch.uint8)
+
+
+def _sections(slices: Sequence[StoredSlice]) -> list[_Section]:
+    """What the slices of a snapshot make up."""
+    first = read_description(slices[0].description())
+    if first.section is None:
+        return [_Section(first, slices)]
+    sections: dict[int, _Section] = {}
+    members: list[int] = []
+    for stored in slices:
+        if stored.slice.index in members:
+            continue
+        described = read_description(stored.description())
+        section = described.section
+        if section is None or section.number in sections or stored.slice.index != min(section.members):
+            raise TransferError(f"{_named(stored.slice)} does not go with slice 0: take an older snapshot.")
+        if not all(0 <= member < len(slices) for member in section.members) or set(section.members) & set(members):
+            raise TransferError(f"{_named(stored.slice)} names members that there are not: take an older snapshot.")
+        members += section.members
+        sections[section.number] = _Section(described, [slices[member] for member in section.members])
+    return [sections[number] for number in sorted(sections)]
 
 
 class _Target:
@@ -428,16 +491,6 @@ class _Target:
                     if is_here and not is_direct:
                         self._unpacker.unpack(range(begin + start, begin + stop), staging)
         return crc
-
-
-def _check_alike(
-    snapshot: SnapshotId, index: int, piece: Slice, first: Slice, layout: SnapshotLayout
-) -> None:
-    """Raise TransferError unless this is the slice that was asked for, and goes with the first one."""
-    is_asked = (piece.snapshot, piece.index, piece.count) == (snapshot, index, first.count)
-    is_share = range(piece.begin, piece.end) == layout.share(index)
-    if not is_asked or not is_share or piece.total_bytes != first.total_bytes:
-        raise TransferError(f"{_named(piece)} does not go with slice 0 ({piece}, {first}): take an older snapshot.")
 
 
 def _named(piece: Slice) -> str:

@@ -30,6 +30,7 @@ from elastic.domain import (
     Prepare,
     Prepared,
     Registered,
+    Stage,
     WorkerCommand,
     WorkerMessage,
 )
@@ -299,6 +300,8 @@ class Loopback:
                     virtual_replicas=replicas,
                     prepare_timeout_ms=10_000,
                     reason="a world of one",
+                    stages=(Stage(0, len(spec.layers), (0,)),) if spec.layers else (),
+                    routes=(0,) * slots if spec.layers else (),
                 )
                 self._heard(Prepare(plan))
             case Prepared(generation):

@@ -25,6 +25,21 @@ class PlanKind(enum.IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class LayerProfile:
+    """What one layer of a pipeline costs: seconds and bytes for one slot, bytes of state whatever the slots.
+
+    `state_bytes` are those of parameters, gradients and what an optimizer like Adam holds; `activation_bytes` what is kept
+    between a forward and its backward; `output_bytes` what goes on to the next layer.
+    """
+
+    forward_s: float = 0.0
+    backward_s: float = 0.0
+    state_bytes: int = 0
+    activation_bytes: int = 0
+    output_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class TrainingSpec:
     """What a worker is about to train; all workers of a job must agree on it."""
 
@@ -41,6 +56,25 @@ class TrainingSpec:
     data_digest: str = ""
     numerics: str = ""
     shard_optimizer: bool = False
+    schedule: str = ""
+    stages: int = 0
+    memory_bytes: int = 0
+    layers: tuple[LayerProfile, ...] = ()
+
+    @property
+    def is_pipeline(self) -> bool:
+        """Whether the model is cut into stages."""
+        return bool(self.layers)
+
+    @property
+    def holds_parts(self) -> bool:
+        """Whether a worker holds something of the state that others do not."""
+        return self.is_pipeline or self.shard_optimizer
+
+    @property
+    def seats(self) -> int:
+        """How many workers can have something to do, once the slots are fixed: each a slot at some stage."""
+        return self.slots * (self.stages or len(self.layers) or 1)
 
     def difference(self, other: TrainingSpec, *, with_state: bool) -> str:
         """Return the first difference in words, or "" when both train the same thing.
@@ -68,6 +102,9 @@ _SPEC_WORDS = {
     "shuffle": "the shuffle settings",
     "drop_last": "the drop_last settings",
     "shard_optimizer": "the shard_optimizer settings",
+    "schedule": "the schedules of the pipeline",
+    "stages": "the requested stages",
+    "memory_bytes": "the memories that a worker has for its stage",
     "layout_digest": "names, shapes or dtypes of the parameters or buffers",
     "data_digest": "the first samples of the dataset",
     "numerics": 'what bits depend on (use the same everywhere, or reduction="fast")',
@@ -170,6 +207,25 @@ class PlanNode:
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """Consecutive layers of a pipeline, `first` to before `last`, and the ranks that each hold all of them."""
+
+    first: int = 0
+    last: int = 0
+    ranks: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerMove:
+    """Layers that go from ranks that hold them to others; each source gives a share."""
+
+    first: int = 0
+    last: int = 0
+    sources: tuple[int, ...] = ()
+    targets: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Who owns what in one generation, and why."""
 
@@ -185,10 +241,35 @@ class Plan:
     nodes: tuple[PlanNode, ...] = ()
     data_shards: int = 0
     parity_shards: int = 0
+    stages: tuple[Stage, ...] = ()
+    routes: tuple[int, ...] = ()
+    moves: tuple[LayerMove, ...] = ()
+    predicted_s: float = 0.0
 
     @property
     def slots(self) -> int:
         return len(self.owners)
+
+    def stage_of(self, rank: int) -> int:
+        """Number of a rank's stage. Raises ValueError where it has none."""
+        for number, stage in enumerate(self.stages):
+            if rank in stage.ranks:
+                return number
+        raise ValueError(f"rank {rank} of generation {self.generation} is in no stage")
+
+    def layers_of(self, rank: int) -> range:
+        """The layers of a pipeline that a rank holds."""
+        stage = self.stages[self.stage_of(rank)]
+        return range(stage.first, stage.last)
+
+    def route(self, slot: int) -> tuple[int, ...]:
+        """The rank that runs a slot at each stage, in order."""
+        width = len(self.stages)
+        return self.routes[slot * width : (slot + 1) * width]
+
+    def all_routes(self) -> tuple[tuple[int, ...], ...]:
+        """The routes of all slots."""
+        return tuple(self.route(slot) for slot in range(self.slots))
 
     @property
     def world_size(self) -> int:

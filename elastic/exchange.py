@@ -20,7 +20,7 @@ import torch
 
 from elastic.flat import is_finite, round_up
 from elastic.folds import Fold
-from elastic.group import Group, Work
+from elastic.group import Messages, Work
 from elastic.shared import TOKEN_LENGTH, Neighbours
 
 BLOCK_NUMEL = 32 * 1024
@@ -98,7 +98,7 @@ class OrderedExchange:
     neighbour has is not received at all, but read where it is.
     """
 
-    def __init__(self, group: Group, fold: Fold, neighbours: Neighbours) -> None:
+    def __init__(self, group: Messages, fold: Fold, neighbours: Neighbours) -> None:
         self._group = group
         self._fold = fold
         self._neighbours = neighbours

@@ -38,6 +38,23 @@ class Backend(Protocol):
     def recv(self, tensors: list[torch.Tensor], src: int, tag: int) -> ForeignWork: ...
 
 
+class Messages(Protocol):
+    """Tagged messages between some ranks: those of a `Group`, or of a part of one."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def peers(self) -> list[int]: ...
+    @property
+    def neighbours(self) -> frozenset[int]: ...
+    def post(self, tensor: torch.Tensor, dst: int, tag: int) -> None: ...
+    def take(self, tensor: torch.Tensor, src: int, tag: int) -> Work: ...
+    def abort(self, reason: str) -> None: ...
+    def drain(self) -> None: ...
+
+
 _EMPTY = torch.empty(0)
 
 CLOSING_TIMEOUT_S = 10.0
@@ -320,3 +337,39 @@ def brief(error: BaseException) -> str:
     """What happened, without gloo's file names and its guesses at who is to blame (they are often wrong)."""
     line = (str(error) or type(error).__name__).splitlines()[0]
     return line.rpartition(".cc:")[2].partition("] ")[2].partition(". ")[0] or line
+
+
+class GroupPart:
+    """Some ranks of a group, numbered from 0 in the order given. Ending it ends the group."""
+
+    def __init__(self, group: Group, ranks: Sequence[int]) -> None:
+        self._group, self._ranks = group, tuple(ranks)
+        self._numbers = {rank: number for number, rank in enumerate(self._ranks)}
+
+    @property
+    def rank(self) -> int:
+        return self._numbers[self._group.rank]
+
+    @property
+    def size(self) -> int:
+        return len(self._ranks)
+
+    @property
+    def peers(self) -> list[int]:
+        return [(self.rank + distance) % self.size for distance in range(1, self.size)]
+
+    @property
+    def neighbours(self) -> frozenset[int]:
+        return frozenset(self._numbers[rank] for rank in self._group.neighbours if rank in self._numbers)
+
+    def post(self, tensor: torch.Tensor, dst: int, tag: int) -> None:
+        self._group.post(tensor, self._ranks[dst], tag)
+
+    def take(self, tensor: torch.Tensor, src: int, tag: int) -> Work:
+        return self._group.take(tensor, self._ranks[src], tag)
+
+    def abort(self, reason: str) -> None:
+        self._group.abort(reason)
+
+    def drain(self) -> None:
+        self._group.drain()

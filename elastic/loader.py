@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from elastic.engine import Engine
 from elastic.errors import ConfigError, ProtocolError
+from elastic.replica import ReplicaEngine
 from elastic.seeding import seed_everything
 
 
@@ -109,38 +110,25 @@ class _Foresight:
                     yield [(step, slot, ids)]
 
 
-class ElasticLoader:
-    """Iterates over this worker's slots of one data epoch; `len` is the number of steps in it."""
+class SlotReader:
+    """Reads the samples of slots, in this process or ahead in those of the loader's workers.
+
+    Args:
+        loader: whose dataset, collation and workers are used.
+        engine: says what is read next.
+        seed: the job's.
+    """
 
     def __init__(self, loader: DataLoader[Any], engine: Engine, seed: int) -> None:
-        self.dataset = loader.dataset
-        self.batch_size = loader.batch_size
         self._loader = loader
-        self._engine = engine
-        self._seed = seed
         self._slots = _SeededSlots(loader.dataset, seed)
         self._collate = _Collate(loader.collate_fn)
         self._foresight = _Foresight(engine)
         self._readers: DataLoader[Any] | None = None
         self._ahead: Iterator[tuple[Key, Any]] = iter(())
-        self.left_early = False
 
-    def __len__(self) -> int:
-        return self._engine.sampler.steps_per_epoch
-
-    def __iter__(self) -> Iterator[Any]:
-        self._engine.begin_epoch()
-        self.left_early = True
-        while True:
-            slot = self._engine.next_slot()
-            if slot is None:
-                self.left_early = False
-                return
-            batch = self._fetch((slot.step, slot.slot, slot.ids))
-            seed_everything(self._seed, slot.step, slot.slot, "slot")
-            yield batch
-
-    def _fetch(self, key: Key) -> Any:
+    def fetch(self, key: Key) -> Any:
+        """Return the batch of a slot."""
         if self._loader.num_workers > 0:
             return self._fetch_ahead(key)
         _, batch = self._collate(self._slots.__getitems__([key]))
@@ -175,3 +163,30 @@ class ElasticLoader:
         if found != key:
             raise ProtocolError(f"the data-loader workers read {found} where {key} was asked for: a fault of the runtime")
         return batch
+
+
+class ElasticLoader:
+    """Iterates over this worker's slots of one data epoch; `len` is the number of steps in it."""
+
+    def __init__(self, loader: DataLoader[Any], engine: ReplicaEngine, seed: int) -> None:
+        self.dataset = loader.dataset
+        self.batch_size = loader.batch_size
+        self._engine = engine
+        self._seed = seed
+        self._reader = SlotReader(loader, engine, seed)
+        self.left_early = False
+
+    def __len__(self) -> int:
+        return self._engine.sampler.steps_per_epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        self._engine.begin_epoch()
+        self.left_early = True
+        while True:
+            slot = self._engine.next_slot()
+            if slot is None:
+                self.left_early = False
+                return
+            batch = self._reader.fetch((slot.step, slot.slot, slot.ids))
+            seed_everything(self._seed, slot.step, slot.slot, "slot")
+            yield batch

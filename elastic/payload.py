@@ -13,6 +13,7 @@ import struct
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,9 +28,28 @@ DESCRIPTION_SIZE_BYTES_MAX = 128 * 2**20
 _LENGTH = struct.Struct("<Q")
 
 
-def manifest_text(entries: Sequence[Entry]) -> bytes:
-    """The manifest as JSON: equal for equal manifests."""
-    return json.dumps([entry.to_json() for entry in entries], separators=(",", ":")).encode("ascii")
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of the state that some workers hold, and others do not.
+
+    Attributes:
+        number: in the order of the state. members: the indices of their slices, of which each has its share of the part.
+    """
+
+    number: int
+    members: tuple[int, ...]
+
+
+def manifest_text(entries: Sequence[Entry], section: Section | None = None) -> bytes:
+    """The manifest as JSON: equal for equal manifests.
+
+    Args:
+        section: what it describes; None for the whole state, of which every worker of the world has its share.
+    """
+    manifest: Any = [entry.to_json() for entry in entries]
+    if section is not None:
+        manifest = {"section": section.number, "members": section.members, "entries": manifest}
+    return json.dumps(manifest, separators=(",", ":")).encode("ascii")
 
 
 def describe(manifest: bytes, small: str) -> bytes:
@@ -59,8 +79,22 @@ def manifest_of(description: memoryview) -> memoryview:
     return description[_LENGTH.size : _LENGTH.size + size_bytes]
 
 
-def read_description(description: memoryview) -> tuple[list[Entry], str]:
-    """The inverse of `describe`: manifest and small state.
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a description says.
+
+    Attributes:
+        section: of what; None for the whole state.
+        entries: the manifest. small: the small state.
+    """
+
+    section: Section | None
+    entries: list[Entry]
+    small: str
+
+
+def read_description(description: memoryview) -> Description:
+    """The inverse of `describe`.
 
     Raises:
         TransferError: `description` is not what `describe` can return.
@@ -69,11 +103,15 @@ def read_description(description: memoryview) -> tuple[list[Entry], str]:
     try:
         fields = json.loads(bytes(manifest))
         small = str(description[_LENGTH.size + len(manifest) :], "ascii")
-    except (ValueError, RecursionError) as error:
+        section = None
+        if isinstance(fields, dict):
+            section = Section(int(fields["section"]), tuple(int(member) for member in fields["members"]))
+            fields = fields["entries"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TransferError(f"The description of the state is malformed ({error}): ask for it again.") from error
     if not isinstance(fields, list):
         raise TransferError("The description of the state holds no list of tensors: ask for it again.")
-    return [Entry.from_json(entry) for entry in fields], small
+    return Description(section, [Entry.from_json(entry) for entry in fields], small)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +165,7 @@ class Layout:
 
 
 class SnapshotLayout(Layout):
-    """The payload of a snapshot, of which each of `count` workers has copied its share.
+    """The payload of a section of a snapshot, of which each of `count` workers has copied its share.
 
     Behind each other, by worker: its equal share of what all hold, and its part of each tensor that is cut. Where none is
     cut, these are simply the tensors in the manifest's order.

@@ -319,7 +319,7 @@ class WorkerMachine:
         self.warmed = False
         self.left: Leaving | None = None
         self.resumed_in = 0
-        self.shards_optimizer = False  # each worker holds a part of the state that no other one does
+        self.holds_parts = False  # of the state, that not every other worker has
         self.stopping = False  # a verdict has said that all leave the loop
         self.concluding = False  # this worker is to run what must run once after the loop
         self.finished = ""
@@ -338,7 +338,7 @@ class WorkerMachine:
                     return []
                 return [Send(PrepareFailed(generation, reason))]
             case Register(spec):
-                self.shards_optimizer = spec.shard_optimizer
+                self.holds_parts = spec.holds_parts
                 return [Send(Registered(spec))]
             case Warmed():
                 self.warmed = True
@@ -541,6 +541,8 @@ class WorkerMachine:
         if plan.kind is PlanKind.SWITCH and self.world is not None:
             # A slower peer may still be reading the verdict from the old group; the next commit proves that none is.
             self.retired = self.world.generation
+        if plan.kind is PlanKind.SWITCH and rank is not None and any(rank in move.targets for move in plan.moves):
+            self.has_state = False  # it has yet to be given some of what is its own from now on
         self._forget_pending()
         self.word, self.broken, self.switch_decided = Word.OPEN, "", 0
         self.voted = self.committed  # an undecided step is redone: its reduced gradient is not a vote any more
@@ -548,7 +550,7 @@ class WorkerMachine:
         if rank is None:
             # The old group stays until the controller knows that all others have switched, and says Finish.
             self.world = None
-            return [switched, HandOver(plan) if self.shards_optimizer else Wait(plan.reason)]
+            return [switched, HandOver(plan) if self.holds_parts else Wait(plan.reason)]
         self.world = plan
         snapshot = SnapshotId(order.restore_step, order.snapshot_generation) if order.snapshot_generation else None
         entered = EnterWorld(plan, rank, self.committed, order.joiner_ranks, snapshot, order.restores_per_s)

@@ -22,7 +22,7 @@ from elastic.errors import CollectiveAborted
 from elastic.exchange import Alone, Exchange, Lane, OrderedExchange
 from elastic.flat import Layout, is_finite
 from elastic.folds import Fold, plan_fold, plan_shares
-from elastic.group import Group
+from elastic.group import Messages
 from elastic.partials import Partial, PartialSums
 from elastic.shared import Neighbours
 
@@ -104,7 +104,7 @@ class Reducer:
         self._reduction = reduction
         self._output = self._layout.allocate()
         self._sums = PartialSums(self._layout, is_ordered=reduction is Reduction.ORDERED)
-        self._group: Group | None = None
+        self._group: Messages | None = None
         self._fold = Fold((), ())
         self._planned: object = None
         # The present slot.
@@ -133,7 +133,7 @@ class Reducer:
             for i, p in enumerate(self._parameters)
         ]
 
-    def plan(self, group: Group, owners: Sequence[int], empty: Iterable[int] = ()) -> None:
+    def plan(self, group: Messages, owners: Sequence[int], empty: Iterable[int] = ()) -> None:
         """Adopt a world and an assignment; may be called at any time outside a slot.
 
         Partial sums of the present step are kept where their finished slots are the beginning of what this
@@ -270,6 +270,10 @@ class Reducer:
     def presence_after_reduction(self) -> list[bool]:
         """For each parameter, whether any slot of the newest reduced step, anywhere, gave it a gradient."""
         return [count > 0 for count in self._output.presence.tolist()]
+
+    def output(self) -> Sequence[torch.Tensor]:
+        """The newest reduced gradient of each parameter; not to be written to before the verdict."""
+        return self._output.views
 
     def output_is_finite(self) -> bool:
         """Whether all of the newest reduced gradient is, as the verdict says if nobody changed it since."""

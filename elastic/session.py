@@ -11,12 +11,13 @@ import math
 import sys
 import time
 import traceback as traceback_module
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from elastic.agreement import digest_of_sample, numerics
 from elastic.binding import (
@@ -33,18 +34,27 @@ from elastic.binding import (
 from elastic.buffers import Rule
 from elastic.config import WorkerConfig
 from elastic.control import Coordinator
+from elastic.digests import digest_of_layers
 from elastic.domain import Admitted, Failed, TrainingSpec
-from elastic.engine import Engine, Parts
+from elastic.engine import Engine
 from elastic.errors import ConfigError
-from elastic.loader import ElasticLoader, LoaderSpec
+from elastic.loader import ElasticLoader, LoaderSpec, SlotReader
 from elastic.measures import Measures
 from elastic.memory import SnapshotMemory
+from elastic.pipeline.actions import Schedule
+from elastic.pipeline.api import Pipeline, Split, autocast_of, split_batch
+from elastic.pipeline.engine import Parts as PipelineParts
+from elastic.pipeline.engine import PipelineEngine
+from elastic.pipeline.layers import Layers, OptimizerFactory, SchedulerFactory
+from elastic.pipeline.survey import REPETITIONS, Survey, survey
 from elastic.progress import ProgressPage
-from elastic.protocol import Register, UserCodeRaised
+from elastic.protocol import Register, UserCodeRaised, Warmed
 from elastic.records import SampleRecord
 from elastic.reduction import Reduction
+from elastic.replica import Parts, ReplicaEngine
 from elastic.sampler import SlotSampler
-from elastic.seeding import seed_everything
+from elastic.seeding import preserved, seed_everything
+from elastic.state import TrainingState
 
 TRACEBACK_SIZE_BYTES_MAX = 16 * 1024
 SAMPLE_IDS_MAX = 1024
@@ -90,7 +100,7 @@ class Session:
         self._settings = settings
         self._seed = settings.seed
         self._engine: Engine | None = None
-        self._loader: ElasticLoader | None = None
+        self._loop: ElasticLoader | Pipeline | None = None
         self._callbacks: list[Callable[[int], None]] = []
         self._norm = torch.tensor(math.nan)
         self._more_models: dict[str, nn.Module] = {}
@@ -205,19 +215,14 @@ class Session:
                 f"virtual_replicas={admitted.virtual_replicas} exceeds slots={admitted.slots}: give at most as many as slots"
             )
         if shard_optimizer and self._settings.agent and not admitted.snapshot_every and self.is_main:
-            print(
-                "elastic: shard_optimizer=True, and no snapshots are taken: the loss of any worker goes back to a checkpoint, or "
-                "ends the job; start it with --snapshot-every",
-                file=sys.stderr,
-                flush=True,
+            _warn(
+                "shard_optimizer=True, and no snapshots are taken: the loss of any worker goes back to a checkpoint, or "
+                "ends the job; start it with --snapshot-every"
             )
         sampler = SlotSampler(
             spec.dataset_size, spec.batch_size, admitted.slots, self._seed, spec.shuffle, spec.drop_last
         )
-        record = (
-            SampleRecord(Path(self._settings.record_dir), self._settings.worker) if self._settings.record_dir else None
-        )
-        engine = self._engine = Engine(
+        engine = self._engine = ReplicaEngine(
             self._coordinator,
             parts,
             sampler,
@@ -225,8 +230,8 @@ class Session:
             reduction=mode,
             joins=admitted.joins_running_world,
             page=self._page,
-            record=record,
-            memory=SnapshotMemory(self._settings.memory, self._settings.worker) if self._settings.memory else None,
+            record=self._sample_record(),
+            memory=self._snapshot_memory(),
             snapshot_every=admitted.snapshot_every,
         )
         engine.committed = admitted.committed
@@ -244,33 +249,184 @@ class Session:
         refuse_clipping_outside(engine)
         if self._page is not None:
             excuse_compilers(self._page)
-        self._loader = ElasticLoader(loader, engine, self._seed)
-        prepared = tuple(self._loader if thing is loader else thing for thing in things)
+        self._loop = ElasticLoader(loader, engine, self._seed)
+        prepared = tuple(self._loop if thing is loader else thing for thing in things)
         return prepared[0] if len(prepared) == 1 else prepared
+
+    def pipeline(
+        self,
+        layers: Any,
+        loss_fn: Callable[..., Tensor],
+        optimizer_fn: OptimizerFactory,
+        loader: Any,
+        *,
+        scheduler_fn: SchedulerFactory | None = None,
+        slots: int = 0,
+        virtual_replicas: int = 0,
+        stages: int = 0,
+        schedule: str = "1f1b",
+        reduction: str = "ordered",
+        seed: int | None = None,
+        clip_grad_norm: float = 0.0,
+        autocast: torch.dtype | None = None,
+        recompute: bool = False,
+        device: str | torch.device = "cpu",
+        memory_bytes: int = 0,
+        split: Split | None = None,
+    ) -> Pipeline:
+        """Cut a model into stages, one on each worker or on several, and train it as a pipeline that is cut anew as needed.
+
+        Each worker builds the whole model in host memory, and from the first step on holds only the layers of its stage.
+
+        Args:
+            layers: An nn.Sequential, a list of modules, or a model with `pipeline_layers()` and `pipeline_key()` (see
+                `elastic.pipeline.layers.LayeredModel`). Each gets what the one before returns: a tensor or a tuple of them.
+            loss_fn: loss_fn(output, target), the mean loss of a slot.
+            optimizer_fn: Makes an optimizer of a list of parameters; called for each layer.
+            loader: A map-style DataLoader, whose batch_size is one slot and whose batches are (input, ..., target).
+            scheduler_fn: Makes an LR scheduler of an optimizer; it is stepped after each step.
+            slots: Micro-batches per global batch, for the whole life of the job; 0: twice the workers at the start.
+            virtual_replicas: Blocks of slots that are summed as one; 0: as many as the widest stage has workers.
+            stages: How many stages, if there are as many workers; 0: one for each worker. More workers than stages share them.
+            schedule: "1f1b" or "gpipe".
+            reduction, seed: As in `prepare`.
+            clip_grad_norm: The norm to which the whole model's gradient is clipped; 0: it is not.
+            autocast: The dtype of torch.autocast for all forwards; None: without.
+            recompute: Compute forwards again for their backward instead of keeping what they computed.
+            device: Where the stage's layers are.
+            memory_bytes: What a worker has for the state and the activations of its layers; 0: enough.
+            split: Takes a batch apart: split(batch) -> (inputs as a tuple of tensors, target).
+
+        Raises:
+            ConfigError: something cannot be trained this way; one sentence says what and how to proceed.
+        """
+        if self._engine is not None:
+            raise ConfigError("session.pipeline() was called after prepare() or pipeline(): a session trains one thing")
+        if not isinstance(loader, DataLoader):
+            raise ConfigError(f"session.pipeline() was given a {type(loader).__name__} as loader: pass a DataLoader")
+        if seed is not None:
+            self._seed = seed
+        mode = _checked_numbers(slots, virtual_replicas, reduction)
+        if schedule not in tuple(Schedule):
+            raise ConfigError(f"schedule={schedule!r} is unknown: choose one of {', '.join(Schedule)}")
+        for name, value in (("stages", stages), ("memory_bytes", memory_bytes), ("clip_grad_norm", clip_grad_norm)):
+            if not value >= 0:
+                raise ConfigError(f"{name}={value} is negative: give 0 or more")
+        if self._more_models:
+            raise ConfigError(
+                f"session.extra_state({min(self._more_models)!r}) is a module, which a pipeline does not hold as a whole: keep "
+                "it outside, or pass an object with small values"
+            )
+        spec = LoaderSpec.of(loader)
+        taken = Layers(layers, optimizer_fn, scheduler_fn, torch.device(device))
+        if stages > len(taken):
+            raise ConfigError(f"stages={stages}, but the model has {len(taken)} layer(s): ask for at most as many stages")
+        context = autocast_of(autocast, taken.device)
+        take_apart = split or split_batch
+        numbers = range(len(taken))
+        whole = TrainingState(taken.models(numbers), {}, {})
+
+        def look(ids: Sequence[int], repetitions: int) -> Survey:
+            with preserved():
+                seed_everything(self._seed, 0, 0, "survey")
+                batch = take_apart(loader.collate_fn([loader.dataset[index] for index in ids]))
+                return survey(taken, loss_fn, *batch, context, repetitions)
+
+        full = min(spec.batch_size, spec.dataset_size)
+        surveys = {full: look(range(full), REPETITIONS)}
+        admitted = self._admit(
+            TrainingSpec(
+                slots=slots,
+                virtual_replicas=virtual_replicas,
+                layout_digest=whole.digest_layout(),
+                state_digest=digest_of_layers([taken.digest(number) for number in numbers]),
+                schedule=schedule,
+                stages=stages,
+                memory_bytes=memory_bytes,
+                layers=surveys[full].profiles,
+                **self._common_spec(loader, spec, mode),
+            )
+        )
+        if self._settings.agent and not admitted.snapshot_every and self.is_main:
+            _warn(
+                "session.pipeline(): no snapshots are taken, so that the loss of a worker whose stage nobody else holds goes "
+                "back to a checkpoint, or ends the job; start it with --snapshot-every"
+            )
+        sampler = SlotSampler(
+            spec.dataset_size, spec.batch_size, admitted.slots, self._seed, spec.shuffle, spec.drop_last
+        )
+        for size in set(sampler.sizes(sampler.steps_per_epoch)) - {0, full}:
+            surveys[size] = look(range(size), 1)
+        engine = PipelineEngine(
+            self._coordinator,
+            PipelineParts(
+                taken,
+                surveys,
+                loss_fn,
+                context,
+                Schedule(schedule),
+                self._seed,
+                float(clip_grad_norm),
+                recompute,
+                self._stateful,
+                self._rules,
+            ),
+            sampler,
+            replicas=admitted.virtual_replicas,
+            reduction=mode,
+            page=self._page,
+            record=self._sample_record(),
+            memory=self._snapshot_memory(),
+            snapshot_every=admitted.snapshot_every,
+        )
+        engine.committed = admitted.committed
+        engine.on_commit, engine.on_end = self._callbacks, self._on_end
+        if self._page is not None:
+            excuse_compilers(self._page)
+        if admitted.joins_running_world:
+            self._coordinator.feed(Warmed())  # its layers have run in the survey
+        self._engine = engine
+        self._loop = pipeline = Pipeline(engine, SlotReader(loader, engine, self._seed), split)
+        return pipeline
+
+    def _common_spec(self, loader: Any, spec: LoaderSpec, mode: Reduction) -> dict[str, Any]:
+        """What a job trains, whoever holds the model."""
+        return {
+            "reduction": mode.value,
+            "seed": self._seed & (2**64 - 1),
+            "dataset_size": spec.dataset_size,
+            "batch_size": spec.batch_size,
+            "shuffle": spec.shuffle,
+            "drop_last": spec.drop_last,
+            "data_digest": digest_of_sample(loader.dataset, self._seed),
+            "numerics": numerics(),
+        }
+
+    def _sample_record(self) -> SampleRecord | None:
+        folder = self._settings.record_dir
+        return SampleRecord(Path(folder), self._settings.worker) if folder else None
+
+    def _snapshot_memory(self) -> SnapshotMemory | None:
+        return SnapshotMemory(self._settings.memory, self._settings.worker) if self._settings.memory else None
 
     def _register(
         self, parts: Parts, loader: Any, spec: LoaderSpec, slots: int, replicas: int, mode: Reduction
     ) -> Admitted:
         state = parts.state(Measures())
-        self._coordinator.feed(
-            Register(
-                TrainingSpec(
-                    slots=slots,
-                    virtual_replicas=replicas,
-                    reduction=mode.value,
-                    seed=self._seed & (2**64 - 1),
-                    dataset_size=spec.dataset_size,
-                    batch_size=spec.batch_size,
-                    shuffle=spec.shuffle,
-                    drop_last=spec.drop_last,
-                    layout_digest=state.digest_layout(),
-                    state_digest=state.digest_model(),
-                    data_digest=digest_of_sample(loader.dataset, self._seed),
-                    numerics=numerics(),
-                    shard_optimizer=parts.shards_optimizer,
-                )
+        return self._admit(
+            TrainingSpec(
+                slots=slots,
+                virtual_replicas=replicas,
+                layout_digest=state.digest_layout(),
+                state_digest=state.digest_model(),
+                shard_optimizer=parts.shards_optimizer,
+                **self._common_spec(loader, spec, mode),
             )
         )
+
+    def _admit(self, spec: TrainingSpec) -> Admitted:
+        """Say what this worker trains, and wait until the job's fixed numbers are known."""
+        self._coordinator.feed(Register(spec))
         self._show_waiting(True)
         self._coordinator.wait_until(lambda: self._coordinator.machine.admitted is not None)
         self._show_waiting(False)
@@ -330,10 +486,10 @@ class Session:
 
         Leaving the loader early (break) ends the epochs too, since all workers leave at the same step.
         """
-        engine, loader = self._prepared("epochs")
+        engine, loop = self._training("epochs")
         while (epoch := engine.epoch()) < count and not engine.stopping:
             yield epoch
-            if loader.left_early:
+            if loop.left_early:
                 return
 
     def clip_grad_norm_(
@@ -344,7 +500,7 @@ class Session:
         Norms are taken per parameter and then together, in a fixed order. Returns a 0-dim float tensor that holds the
         norm before clipping once optimizer.step() has committed the step (until then, the norm of the step before).
         """
-        engine, _ = self._prepared("clip_grad_norm_")
+        engine = self._prepared("clip_grad_norm_")
         chosen = list(engine.parts.parameters) if parameters is None else list(parameters)
 
         def clip() -> None:
@@ -376,13 +532,13 @@ class Session:
         Raises:
             ConfigError: the value came after optimizer.step(), too late for its step.
         """
-        engine, _ = self._prepared("mean")
+        engine, _ = self._training("mean")
         if value is not None:
             self._measure(name, value, f"session.mean({name!r}, ...)")
         return engine.measures.mean(name)
 
     def _measure(self, name: str, value: float | Tensor, call: str) -> None:
-        engine, _ = self._prepared("mean")
+        engine = self._prepared(call.partition("(")[0].removeprefix("session."))
         engine.measure(name, float(value.detach()) if isinstance(value, Tensor) else float(value), call)
 
     def weight(self, weight: float) -> None:
@@ -393,7 +549,7 @@ class Session:
         Raises:
             ConfigError: it came too late or is no weight.
         """
-        engine, _ = self._prepared("weight")
+        engine = self._prepared("weight")
         engine.weigh(float(weight))
 
     def stop(self, flag: bool = True) -> bool:
@@ -404,7 +560,7 @@ class Session:
         Returns:
             Whether it is decided.
         """
-        engine, _ = self._prepared("stop")
+        engine, _ = self._training("stop")
         engine.stop_asked |= bool(flag)
         return engine.stopping
 
@@ -435,10 +591,19 @@ class Session:
         """
         self._callbacks.append(callback)
 
-    def _prepared(self, what: str) -> tuple[Engine, ElasticLoader]:
-        if self._engine is None or self._loader is None:
+    def _training(self, what: str) -> tuple[Engine, ElasticLoader | Pipeline]:
+        if self._engine is None or self._loop is None:
             raise ConfigError(f"session.{what}() was called before session.prepare()")
-        return self._engine, self._loader
+        return self._engine, self._loop
+
+    def _prepared(self, what: str) -> ReplicaEngine:
+        engine, _ = self._training(what)
+        if not isinstance(engine, ReplicaEngine):
+            raise ConfigError(
+                f"session.{what}() is for what session.prepare() was given; a pipeline computes its slots by itself, see "
+                "session.pipeline()"
+            )
+        return engine
 
     # -- the end ---------------------------------------------------------------------------------------------------
 
@@ -485,6 +650,10 @@ def report_failure(error: BaseException, summary: str) -> None:
         join().report_failure(error, summary)
     except ConfigError as problem:
         print(f"elastic: the failure could not be reported: {problem}", file=sys.stderr)
+
+
+def _warn(sentence: str) -> None:
+    print(f"elastic: {sentence}", file=sys.stderr, flush=True)
 
 
 def _checked_numbers(slots: int, virtual_replicas: int, reduction: str) -> Reduction:

@@ -266,6 +266,27 @@ class TrainingState:
             self.shards.touched()
         return [tensor for _, tensor in model_items] + state_tensors
 
+    def chosen(self, sections: Sequence[tuple[Sequence[Entry], str]]) -> tuple[list[Entry], str]:
+        """Return, of a state that was described in sections, the manifest and the small state of what is here.
+
+        Raises:
+            ConfigError: something that is here is in no section. TransferError: a section contradicts itself.
+        """
+        described: dict[str, Entry] = {}
+        states: list[Entry] = []
+        wanted = {"models": self.models, "optimizers": self.optimizers, "stateful": self.stateful}
+        merged: dict[str, dict[str, Any]] = {kind: {} for kind in wanted}
+        for entries, small in sections:
+            described |= {entry.name: entry for entry in entries if entry.address is None}
+            states += [entry for entry in entries if entry.address is not None and entry.name in self.optimizers]
+            for kind, pairs in _kinds_of_small(small).items():
+                merged[kind] |= {name: value for name, value in pairs if name in wanted[kind]}
+        missing = [entry.label for entry, _ in self._model_items() if entry.name not in described]
+        if missing:
+            raise ConfigError(f"The snapshot does not have the {missing[0]}: {_SAME_PROGRAM}")
+        chosen = [described[entry.name] for entry, _ in self._model_items()]
+        return chosen + sorted(states, key=lambda entry: entry.name), _small_of_kinds(merged)
+
     def recut(self, cut: Cut) -> tuple[list[Entry], list[Tensor], list[Tensor]]:
         """Make room for another part of what is cut.
 
@@ -469,6 +490,20 @@ class TrainingState:
         if (is_split and tuple(parameter.shape) == entry.shape) or len(extent) < entry.size_bytes:
             return (len(extent) // TENSOR_DTYPES[entry.dtype].itemsize,), (1,)
         return entry.shape, entry.stride or _row_major(entry.shape)
+
+
+def _kinds_of_small(small: str) -> dict[str, list[tuple[str, Any]]]:
+    """The parts of a small state by kind, still encoded, since only their owners can decode them."""
+    try:
+        return {kind: [(name, value) for name, value in part["dict"]] for kind, part in json.loads(small)["dict"]}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise TransferError(f"The small state cannot be read ({error}): ask for the state again.") from error
+
+
+def _small_of_kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
+    """The inverse of `_kinds_of_small`."""
+    parts = [[kind, {"dict": [[name, value] for name, value in sorted(part.items())]}] for kind, part in kinds.items()]
+    return json.dumps({"dict": parts})
 
 
 class Watch:

@@ -323,7 +323,8 @@ def _opened(header: memoryview, preamble: _Preamble) -> tuple[list[Entry], str]:
         raise TransferError(
             "The description of the state arrived damaged (its CRC differs): ask for it again."
         )
-    entries, small = read_description(header)
+    described = read_description(header)
+    entries, small = described.entries, described.small
     if len(entries) != preamble.entries:
         raise TransferError(
             f"The description of the state does not hold {preamble.entries} tensors: ask for it again."

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from elastic.domain import Member, Plan, PlanKind, PlanNode
+from elastic.pipeline.moves import moves
 from recovery.dealing import deal_afresh, deal_orphans
+from recovery.pipelines import Layout
 from recovery.placement import ProtectionGroup, Site, make_groups, warnings
 
 
@@ -33,28 +35,32 @@ def make_plan(
     before: Plan | None = None,
     nodes: Sequence[PlanNode] = (),
     redundancy: tuple[int, int] = (0, 0),
+    layout: Layout | None = None,
 ) -> Plan:
     """Return the plan of a world with these members, ranks in the order given.
 
-    `before` is the world that a FENCE continues: its owners keep their slots, since they may have finished some of the
-    interrupted step. All other worlds begin at a boundary and are dealt afresh. `nodes` are those of the members, and
+    `before` is the world that is continued; the owners of one that a FENCE continues keep their slots, since they may have
+    finished some of the interrupted step. All other worlds begin at a boundary and are dealt afresh. `layout` is how a
+    pipeline is cut. `nodes` are those of the members, and
     `redundancy` the data and parity shards that snapshots of this world are protected with; none if there are too few
     nodes for it. Raises ValueError without members or
     with more members than slots, which the caller must have prevented.
     """
     if not members:
         raise ValueError("a world needs at least one member")
-    if len(members) > slots:
+    if layout is None and len(members) > slots:
         raise ValueError(f"{len(members)} members cannot share {slots} slots")
     names = [candidate.worker for candidate in members]
-    if kind is PlanKind.FENCE and before is not None:
+    if layout is not None:
+        owners: Sequence[str] = [names[rank] for rank in layout.owners]
+    elif kind is PlanKind.FENCE and before is not None:
         owners = deal_orphans([before.members[rank].worker for rank in before.owners], names)
     else:
         owners = deal_afresh(slots, virtual_replicas, names)
     data_shards, parity_shards = redundancy
     is_protected = 0 < parity_shards < len(nodes)
     rank_of = {name: rank for rank, name in enumerate(names)}
-    return Plan(
+    plan = Plan(
         generation=generation,
         kind=kind,
         members=tuple(
@@ -77,6 +83,16 @@ def make_plan(
         data_shards=data_shards if is_protected else 0,
         parity_shards=parity_shards if is_protected else 0,
     )
+    if layout is None:
+        return plan
+    plan = replace(
+        plan,
+        stages=layout.stages,
+        routes=layout.flat_routes,
+        predicted_s=layout.prediction.step_s,
+        reason=f"{reason}; {layout.reason}",
+    )
+    return replace(plan, moves=moves(before, plan)) if kind is PlanKind.SWITCH and before is not None else plan
 
 
 def protection_groups(plan: Plan) -> tuple[ProtectionGroup, ...]:

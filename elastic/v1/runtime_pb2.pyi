@@ -71,6 +71,10 @@ class TrainingSpec(_message.Message):
     DATA_DIGEST_FIELD_NUMBER: _builtins.int
     NUMERICS_FIELD_NUMBER: _builtins.int
     SHARD_OPTIMIZER_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    MEMORY_BYTES_FIELD_NUMBER: _builtins.int
+    LAYERS_FIELD_NUMBER: _builtins.int
     slots: _builtins.int
     """Requested micro-batches per global batch; 0: the number of replicas at the start."""
     virtual_replicas: _builtins.int
@@ -97,6 +101,16 @@ class TrainingSpec(_message.Message):
     """What the bits of a kernel depend on: versions, threads, the processor's capability."""
     shard_optimizer: _builtins.bool
     """Whether each worker holds a part of the optimizer's state alone."""
+    schedule: _builtins.str
+    """Of a pipeline: "gpipe" or "1f1b"; empty: the model is not cut."""
+    stages: _builtins.int
+    """Requested stages of a pipeline; 0: one for each worker."""
+    memory_bytes: _builtins.int
+    """What a worker has for the state and the activations of its layers; 0: enough."""
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerProfile]:
+        """Of a pipeline, as measured by this worker before it trained."""
+
     def __init__(
         self,
         *,
@@ -113,14 +127,55 @@ class TrainingSpec(_message.Message):
         data_digest: _builtins.str = ...,
         numerics: _builtins.str = ...,
         shard_optimizer: _builtins.bool = ...,
+        schedule: _builtins.str = ...,
+        stages: _builtins.int = ...,
+        memory_bytes: _builtins.int = ...,
+        layers: _abc.Iterable[Global___LayerProfile] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "data_digest", b"data_digest", "dataset_size", b"dataset_size", "drop_last", b"drop_last", "layout_digest", b"layout_digest", "numerics", b"numerics", "reduction", b"reduction", "seed", b"seed", "shard_optimizer", b"shard_optimizer", "shuffle", b"shuffle", "slots", b"slots", "state_digest", b"state_digest", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "data_digest", b"data_digest", "dataset_size", b"dataset_size", "drop_last", b"drop_last", "layers", b"layers", "layout_digest", b"layout_digest", "memory_bytes", b"memory_bytes", "numerics", b"numerics", "reduction", b"reduction", "schedule", b"schedule", "seed", b"seed", "shard_optimizer", b"shard_optimizer", "shuffle", b"shuffle", "slots", b"slots", "stages", b"stages", "state_digest", b"state_digest", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___TrainingSpec: _TypeAlias = TrainingSpec  # noqa: Y015
+
+@_typing.final
+class LayerProfile(_message.Message):
+    """What one layer of a pipeline costs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FORWARD_S_FIELD_NUMBER: _builtins.int
+    BACKWARD_S_FIELD_NUMBER: _builtins.int
+    STATE_BYTES_FIELD_NUMBER: _builtins.int
+    ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
+    OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
+    forward_s: _builtins.float
+    """Of one slot."""
+    backward_s: _builtins.float
+    state_bytes: _builtins.int
+    """Of parameters, gradients and the optimizer's state."""
+    activation_bytes: _builtins.int
+    """Kept between the forward and the backward of one slot."""
+    output_bytes: _builtins.int
+    """Sent to the next layer for one slot, if that is another worker's."""
+    def __init__(
+        self,
+        *,
+        forward_s: _builtins.float = ...,
+        backward_s: _builtins.float = ...,
+        state_bytes: _builtins.int = ...,
+        activation_bytes: _builtins.int = ...,
+        output_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "backward_s", b"backward_s", "forward_s", b"forward_s", "output_bytes", b"output_bytes", "state_bytes", b"state_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerProfile: _TypeAlias = LayerProfile  # noqa: Y015
 
 @_typing.final
 class Registered(_message.Message):
@@ -538,6 +593,10 @@ class Plan(_message.Message):
     NODES_FIELD_NUMBER: _builtins.int
     DATA_SHARDS_FIELD_NUMBER: _builtins.int
     PARITY_SHARDS_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    ROUTES_FIELD_NUMBER: _builtins.int
+    MOVES_FIELD_NUMBER: _builtins.int
+    PREDICTED_S_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     kind: Global___PlanKind.ValueType
     virtual_replicas: _builtins.int
@@ -552,6 +611,8 @@ class Plan(_message.Message):
     data_shards: _builtins.int
     """Of the code that protects snapshots of this world; 0: they are not protected."""
     parity_shards: _builtins.int
+    predicted_s: _builtins.float
+    """Of a pipeline: how long a step is expected to take; 0: nothing is known yet."""
     @_builtins.property
     def members(self) -> _containers.RepeatedCompositeFieldContainer[Global___Member]:
         """In order of rank."""
@@ -563,6 +624,18 @@ class Plan(_message.Message):
     @_builtins.property
     def nodes(self) -> _containers.RepeatedCompositeFieldContainer[Global___PlanNode]:
         """In order of their members' ranks."""
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stage]:
+        """Of a pipeline, in order; none: each member holds the whole model."""
+
+    @_builtins.property
+    def routes(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Of a pipeline: for each slot the rank at each stage, slot after slot."""
+
+    @_builtins.property
+    def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerMove]:
+        """Of a pipeline: what members give to each other before the first step of a SWITCH."""
 
     def __init__(
         self,
@@ -579,14 +652,86 @@ class Plan(_message.Message):
         nodes: _abc.Iterable[Global___PlanNode] | None = ...,
         data_shards: _builtins.int = ...,
         parity_shards: _builtins.int = ...,
+        stages: _abc.Iterable[Global___Stage] | None = ...,
+        routes: _abc.Iterable[_builtins.int] | None = ...,
+        moves: _abc.Iterable[Global___LayerMove] | None = ...,
+        predicted_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_shards", b"data_shards", "generation", b"generation", "kind", b"kind", "members", b"members", "nodes", b"nodes", "owners", b"owners", "parity_shards", b"parity_shards", "prepare_timeout_ms", b"prepare_timeout_ms", "reason", b"reason", "store_address", b"store_address", "store_node", b"store_node", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_shards", b"data_shards", "generation", b"generation", "kind", b"kind", "members", b"members", "moves", b"moves", "nodes", b"nodes", "owners", b"owners", "parity_shards", b"parity_shards", "predicted_s", b"predicted_s", "prepare_timeout_ms", b"prepare_timeout_ms", "reason", b"reason", "routes", b"routes", "stages", b"stages", "store_address", b"store_address", "store_node", b"store_node", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class LayerMove(_message.Message):
+    """Layers that go from ranks that hold them to others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    TARGETS_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """The first layer."""
+    last: _builtins.int
+    """The layer behind the last one."""
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Each gives a share."""
+
+    @_builtins.property
+    def targets(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        sources: _abc.Iterable[_builtins.int] | None = ...,
+        targets: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last", "sources", b"sources", "targets", b"targets"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerMove: _TypeAlias = LayerMove  # noqa: Y015
+
+@_typing.final
+class Stage(_message.Message):
+    """Consecutive layers, and who holds them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """The first layer."""
+    last: _builtins.int
+    """The layer behind the last one."""
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Each holds all of these layers."""
+
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last", "ranks", b"ranks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stage: _TypeAlias = Stage  # noqa: Y015
 
 @_typing.final
 class Admitted(_message.Message):

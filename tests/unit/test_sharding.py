@@ -365,7 +365,8 @@ def test_a_checkpoint_of_a_cut_state_is_what_plain_torch_loads(tmp_path: Path) -
     memory = torch.empty(sum(len(m) for _, m in memories), dtype=torch.uint8)
     read = read_checkpoint(path, memory)
     again = Replica(seed=5, cut=Cut(0, 1))
-    entries, small = read_description(raw_view(memory)[read.description_at : read.stored_bytes])
+    described = read_description(raw_view(memory)[read.description_at : read.stored_bytes])
+    entries, small = described.entries, described.small
     tensors = again.state.adopt(entries, small)
     Unpacker(SnapshotLayout(entries, 1), tensors, again.state.extents(entries)).unpack(range(read.end), memory)
     assert contents([again]) == contents([alone])

@@ -1,0 +1,125 @@
+"""Pipelines as the controller sees them: how the next world's is cut, and what is left of one after a loss.
+
+A world that continues a step keeps its stages, so that nothing has to move while all stand still. Every other one is cut
+anew by `recovery/pipelines.py`. Jobs whose workers each hold the whole model have no layout, and nothing here concerns them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from controller.events import Persist
+from controller.job import Job
+from elastic.digests import digest_of_layers
+from elastic.domain import Leaving, Member, Plan, PlanKind, Stage, TrainingSpec
+from elastic.pipeline.actions import Schedule
+from recovery.pipelines import Layout, Model, held_in, lay_out, rerouted
+
+
+@dataclass(frozen=True, slots=True)
+class NoLayout:
+    """A pipeline cannot be cut for these workers; `reason` says why."""
+
+    reason: str
+
+
+def model_of(spec: TrainingSpec) -> Model:
+    """Return what is to be cut."""
+    return Model(
+        layers=spec.layers,
+        slots=spec.slots,
+        virtual_replicas=spec.virtual_replicas,
+        stages=spec.stages,
+        memory_bytes=spec.memory_bytes,
+        schedule=Schedule(spec.schedule),
+    )
+
+
+def layout_for(job: Job, kind: PlanKind, names: Sequence[str], before: Plan | None) -> Layout | NoLayout | None:
+    """Return how a pipeline is cut among the members of the next world, in order of rank; None where there is no pipeline.
+
+    `before` is the world whose interrupted step a FENCE continues, and from which a SWITCH moves layers.
+    """
+    assert job.spec is not None
+    if not job.spec.is_pipeline:
+        return None
+    model = model_of(job.spec)
+    if kind is PlanKind.FENCE and before is not None:
+        return rerouted(model, _kept_stages(before, names), "stages stay as they are")
+    held = held_in(before, names) if before is not None and kind is PlanKind.SWITCH else None
+    found = lay_out(model, len(names), held)
+    return NoLayout(found) if isinstance(found, str) else found
+
+
+def _kept_stages(before: Plan, names: Sequence[str]) -> list[Stage]:
+    """The stages of a world with those who are left; newcomers go where the fewest are."""
+    ranks: list[list[int]] = [[] for _ in before.stages]
+    new = []
+    for rank, name in enumerate(names):
+        old = before.rank_of(name)
+        if old is None:
+            new.append(rank)
+        else:
+            ranks[before.stage_of(old)].append(rank)
+    for rank in new:
+        min(ranks, key=len).append(rank)
+    return [Stage(s.first, s.last, tuple(members)) for s, members in zip(before.stages, ranks, strict=True)]
+
+
+def tell_of_no_layout(job: Job, found: NoLayout) -> None:
+    """Say why a world is not formed, once."""
+    if job.no_layout != found.reason:
+        job.no_layout = found.reason
+        job.emit(Persist("job-waits", f"the pipeline cannot be cut: {found.reason}", {}))
+
+
+def is_whole(job: Job, plan: Plan, holders: Iterable[str]) -> bool:
+    """Whether workers that hold what is theirs in a world hold the whole state together; not asked of other jobs.
+
+    Of a pipeline whose layers were on their way, nobody can tell who has what.
+    """
+    assert job.spec is not None
+    if not job.spec.is_pipeline:
+        return True
+    if job.unsettled:
+        return False
+    names = set(holders)
+    return all(any(plan.members[rank].worker in names for rank in stage.ranks) for stage in plan.stages)
+
+
+def note_committed(job: Job, plan: Plan) -> None:
+    """A generation was committed: layers may be on their way from now on, and whoever gets some holds nothing yet."""
+    job.no_layout = ""
+    job.unsettled = plan.generation if plan.moves else 0
+    for move in plan.moves:
+        for rank in move.targets:
+            job.workers[plan.members[rank].worker].holds_state = False
+
+
+def note_resumed(job: Job, generation: int) -> None:
+    """A step was committed in a generation: all its members have voted on it, and so hold what is theirs."""
+    if job.spec is None or not job.spec.is_pipeline or job.plan is None or job.plan.generation != generation:
+        return
+    job.unsettled = 0
+    for worker in job.known(job.plan.members):
+        worker.holds_state |= worker.alive
+
+
+def final_digest(job: Job, left: Iterable[tuple[str, Leaving]]) -> str | set[str]:
+    """Return the digest of what a finished job has trained, or the different ones where workers do not agree.
+
+    `left` are workers that hold the state and have left the loop. Those of a stage must agree; together they have all of it.
+    """
+    by_worker = dict(left)
+    if job.spec is None or not job.spec.is_pipeline or job.plan is None or len(job.plan.stages) == 1:
+        digests = {leaving.digest for leaving in by_worker.values()}
+        return digests.pop() if len(digests) == 1 else digests
+    layers: list[str] = []
+    for stage in job.plan.stages:
+        members: list[Member] = [job.plan.members[rank] for rank in stage.ranks]
+        digests = {by_worker[member.worker].digest for member in members if member.worker in by_worker}
+        if len(digests) > 1:
+            return digests
+        layers += digests.pop().split() if digests else ["?"]
+    return digest_of_layers(layers)

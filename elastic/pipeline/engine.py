@@ -1,0 +1,638 @@
+"""The steps of a worker that holds one stage of a model: its actions, the reduction over its stage, and its layers' travels.
+
+User code asks for a step as a whole. A step that breaks is computed anew from its first slot in the next world, since what
+is in flight belongs to several workers. Between two steps layers may come and go: over the old world's group from those who
+leave, over the new one's to whoever is to hold them, and the committed state is then the same as if they had always been
+there. This file must never decide who holds what.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from elastic import measures
+from elastic.buffers import CommittedBuffers, Rule
+from elastic.capture import Capturer, restore
+from elastic.control import Coordinator
+from elastic.digests import digest_of_layers
+from elastic.domain import LayerMove, Plan, PlanKind
+from elastic.engine import LOSS, Engine, Slot
+from elastic.errors import CollectiveAborted, ConfigError, TransferError
+from elastic.failpoints import FailPoint, reach_inside
+from elastic.group import Group, GroupPart, Work
+from elastic.memory import SnapshotMemory
+from elastic.payload import Section
+from elastic.pipeline.actions import Action, Schedule, make_actions
+from elastic.pipeline.executor import Batch, Deeds, Executor
+from elastic.pipeline.layers import MODEL, Layers
+from elastic.pipeline.moves import fill, handovers
+from elastic.pipeline.survey import Survey
+from elastic.progress import ProgressPage
+from elastic.protocol import CollectiveBroke, EnterWorld, LoopEnded, StateReceived
+from elastic.records import SampleRecord
+from elastic.reduction import Reduced, Reducer, Reduction
+from elastic.sampler import SlotSampler
+from elastic.seeding import preserved
+from elastic.snapshots import SnapshotId
+from elastic.transfer import receive_state, send_state
+
+TAG = 1 << 27
+"""Above the tags of activations, and below a verdict's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What user code handed over.
+
+    Attributes:
+        surveys: for each size of a slot what goes between layers.
+        loss_fn: of the last output and the target. autocast: the context of each forward.
+        max_norm: to which the gradient is clipped; 0 for not at all.
+        recompute: whether activations are computed again in the backward.
+        stateful, rules: as in `session.prepare`.
+    """
+
+    layers: Layers
+    surveys: Mapping[int, Survey]
+    loss_fn: Callable[..., Tensor]
+    autocast: Callable[[], contextlib.AbstractContextManager[Any]]
+    schedule: Schedule
+    seed: int
+    max_norm: float = 0.0
+    recompute: bool = False
+    stateful: Mapping[str, Any] = field(default_factory=dict)
+    rules: Mapping[str, Rule] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Stage:
+    """What a worker has for the layers that it holds, until it holds others.
+
+    Attributes:
+        numbers: of the layers. parameters: the numbers of their parameters among those of all layers.
+    """
+
+    numbers: range
+    parameters: list[int]
+    buffers: CommittedBuffers
+    reducer: Reducer
+    executor: Executor
+
+
+class PipelineEngine(Engine):
+    """Drives the steps of a worker that is part of a pipeline."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        parts: Parts,
+        sampler: SlotSampler,
+        *,
+        replicas: int,
+        reduction: Reduction,
+        page: ProgressPage | None,
+        record: SampleRecord | None,
+        memory: SnapshotMemory | None = None,
+        snapshot_every: int = 0,
+    ) -> None:
+        super().__init__(coordinator, sampler, page=page, record=record, memory=memory)
+        self.parts = parts
+        self.layers = parts.layers
+        self.batch: Callable[[int, int, tuple[int, ...]], Batch] | None = None
+        self.norm = float("nan")
+        self._replicas, self._reduction = replicas, reduction
+        self._stage: _Stage | None = None
+        self._common = {**parts.stateful, "elastic.measures": self.measures}
+        self._transfers: list[LayerMove] = []
+        self._actions: Sequence[Action] = ()
+        self._made_for: object = None
+        self._part: GroupPart | None = None
+        self._part_of: Group | None = None
+        self._captured: object = None
+        self._is_planned = self._is_computed = False
+        self._gradients: dict[int, Tensor] = {}  # of tied parameters held here: the sum over all uses
+        self._tied_presence: dict[int, bool] = {}
+        self._totals = torch.zeros(0)  # the norm of each parameter's gradient
+        self._measured = torch.zeros(measures.EXTRAS, dtype=torch.float64)
+        self._capturer: Capturer | None = None
+        if memory is not None and snapshot_every:
+            state = self.layers.state((), dict(self._common))
+            self._capturer = Capturer(state, memory, buffers=3 if snapshot_every == 1 else 2)
+            self.take_snapshots(self._capturer, snapshot_every)
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def next_step(self) -> bool:
+        """Whether there is another step in the data epoch that user code is in; blocks while the world is regrouped.
+
+        Raises SystemExit when the world goes on without this worker.
+        """
+        self._announce()
+        self.beat()
+        if not self._settle():
+            return False
+        assert self.plan is not None
+        self.committed_in_slot = False
+        self._stage_now()
+        self.snapshots.step_ended(self.committed, self.plan.generation, time.monotonic())
+        return True
+
+    def run_step(self) -> bool:
+        """Compute and commit the step in progress, in as many worlds as it takes.
+
+        Returns False where it never will be: the loop is over for all.
+        """
+        step = self.step
+        while True:
+            try:
+                self._compute(step)
+            except CollectiveAborted as error:
+                self._abandon()
+                self.coordinator.feed(CollectiveBroke(str(error)))
+            else:
+                if self._commit_step():
+                    return True
+            self._abandon()
+            if not self._settle():
+                return False
+            step = self.step
+
+    def _compute(self, step: int) -> None:
+        """All of this worker's forwards and backwards."""
+        stage, actions = self._stage_now(), self._actions
+        assert self.group is not None and self.batch is not None
+        sizes = self.sampler.sizes(step)
+        several = len(set(sizes) - {0}) > 1
+        batch = self.batch
+
+        def fetch(slot: int) -> Batch:
+            ids = self.sampler.ids(step, slot)
+            self.slot = Slot(step, slot, ids, counts=True, is_last=False)
+            return batch(step, slot, ids)
+
+        def begin(slot: int) -> None:
+            stage.reducer.begin_slot(slot, float(sizes[slot]) if several else None)
+
+        def end(slot: int, extras: Tensor) -> None:
+            if not stage.reducer.end_slot(extras):
+                raise ConfigError(
+                    f"a parameter of layers {stage.numbers.start} to {stage.numbers.stop - 1} gets its gradient in several "
+                    "pieces in one backward: use torch.utils.checkpoint with use_reentrant=False, or recompute=True"
+                )
+
+        def measured(slot: int, loss: float | None) -> Tensor:
+            self.measures.begin_slot(sizes[slot])
+            self.measures.give(LOSS, float("nan") if loss is None else loss)
+            return self.measures.of_slot()
+
+        deeds = Deeds(fetch, begin, end, measured, self.beat, self._waiting)
+        stage.executor.run(actions, step, sizes, self.group, stage.buffers, deeds)
+        self.slot = None
+        self._is_computed = True
+
+    def _empty_slots(self) -> tuple[int, ...]:
+        return tuple(slot for slot, size in enumerate(self.sampler.sizes(self.step)) if size == 0)
+
+    def _abandon(self) -> None:
+        """A step that was begun will be begun again."""
+        self.slot = None
+        self._is_computed = False
+        if self.group is not None and self.group.aborted is not None:
+            self.group.drain()
+        if self._stage is not None:
+            self._stage.reducer.discard_slot()
+            self._stage.reducer.clear()
+            self._stage.buffers.restore()
+
+    # -- the end of a step ---------------------------------------------------------------------------------------------
+
+    def _reduce(self) -> Reduced:
+        stage = self._stage_now()
+        reduced = stage.reducer.finish(self._divisor())
+        self._add_up_ties(stage)
+        finite = self._exchange_summaries(stage, reduced)
+        return Reduced(finite, reduced.complete, reduced.extras)
+
+    def _divisor(self) -> float:
+        sizes = [size for size in self.sampler.sizes(self.step) if size]
+        return float(len(sizes) if len(set(sizes)) == 1 else sum(sizes))
+
+    def _add_up_ties(self, stage: _Stage) -> None:
+        """Exchange the gradients of parameters that several layers use, and add them in the order of the layers."""
+        assert self.plan is not None and self.group is not None
+        self._gradients, self._tied_presence = {}, {}
+        output = dict(zip(stage.parameters, stage.reducer.output(), strict=True))
+        present = dict(zip(stage.parameters, stage.reducer.presence_after_reduction(), strict=True))
+        arriving: list[list[tuple[int, Tensor, Work | None]]] = []
+        for tie, uses in enumerate(self.layers.uses):
+            numbers = [self.layers.number_of(use) for use in uses]
+            mine = [number for number in numbers if number in output]
+            if not mine:
+                continue
+            parts: list[tuple[int, Tensor, Work | None]] = []
+            for place, (use, number) in enumerate(zip(uses, numbers, strict=True)):
+                tag = TAG + 64 * (tie + 1) + place
+                if number in output:
+                    flat = output[number].reshape(-1)
+                    message = torch.cat([flat, torch.full((1,), float(present[number]), dtype=flat.dtype)]).cpu()
+                    parts.append((number, message, None))
+                    for rank in self._readers_of(stage, uses, use.layer):
+                        self.group.post(message, rank, tag)
+                else:
+                    ranks = self._stage_with(use.layer).ranks
+                    source = ranks[self._position() % len(ranks)]
+                    like = output[mine[0]]
+                    message = torch.empty(like.numel() + 1, dtype=like.dtype)
+                    parts.append((number, message, self.group.take(message, source, tag)))
+            arriving.append(parts)
+        for parts in arriving:
+            total: Tensor | None = None
+            is_present = False
+            for _, message, work in parts:
+                if work is not None:
+                    work.wait()
+                is_present |= bool(message[-1] > 0)
+                total = message[:-1] if total is None else torch.add(total, message[:-1])
+            assert total is not None
+            for number, _, work in parts:
+                if work is None:
+                    self._gradients[number] = total.clone().to(output[number].device).view(output[number].shape)
+                self._tied_presence[number] = is_present
+
+    def _stage_with(self, layer: int) -> Any:
+        assert self.plan is not None
+        return next(stage for stage in self.plan.stages if stage.first <= layer < stage.last)
+
+    def _position(self) -> int:
+        """This worker's place among the ranks of its stage."""
+        assert self.plan is not None
+        return self.plan.stages[self.plan.stage_of(self.rank)].ranks.index(self.rank)
+
+    def _readers_of(self, stage: _Stage, uses: Sequence[Any], layer: int) -> list[int]:
+        """The ranks that take what this one has of a use: each of another stage with a use asks one of ours."""
+        assert self.plan is not None
+        readers = []
+        mine = self._stage_with(layer)
+        for other in self.plan.stages:
+            if other is mine or not any(other.first <= use.layer < other.last for use in uses):
+                continue
+            width = len(mine.ranks)
+            readers += [rank for place, rank in enumerate(other.ranks) if place % width == self._position()]
+        return readers
+
+    def _exchange_summaries(self, stage: _Stage, reduced: Reduced) -> bool:
+        """Have what each stage knows of the whole step: whether its gradient is finite, its norms, the loss.
+
+        All ranks of a stage know the same, and its first one tells it to the others.
+        """
+        assert self.plan is not None and self.group is not None
+        finite = reduced.finite and all(bool(each.isfinite().all()) for each in self._gradients.values())
+        parts: list[Tensor] = []
+        works = []
+        mine = self.plan.stage_of(self.rank)
+        for number, other in enumerate(self.plan.stages):
+            if number == mine:
+                parts.append(self._summary(stage, finite, reduced))
+                continue
+            counts = len(self.layers.parameter_numbers(range(other.first, other.last))) if self.parts.max_norm else 0
+            last = measures.EXTRAS if number == len(self.plan.stages) - 1 else 0
+            parts.append(torch.empty(1 + counts + last, dtype=torch.float64))
+            works.append(self.group.take(parts[-1], other.ranks[0], TAG))
+        if self.plan.stages[mine].ranks[0] == self.rank:
+            for number, other in enumerate(self.plan.stages):
+                for rank in other.ranks if number != mine else ():
+                    self.group.post(parts[mine], rank, TAG)
+        for work in works:
+            work.wait()
+        # A rank of this stage may have looked at other chunks of the gradient than this one: the verdict asks all.
+        finite &= all(bool(part[0]) for part in parts)
+        self._measured = parts[-1][-measures.EXTRAS :]
+        ends = [len(part) for part in parts]
+        ends[-1] -= measures.EXTRAS
+        self._totals = torch.cat([part[1:end] for part, end in zip(parts, ends, strict=True)])
+        return finite
+
+    def _summary(self, stage: _Stage, finite: bool, reduced: Reduced) -> Tensor:
+        norms: list[float] = []
+        if self.parts.max_norm:
+            later = {self.layers.number_of(use) for uses in self.layers.uses for use in uses[1:]}
+            for number, gradient in zip(stage.parameters, stage.reducer.output(), strict=True):
+                total = self._gradients.get(number, gradient)
+                norms.append(0.0 if number in later else float(torch.linalg.vector_norm(total)))
+        extras = reduced.extras[stage.buffers.extras :].tolist() if stage.executor.is_last else []
+        return torch.tensor([float(finite), *norms, *extras], dtype=torch.float64)
+
+    def _presence(self) -> Sequence[bool]:
+        return self._on_all(self._stage_now().reducer.presence())
+
+    def _presence_after_reduction(self) -> Sequence[bool]:
+        return self._on_all(self._stage_now().reducer.presence_after_reduction())
+
+    def _on_all(self, flags: Sequence[bool]) -> list[bool]:
+        """Flags of this stage's parameters among those of all."""
+        presence = [False] * self.layers.count_of_parameters
+        for number, flag in zip(self._stage_now().parameters, flags, strict=True):
+            presence[number] = flag
+        for number, flag in self._tied_presence.items():
+            presence[number] |= flag
+        return presence
+
+    def _output_is_finite(self) -> bool:
+        assert self.reduced is not None
+        return self.reduced.finite
+
+    def _groups_hash(self) -> int:
+        return 0  # layers may have optimizers of different settings; those of one layer are one worker's, or copies
+
+    def _update(self, step: int, reduced: Reduced, presence: Sequence[bool], *, commit: bool) -> None:
+        stage = self._stage_now()
+        tied: dict[int, bool] = {}
+        for uses in self.layers.uses:
+            numbers = [self.layers.number_of(use) for use in uses]
+            tied |= dict.fromkeys(numbers, any(presence[number] for number in numbers))
+        stage.reducer.install([tied.get(number, presence[number]) for number in stage.parameters])
+        parameters = [p for number in stage.numbers for p in self.layers[number].parameters()]
+        for number, parameter in zip(stage.parameters, parameters, strict=True):
+            if number in self._gradients and parameter.grad is not None:
+                parameter.grad = self._gradients[number]
+        reach_inside(FailPoint.APPLYING)
+        if commit:
+            self._clip(parameters)
+            for number in stage.numbers:
+                self.layers[number].step()
+            slots = sum(1 for size in self.sampler.sizes(step) if size)
+            stage.buffers.commit(reduced.extras[: stage.buffers.extras], slots)
+        else:
+            stage.buffers.restore()
+        self.measures.commit(self._measured)
+        for number in stage.numbers:
+            self.layers[number].schedule()
+        self._gradients, self._tied_presence = {}, {}
+        self._is_computed = False
+
+    def _clip(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Scale the gradient if its norm over the whole model is too large, as `clip_grad_norm_` does."""
+        if not self.parts.max_norm:
+            return
+        self.norm = float(torch.linalg.vector_norm(self._totals))
+        factor = min(1.0, self.parts.max_norm / (self.norm + 1e-6))
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
+
+    def _forget_step(self) -> None:
+        self._is_computed = False
+        if self._stage is not None:
+            self._stage.reducer.clear()
+
+    def _plan_step(self) -> None:
+        self._is_planned = False
+
+    def _has_more_to_do(self) -> bool:
+        return not self._is_computed
+
+    # -- the state -----------------------------------------------------------------------------------------------------
+
+    def _stage_now(self) -> _Stage:
+        """What belongs to the layers that this worker holds in the present world, ready for the step in progress."""
+        if self._is_planned and self._stage is not None:
+            return self._stage
+        plan, group = self.plan, self.group
+        assert plan is not None and group is not None
+        numbers, place = plan.layers_of(self.rank), plan.stage_of(self.rank)
+        ranks, empty = plan.stages[place].ranks, self._empty_slots()
+        stage = self._stage
+        if stage is None or stage.numbers != numbers:
+            stage = self._stage = self._make_stage(numbers)
+        turned = stage, plan
+        if self._capturer is not None and self._captured != turned:
+            state = self.layers.state(numbers, dict(self._common), stage.buffers.copies)
+            self._capturer.turn_to(state, Section(place, ranks))
+            self._captured = turned
+        if self._part is None or self._part_of is not group:
+            self._part, self._part_of = GroupPart(group, ranks), group
+        if self._made_for != (plan, empty):
+            self._actions = make_actions(plan.stages, plan.all_routes(), self.parts.schedule, empty)[self.rank]
+            self._made_for = plan, empty
+        stage.reducer.plan(self._part, [ranks.index(route[place]) for route in plan.all_routes()], empty)
+        self._is_planned = True
+        return stage
+
+    def _make_stage(self, numbers: range) -> _Stage:
+        if self._stage is not None:
+            self._stage.reducer.close()
+        parameters = [p for number in numbers for p in self.layers[number].parameters()]
+        known = {f"{MODEL}.{number}." for number in numbers}
+        rules = {name: rule for name, rule in self.parts.rules.items() if any(name.startswith(k) for k in known)}
+        buffers = CommittedBuffers(self.layers.models(numbers), self.sampler.slots, rules)
+        reducer = Reducer(
+            parameters,
+            replicas=self._replicas,
+            reduction=self._reduction,
+            extras=buffers.extras + measures.EXTRAS,
+            shared=self.coordinator.settings.shares_memory,
+            on_progress=self.beat,
+        )
+        parts = self.parts
+        executor = Executor(
+            self.layers,
+            numbers,
+            parts.surveys,
+            parts.loss_fn,
+            parts.autocast,
+            parts.seed,
+            recompute=parts.recompute,
+        )
+        return _Stage(numbers, self.layers.parameter_numbers(numbers), buffers, reducer, executor)
+
+    def _drop_stage(self) -> None:
+        """The layers' tensors are others from now on."""
+        if self._stage is not None:
+            self._stage.reducer.close()
+        self._stage = None
+
+    def _enter_state(self, world: EnterWorld, before: Plan | None, group: Group | None) -> None:
+        plan, joiners = world.plan, world.joiner_ranks
+        own = plan.layers_of(world.rank)
+        self._transfers, self._is_computed = [], False
+        if world.snapshot is not None or world.rank in joiners:
+            self._drop_stage()
+            self.layers.hold(own)
+            self.layers.keep(own)
+        elif before is None or plan.kind is not PlanKind.SWITCH:
+            self.layers.hold(own)
+            self.layers.keep(own)
+        else:
+            assert group is not None
+            self._among_old_members(before, plan, group)
+            self.layers.hold(own)
+        if world.snapshot is None:
+            self._transfers = list(plan.moves) if plan.kind is PlanKind.SWITCH else list(fill(plan.stages, joiners))
+
+    def _among_old_members(self, before: Plan, plan: Plan, group: Group) -> None:
+        """Over the old group: what only leavers hold goes to those who stay."""
+        moves = handovers(before, plan)
+        for move in moves:
+            if group.rank in move.targets:
+                self.layers.hold(range(move.first, move.last))
+        self._transfer(group, moves)
+
+    def _hand_over_state(self, plan: Plan, before: Plan, group: Group) -> None:
+        self._transfer(group, handovers(before, plan))
+
+    def _transfer(self, group: Group, moves: Iterable[LayerMove]) -> bool:
+        """Give and take layers, one after the other; returns whether this worker took any."""
+        took = False
+        for move in moves:
+            for number in range(move.first, move.last):
+                if group.rank in move.targets:
+                    receive_state(group, self._state_of(number), move.sources, self.committed)
+                    took = True
+                elif group.rank in move.sources:
+                    self._give(group, self._state_of(number), move.sources, move.targets)
+        return took
+
+    def _give(self, group: Group, state: Any, donors: Sequence[int], joiners: Sequence[int]) -> None:
+        try:
+            send_state(group, state, donors, joiners, self.committed)
+        except TransferError as error:
+            # The receiver knows too, and ends; the fence that follows costs the others one regroup.
+            print(f"elastic: {error}", file=sys.stderr, flush=True)
+
+    def _state_of(self, number: int) -> Any:
+        """The state of one layer that is held."""
+        stage = self._stage
+        prefix = f"{MODEL}.{number}."
+        copies = stage.buffers.copies if stage is not None and number in stage.numbers else {}
+        own = {name: copy for name, copy in copies.items() if name.startswith(prefix)}
+        return self.layers.state([number], {}, own)
+
+    def _pass_state(self, joiners: tuple[int, ...]) -> int | None:
+        assert self.plan is not None and self.group is not None
+        donors = tuple(rank for rank in range(self.plan.world_size) if rank not in joiners)
+        common = self.layers.state((), dict(self._common))
+        received = None
+        if self.rank in joiners:
+            reach_inside(FailPoint.JOINER_COPYING)
+            received = self.committed = receive_state(self.group, common, donors)
+        else:
+            self._give(self.group, common, donors, joiners)
+        self._settle_state(self.rank in joiners)
+        return received
+
+    def _must_settle(self) -> bool:
+        return bool(self._transfers)
+
+    def _settle_state(self, joins: bool) -> None:
+        assert self.plan is not None and self.group is not None
+        transfers, self._transfers = self._transfers, []
+        took = self._transfer(self.group, transfers)
+        own = self.plan.layers_of(self.rank)
+        if took or [layer.number for layer in self.layers.held] != list(own):
+            self._drop_stage()
+            self.layers.keep(own)
+        if took and not joins:
+            self.coordinator.feed(StateReceived(self.committed))
+
+    def _read_snapshot(self, memory: SnapshotMemory, snapshot: SnapshotId) -> None:
+        assert self.plan is not None
+        restore(self.layers.state(self.plan.layers_of(self.rank), dict(self._common)), memory, snapshot)
+
+    def _take_over(self) -> None:
+        self._drop_stage()  # committed copies of buffers, too, are made anew from what was written
+
+    # -- beside training -----------------------------------------------------------------------------------------------
+
+    def evaluate(self, batch: Batch) -> float:
+        """Return a batch's loss, everywhere; NaN where the world broke."""
+        if self.plan is None and not self._settle():
+            return float("nan")
+        stage = self._stage_now()
+        assert self.plan is not None and self.group is not None
+        group, route = self.group, self.plan.route(0)
+        value = torch.zeros(1, dtype=torch.float64)
+        try:
+            with self._waiting(), preserved():
+                if self.rank in route:
+                    loss = stage.executor.evaluate(batch, group, route, self.rank)
+                    if loss is not None:
+                        value[0] = loss
+                self._spread(group, [value], route[-1], [rank for rank in range(group.size) if rank != route[-1]], TAG)
+        except CollectiveAborted as error:
+            self._broke(group, error)
+            return float("nan")
+        return float(value[0])
+
+    def whole_state(self) -> dict[str, Tensor]:
+        """Return the tensors of all layers, on the CPU. Raises CollectiveAborted."""
+        if self.plan is None:
+            self._settle()
+        self._stage_now()
+        assert self.plan is not None and self.group is not None
+        group = self.group
+        state: dict[str, Tensor] = {}
+        mine = self.plan.stage_of(self.rank)
+        try:
+            with self._waiting():
+                for place, stage in enumerate(self.plan.stages):
+                    others = [rank for rank in range(group.size) if rank not in stage.ranks]
+                    for number in range(stage.first, stage.last):
+                        found = self.layers[number].module.state_dict()
+                        tensors = [
+                            t.detach().cpu().clone() if place == mine else torch.empty(t.shape, dtype=t.dtype)
+                            for t in found.values()
+                        ]
+                        self._spread(group, tensors, stage.ranks[0], others, TAG)
+                        state |= {self.layers.key_of(number, key): t for key, t in zip(found, tensors, strict=True)}
+        except CollectiveAborted as error:
+            self._broke(group, error)
+            raise
+        return state
+
+    def _spread(self, group: Group, tensors: Sequence[Tensor], source: int, targets: Sequence[int], tag: int) -> None:
+        """Give tensors from one rank to others."""
+        works: list[Work] = []
+        for place, tensor in enumerate(tensors):
+            if self.rank == source:
+                works += [group.send(tensor.contiguous(), rank, tag + place) for rank in targets]
+            elif self.rank in targets:
+                works.append(group.recv(tensor, source, tag + place))
+        for work in works:
+            work.wait()
+
+    def _broke(self, group: Group, error: CollectiveAborted) -> None:
+        group.drain()
+        self.coordinator.feed(CollectiveBroke(str(error)))
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def _leave_loop(self) -> None:
+        self._announce()
+
+    def _loop_ended(self) -> LoopEnded:
+        """The digest of a stage; the controller puts them together."""
+        assert self.plan is not None
+        numbers = self.plan.layers_of(self.rank)
+        copies = self._stage_now().buffers.copies
+        digests = [
+            self.layers.digest(n, {k: v for k, v in copies.items() if k.startswith(f"{MODEL}.{n}.")}) for n in numbers
+        ]
+        whole = len(numbers) == len(self.layers)
+        digest = digest_of_layers(digests) if whole else " ".join(digests)
+        return LoopEnded(digest, self.samples, bool(self.on_end))
+
+    def recorded_slots(self, plan: Plan, rank: int) -> list[int]:
+        return [slot for slot in range(plan.slots) if plan.route(slot)[-1] == rank]
+
+    def own_slots(self) -> list[int]:
+        if self.plan is None:
+            return []
+        return [s for s in range(self.plan.slots) if self.rank in (self.plan.route(s)[0], self.plan.route(s)[-1])]

@@ -1,0 +1,387 @@
+"""Runs a worker's actions: forwards and backwards of its layers, and the tensors that come and go in between.
+
+Every layer is a graph of its own, and its randomness a function of (seed, step, slot, layer): so no bit depends on where
+the model is cut, in which order the slots come, or who runs them. What is sent and received has the shape that the survey
+found; nothing is announced. What is posted stays alive until the verdict shows that all have it. This file must never
+decide who does what.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from elastic.buffers import CommittedBuffers
+from elastic.errors import ConfigError
+from elastic.group import Group, Work
+from elastic.pipeline.actions import Action, ActionKind
+from elastic.pipeline.layers import Layer, Layers
+from elastic.pipeline.survey import Boundary, Survey, Tensors, as_tensors, entering, leaving, loss_of, run_backward
+from elastic.seeding import seed_everything
+
+TAG = 1 << 26
+"""Above the tags of a reduction, and below a verdict's."""
+_TENSORS_MAX = 64
+_RECEIVES_AHEAD = 2
+
+Batch = tuple[Tensors, Any]
+"""What the first layer is given, and what the loss is."""
+
+
+@dataclass(slots=True)
+class _InFlight:
+    """A slot between its forward and its backward here.
+
+    Attributes:
+        leaves, results: for each layer what went in and what came out, with its graph; empty where it is recomputed.
+    """
+
+    leaves: list[Tensors] = field(default_factory=list)
+    results: list[Tensors] = field(default_factory=list)
+    gradients: list[Tensor | None] = field(default_factory=list)
+    extras: Tensor | None = None
+
+
+@dataclass(slots=True)
+class Deeds:
+    """What an executor has others do.
+
+    Attributes:
+        batch: gives a slot's inputs and target; asked only by the first and the last stage.
+        begin_backward: expects the gradients of a slot.
+        end_backward: has them, and the slot's extras.
+        measured: takes a slot's loss, on the last stage, and returns what the slot adds to the step's measures.
+        beat: counts progress.
+        waiting: the context of a wait for others.
+    """
+
+    batch: Callable[[int], Batch]
+    begin_backward: Callable[[int], None]
+    end_backward: Callable[[int, Tensor], None]
+    measured: Callable[[int, float | None], Tensor]
+    beat: Callable[[], None]
+    waiting: Callable[[], AbstractContextManager[None]]
+
+
+class Executor:
+    """Runs actions on the layers of one stage.
+
+    Args:
+        layers: of the model. numbers: of those that are held here.
+        surveys: for each size of a slot what goes between layers.
+        loss_fn: of the last output and the target. autocast: the context of each forward.
+        seed: the job's. recompute: whether forwards are done again for their backward instead of being kept.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        numbers: range,
+        surveys: Mapping[int, Survey],
+        loss_fn: Callable[..., Tensor],
+        autocast: Callable[[], AbstractContextManager[Any]],
+        seed: int,
+        *,
+        recompute: bool = False,
+    ) -> None:
+        self._layers, self._numbers, self._surveys = layers, numbers, surveys
+        self._loss_fn, self._autocast, self._seed, self._recompute = loss_fn, autocast, seed, recompute
+        self._clones = frozenset().union(*(survey.clones for survey in surveys.values()))
+        self._device = layers.device
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the stage takes the batch."""
+        return self._numbers.start == 0
+
+    @property
+    def is_last(self) -> bool:
+        """Whether the stage computes the loss."""
+        return self._numbers.stop == len(self._layers)
+
+    def run(
+        self,
+        actions: Sequence[Action],
+        step: int,
+        sizes: Sequence[int],
+        group: Group,
+        buffers: CommittedBuffers,
+        deeds: Deeds,
+    ) -> None:
+        """Do a step's actions, except for its reduction.
+
+        Args:
+            step: which. sizes: of each slot, in samples. group: of the whole world. buffers: of the layers held here.
+
+        Raises:
+            CollectiveAborted: a peer is gone.
+            ConfigError: a layer or the loss gave something else than in the survey.
+        """
+        _Run(self, actions, step, sizes, group, buffers, deeds).run()
+
+    def evaluate(self, batch: Batch, group: Group | None, route: Sequence[int], rank: int) -> float | None:
+        """Send a batch forward along a route; returns its loss on the last rank, None elsewhere.
+
+        Sizes are those of a slot that the survey knows. Raises as `run`.
+        """
+        inputs, target = batch
+        here = route.index(rank)
+        tensors = self._moved(inputs)
+        survey = self._survey_for(inputs)
+        tag = TAG - _TENSORS_MAX
+        try:
+            if here:
+                assert group is not None
+                tensors = self._received(group, survey.boundaries[self._numbers.start - 1], route[here - 1], tag)
+            with torch.no_grad():
+                for number in self._numbers:
+                    tensors = self._evaluated(self._layers[number], tensors)
+                if here + 1 < len(route):
+                    assert group is not None
+                    for index, tensor in enumerate(tensors):
+                        group.send(tensor.cpu(), route[here + 1], tag + index).wait()
+                    return None
+                last = self._layers[len(self._layers) - 1]
+                with self._autocast():
+                    return float(loss_of(self._loss_fn, tensors, _on_device(target, self._device), last))
+        finally:
+            for number in self._numbers:
+                self._layers[number].module.train()
+
+    def _evaluated(self, layer: Layer, tensors: Tensors) -> Tensors:
+        layer.module.eval()
+        with self._autocast():
+            results = as_tensors(layer.module(*(t.clone() for t in tensors)), layer.label)
+        return tuple(result.detach().contiguous() for result in results)
+
+    def _received(self, group: Group, boundary: Boundary, source: int, tag: int) -> Tensors:
+        tensors = tuple(spec.empty() for spec in boundary)
+        for work in [group.recv(tensor, source, tag + index) for index, tensor in enumerate(tensors)]:
+            work.wait()
+        return self._moved(tensors)
+
+    def _survey_for(self, inputs: Tensors) -> Survey:
+        size = len(inputs[0])
+        if size not in self._surveys:
+            raise ConfigError(
+                f"pipeline.eval() was given a batch of {size} samples, but what goes between stages is agreed for batches of "
+                f"{sorted(self._surveys)}: give it as many as a slot has"
+            )
+        return self._surveys[size]
+
+    def _moved(self, tensors: Sequence[Tensor]) -> Tensors:
+        return tuple(tensor.to(self._device) for tensor in tensors)
+
+
+class _Run:
+    """One step's actions."""
+
+    def __init__(
+        self,
+        executor: Executor,
+        actions: Sequence[Action],
+        step: int,
+        sizes: Sequence[int],
+        group: Group,
+        buffers: CommittedBuffers,
+        deeds: Deeds,
+    ) -> None:
+        self._e, self._actions, self._step, self._sizes = executor, actions, step, sizes
+        self._group, self._buffers, self._deeds = group, buffers, deeds
+        self._flights: dict[int, _InFlight] = {}
+        self._arriving: dict[tuple[ActionKind, int], tuple[Tensors, list[Work]]] = {}
+        self._passing: dict[int, Tensors] = {}
+        self._receives: Iterator[Action] = iter(
+            [a for a in actions if a.kind in (ActionKind.RECEIVE_INPUT, ActionKind.RECEIVE_GRADIENT)]
+        )
+        self._targets: dict[int, Any] = {}
+
+    def run(self) -> None:
+        for _ in range(_RECEIVES_AHEAD):
+            self._expect_next()
+        for action in self._actions:
+            match action.kind:
+                case ActionKind.RECEIVE_INPUT:
+                    self._passing[action.slot] = self._arrived(action)
+                case ActionKind.FORWARD:
+                    self._forward(action.slot)
+                case ActionKind.SEND_OUTPUT:
+                    self._send(action, self._outputs(action.slot))
+                case ActionKind.RECEIVE_GRADIENT:
+                    self._flights[action.slot].gradients = self._gradients(action)
+                case ActionKind.BACKWARD:
+                    self._backward(action.slot)
+                case ActionKind.SEND_GRADIENT:
+                    self._send(action, self._leaf_gradients(action.slot))
+                case ActionKind.REDUCE:
+                    pass
+            self._deeds.beat()
+
+    # -- what comes and goes ---------------------------------------------------------------------------------------
+
+    def _boundary(self, action: Action) -> Boundary:
+        """What an action receives or sends."""
+        numbers, boundaries = self._e._numbers, self._survey(action.slot).boundaries
+        if action.kind in (ActionKind.RECEIVE_INPUT, ActionKind.SEND_GRADIENT):
+            return boundaries[numbers.start - 1]
+        return boundaries[numbers.stop - 1]
+
+    def _survey(self, slot: int) -> Survey:
+        return self._e._surveys[self._sizes[slot]]
+
+    def _expect_next(self) -> None:
+        """Have memory for what comes next but one or so, so that it can arrive while something is computed."""
+        action = next(self._receives, None)
+        if action is None:
+            return
+        boundary = self._boundary(action)
+        if action.kind is ActionKind.RECEIVE_GRADIENT:
+            boundary = tuple(spec for spec in boundary if spec.requires_grad)
+        tensors = tuple(spec.empty() for spec in boundary)
+        works = [
+            self._group.take(tensor, action.peer, _tag(action.slot, action.kind, index))
+            for index, tensor in enumerate(tensors)
+        ]
+        self._arriving[action.kind, action.slot] = tensors, works
+
+    def _arrived(self, action: Action) -> Tensors:
+        tensors, works = self._arriving.pop((action.kind, action.slot))
+        with self._deeds.waiting():
+            for work in works:
+                work.wait()
+        self._expect_next()
+        return self._e._moved(tensors)
+
+    def _gradients(self, action: Action) -> list[Tensor | None]:
+        """The gradient of each tensor that was sent on; None of those that need none."""
+        arrived = iter(self._arrived(action))
+        return [next(arrived) if spec.requires_grad else None for spec in self._boundary(action)]
+
+    def _send(self, action: Action, tensors: Sequence[Tensor]) -> None:
+        for index, tensor in enumerate(tensors):
+            self._group.post(tensor.cpu(), action.peer, _tag(action.slot, action.kind, index))
+
+    def _outputs(self, slot: int) -> Tensors:
+        return self._passing.pop(slot)  # what has come out of the last layer here
+
+    def _leaf_gradients(self, slot: int) -> list[Tensor]:
+        gradients = self._flights.pop(slot).gradients
+        boundary = self._survey(slot).boundaries[self._e._numbers.start - 1]
+        sent = []
+        for spec, gradient in zip(boundary, gradients, strict=True):
+            if spec.requires_grad:
+                sent.append(torch.zeros(spec.shape, dtype=spec.dtype) if gradient is None else gradient.contiguous())
+        return sent
+
+    # -- what is computed ------------------------------------------------------------------------------------------
+
+    def _forward(self, slot: int) -> None:
+        flight = self._flights[slot] = _InFlight()
+        tensors = self._passing.pop(slot, None)
+        if self._e.is_first or self._e.is_last:
+            inputs, self._targets[slot] = self._deeds.batch(slot)
+            if self._e.is_first:
+                tensors = self._e._moved(inputs)
+        assert tensors is not None
+        if not self._e.is_first:
+            before = self._survey(slot).boundaries[self._e._numbers.start - 1]
+            for tensor, spec in zip(tensors, before, strict=True):
+                tensor.requires_grad_(spec.requires_grad)
+        self._buffers.restore()
+        for number in self._e._numbers:
+            leaves, results = self._layer(number, slot, tensors, keep=not self._e._recompute)
+            self._check(number, slot, results)
+            tensors = leaving(results)
+            agreed = self._survey(slot).boundaries[number]
+            for tensor, spec in zip(tensors, agreed, strict=True):
+                tensor.requires_grad_(spec.requires_grad)
+            flight.leaves.append(leaves)
+            flight.results.append(() if self._e._recompute else results)
+        loss = None
+        if self._e.is_last:
+            loss = self._loss(slot, flight, tensors)
+        else:
+            self._passing[slot] = tensors
+        flight.extras = torch.cat([self._buffers.of_slot(slot), self._deeds.measured(slot, loss)])
+
+    def _layer(self, number: int, slot: int, tensors: Tensors, *, keep: bool) -> tuple[Tensors, Tensors]:
+        """A layer's forward: what it was given, as leaves, and what it returned."""
+        layer = self._e._layers[number]
+        seed_everything(self._e._seed, self._step, slot, f"layer {number}")
+        leaves, given = entering(tensors, number in self._e._clones)
+        with self._e._autocast(), torch.set_grad_enabled(keep):
+            results = as_tensors(layer.module(*given), layer.label)
+        self._deeds.beat()
+        return leaves, results
+
+    def _check(self, number: int, slot: int, results: Tensors) -> None:
+        agreed = self._survey(slot).boundaries[number]
+        if len(results) != len(agreed) or any(
+            (tuple(r.shape), r.dtype) != (s.shape, s.dtype) for r, s in zip(results, agreed, strict=True)
+        ):
+            found = ", ".join(f"{str(r.dtype).removeprefix('torch.')}{list(r.shape)}" for r in results)
+            raise ConfigError(
+                f"{self._e._layers[number].label} returned {found} in slot {slot} of step {self._step}, and "
+                f"{', '.join(map(str, agreed))} before: shapes and dtypes between layers must stay as they are; pad, or pass "
+                "autocast= to session.pipeline() instead of entering it outside"
+            )
+
+    def _loss(self, slot: int, flight: _InFlight, tensors: Tensors) -> float:
+        leaves = tuple(t.detach().requires_grad_(t.requires_grad) for t in tensors)
+        target = _on_device(self._targets.pop(slot), self._e._device)
+        last = self._e._layers[len(self._e._layers) - 1]
+        seed_everything(self._e._seed, self._step, slot, "loss")
+        with self._e._autocast():
+            loss = loss_of(self._e._loss_fn, leaves, target, last)
+        torch.autograd.backward(loss)
+        flight.gradients = [leaf.grad for leaf in leaves]
+        return float(loss.detach())
+
+    def _backward(self, slot: int) -> None:
+        flight = self._flights[slot]
+        self._deeds.begin_backward(slot)
+        self._targets.pop(slot, None)
+        for number in reversed(self._e._numbers):
+            leaves, results = flight.leaves.pop(), flight.results.pop()
+            if self._e._recompute:
+                with _kept(self._e._layers[number]):
+                    leaves, results = self._layer(number, slot, leaves, keep=True)
+            run_backward(results, flight.gradients)
+            self._deeds.beat()
+            flight.gradients = [leaf.grad for leaf in leaves]
+        assert flight.extras is not None
+        self._deeds.end_backward(slot, flight.extras)
+        if self._e.is_first:
+            del self._flights[slot]
+
+
+@contextmanager
+def _kept(layer: Layer) -> Iterator[None]:
+    """A forward that is done again must not leave its mark on the buffers twice."""
+    before = [(buffer, buffer.clone()) for buffer in layer.module.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in before:
+            buffer.data.copy_(value)
+
+
+def _tag(slot: int, kind: ActionKind, index: int) -> int:
+    backward = kind in (ActionKind.SEND_GRADIENT, ActionKind.RECEIVE_GRADIENT)
+    return TAG + (2 * slot + backward) * _TENSORS_MAX + index
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    """Move the tensors in a target."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple | list):
+        return type(value)(_on_device(each, device) for each in value)
+    if isinstance(value, dict):
+        return {key: _on_device(each, device) for key, each in value.items()}
+    return value

@@ -1,0 +1,78 @@
+"""Which layers have to go where when a pipeline is cut anew between two steps. A pure function of the two plans.
+
+Over the old world's group leavers hand what nobody else has to those who stay (`handovers`); over the new one each layer
+goes from all who hold it to all who are to hold it and do not (`moves`). Nothing else moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from elastic.domain import LayerMove, Plan, Stage
+
+
+def handovers(before: Plan, after: Plan) -> tuple[LayerMove, ...]:
+    """Return what leavers give to one who stays, in ranks of the world before.
+
+    It goes to a worker that is to hold the layer, if one such stays, otherwise to the first that stays.
+    """
+    staying = _staying(before, after)
+    moves = []
+    for stage in before.stages:
+        if any(rank in staying for rank in stage.ranks):
+            continue
+        for layer in range(stage.first, stage.last):
+            heirs = [old for old, new in staying.items() if layer in after.layers_of(new)]
+            moves.append(LayerMove(layer, layer + 1, stage.ranks, (min(heirs or staying),)))
+    return _joined(moves)
+
+
+def moves(before: Plan, after: Plan) -> tuple[LayerMove, ...]:
+    """Return what the members of the new world give to each other, in ranks of that world."""
+    staying = _staying(before, after)
+    holders: dict[int, set[int]] = {}
+    for old, new in staying.items():
+        for layer in before.layers_of(old):
+            holders.setdefault(layer, set()).add(new)
+    for move in handovers(before, after):
+        for layer in range(move.first, move.last):
+            holders.setdefault(layer, set()).update(staying[old] for old in move.targets)
+    found = []
+    for stage in after.stages:
+        for layer in range(stage.first, stage.last):
+            targets = tuple(rank for rank in stage.ranks if rank not in holders[layer])
+            if targets:
+                found.append(LayerMove(layer, layer + 1, tuple(sorted(holders[layer])), targets))
+    return _joined(found)
+
+
+def fill(stages: Sequence[Stage], without: Sequence[int]) -> tuple[LayerMove, ...]:
+    """Return what goes, within each stage, to the ranks that hold nothing yet."""
+    return tuple(
+        LayerMove(
+            stage.first,
+            stage.last,
+            tuple(rank for rank in stage.ranks if rank not in without),
+            tuple(rank for rank in stage.ranks if rank in without),
+        )
+        for stage in stages
+        if any(rank in without for rank in stage.ranks)
+    )
+
+
+def _staying(before: Plan, after: Plan) -> dict[int, int]:
+    """Rank before -> rank after, of each worker that is in both."""
+    ranks = {member.rank: after.rank_of(member.worker) for member in before.members}
+    return {old: new for old, new in ranks.items() if new is not None}
+
+
+def _joined(moves: Sequence[LayerMove]) -> tuple[LayerMove, ...]:
+    """Layers that lie behind each other and go the same way, as one."""
+    joined: list[LayerMove] = []
+    for move in moves:
+        last = joined[-1] if joined else None
+        if last is not None and (last.last, last.sources, last.targets) == (move.first, move.sources, move.targets):
+            joined[-1] = LayerMove(last.first, move.last, move.sources, move.targets)
+        else:
+            joined.append(move)
+    return tuple(joined)

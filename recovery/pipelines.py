@@ -1,0 +1,260 @@
+"""Decide how a pipeline is cut: which layers and which workers make up each stage, and every slot's way through them.
+
+After a loss that leaves each stage a worker, nothing moves: slots are re-routed. Otherwise candidates (the best cut, the
+nearly best one that moves least, the present one) are run in the simulator, and the fastest is taken; of two that are as
+fast, the one that moves fewer bytes. What does not fit, also while layers are on their way, is no candidate.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from elastic.domain import LayerProfile, Plan, Stage
+from elastic.pipeline.actions import Schedule, in_flight_max, make_actions
+from recovery.dealing import deal_afresh
+from recovery.partition import Costs, Cuts, StageRoom, partition
+from recovery.simulation import Link, Prediction, simulate
+
+NEARLY = 0.02
+"""By how much a plan may be slower than the best one, if it moves fewer bytes."""
+WIDTHS_MAX = 32
+"""So many ways of giving some stages one worker more than others are tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What is to be cut.
+
+    Attributes:
+        layers: what each costs. slots, virtual_replicas: of a step. stages: how many were asked for; 0: one for each worker.
+        memory_bytes: of a worker; 0: enough.
+    """
+
+    layers: tuple[LayerProfile, ...]
+    slots: int
+    virtual_replicas: int = 1
+    stages: int = 0
+    memory_bytes: int = 0
+    schedule: Schedule = Schedule.ONE_F_ONE_B
+    link: Link = field(default_factory=Link)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a pipeline is cut.
+
+    Attributes:
+        stages: with their ranks. routes: of each slot, the rank at each stage. prediction: what a step takes.
+        moved_bytes: of state that has to go to another worker first. reason: in words.
+    """
+
+    stages: tuple[Stage, ...]
+    routes: tuple[tuple[int, ...], ...]
+    prediction: Prediction
+    moved_bytes: int
+    reason: str
+
+    @property
+    def flat_routes(self) -> tuple[int, ...]:
+        """The routes as a plan has them."""
+        return tuple(itertools.chain.from_iterable(self.routes))
+
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """For each slot the rank that computes its loss."""
+        return tuple(route[-1] for route in self.routes)
+
+
+Held = Mapping[int, range]
+"""The layers that a rank holds already."""
+
+
+def lay_out(model: Model, ranks: int, held: Held | None = None, speeds: Mapping[int, float] | None = None) -> Layout | str:
+    """Return the best layout for so many workers, or in words why there is none.
+
+    Args:
+        model: to cut. ranks: how many workers. held: what they hold already, which is better not moved; None: nothing does.
+        speeds: of each rank, 1.0 where there is none.
+    """
+    held, speeds = held or {}, speeds or {}
+    count = min(model.stages or ranks, ranks, len(model.layers))
+    costs = Costs(model.layers)
+    candidates: list[Layout] = []
+    too_large: list[str] = []
+    for widths in _widths(ranks, count):
+        members = _seated(widths, held, ranks, len(model.layers))
+        rooms = _rooms(model, widths, members, speeds)
+        for cuts in _cuts(costs, rooms, members, held):
+            layout = _evaluated(model, cuts, members, held, speeds)
+            fault = _too_large(model, layout, held)
+            if fault:
+                too_large.append(fault)
+            else:
+                candidates.append(layout)
+    if not candidates:
+        return too_large[0] if too_large else _why_not(model, count)
+    fastest = min(layout.prediction.step_s for layout in candidates)
+    near = [layout for layout in candidates if layout.prediction.step_s <= fastest * (1 + NEARLY)]
+    return min(near, key=lambda layout: (layout.moved_bytes, layout.prediction.step_s, layout.stages))
+
+
+def rerouted(model: Model, stages: Sequence[Stage], reason: str, speeds: Mapping[int, float] | None = None) -> Layout:
+    """Return the layout that keeps these stages, with the slots dealt anew among the ranks of each."""
+    layout = _routed(model, tuple(stages), {}, speeds or {})
+    return Layout(layout.stages, layout.routes, layout.prediction, 0, f"{reason}; {describe(layout)}")
+
+
+def describe(layout: Layout) -> str:
+    """Return a layout in words."""
+    stages = ", ".join(f"{s.first}-{s.last - 1}" + (f" x{len(s.ranks)}" if len(s.ranks) > 1 else "") for s in layout.stages)
+    busiest = max(layout.prediction.busy_s)
+    share = 100 * layout.prediction.bubble
+    return (
+        f"{len(layout.stages)} stage(s) of layers {stages}: {1000 * layout.prediction.step_s:.1f} ms a step expected, of which "
+        f"the busiest worker computes {1000 * busiest:.1f} ms and all wait {share:.0f} % of the time"
+    )
+
+
+def _widths(ranks: int, count: int) -> list[tuple[int, ...]]:
+    """How many workers each stage gets: as equal as possible, and every way of giving some one more, up to a number."""
+    base, more = divmod(ranks, count)
+    chosen = itertools.islice(itertools.combinations(range(count), more), WIDTHS_MAX)
+    return [tuple(base + (number in wide) for number in range(count)) for wide in chosen]
+
+
+def _seated(widths: Sequence[int], held: Held, ranks: int, layers: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each stage: those stay in front that hold front layers; whoever holds nothing fills what is left.
+
+    Without any that hold something stages take turns, so that workers of one node are in different ones.
+    """
+    seats: list[list[int]] = [[] for _ in widths]
+    for rank in sorted(held, key=lambda rank: (held[rank].start, rank)):
+        middle = (held[rank].start + held[rank].stop) / 2
+        free = [number for number in range(len(widths)) if len(seats[number]) < widths[number]]
+        place = middle / layers * len(widths) - 0.5
+        seats[min(free, key=lambda number: (abs(number - place), number))].append(rank)
+    turn = itertools.cycle(range(len(widths)))
+    for rank in (rank for rank in range(ranks) if rank not in held):
+        number = next(n for n in turn if len(seats[n]) < widths[n])
+        seats[number].append(rank)
+    return tuple(tuple(sorted(members)) for members in seats)
+
+
+def _rooms(
+    model: Model, widths: Sequence[int], members: Sequence[Sequence[int]], speeds: Mapping[int, float]
+) -> list[StageRoom]:
+    stages = [Stage(number, number + 1, tuple(ranks)) for number, ranks in enumerate(members)]
+    return [
+        StageRoom(
+            sum(speeds.get(rank, 1.0) for rank in ranks),
+            model.memory_bytes,
+            min(in_flight_max(stages, number, model.schedule), -(-model.slots // widths[number])),
+        )
+        for number, ranks in enumerate(members)
+    ]
+
+
+def _cuts(
+    costs: Costs, rooms: Sequence[StageRoom], members: Sequence[Sequence[int]], held: Held
+) -> list[Cuts]:
+    def moved(number: int, first: int, last: int) -> float:
+        return sum(
+            costs.state_bytes(layer, layer + 1)
+            for rank in members[number]
+            for layer in range(first, last)
+            if layer not in held.get(rank, range(0))
+        )
+
+    best = partition(costs, rooms)
+    if best is None:
+        return []
+    found = [best]
+    if held:
+        nearly = partition(costs, rooms, moved, NEARLY)
+        present = _present(members, held, costs.count)
+        found += [cuts for cuts in (nearly, present) if cuts is not None]
+    return list(dict.fromkeys(found))
+
+
+def _present(members: Sequence[Sequence[int]], held: Held, layers: int) -> Cuts | None:
+    """The cuts that there are, if each stage's workers hold the same and together everything."""
+    cuts = [0]
+    for ranks in members:
+        runs = {held.get(rank, range(0)) for rank in ranks if rank in held}
+        if len(runs) != 1 or next(iter(runs)).start != cuts[-1]:
+            return None
+        cuts.append(next(iter(runs)).stop)
+    return tuple(cuts) if cuts[-1] == layers else None
+
+
+def _evaluated(
+    model: Model, cuts: Cuts, members: Sequence[tuple[int, ...]], held: Held, speeds: Mapping[int, float]
+) -> Layout:
+    stages = tuple(
+        Stage(first, last, ranks) for (first, last), ranks in zip(itertools.pairwise(cuts), members, strict=True)
+    )
+    return _routed(model, stages, held, speeds)
+
+
+def _routed(model: Model, stages: tuple[Stage, ...], held: Held, speeds: Mapping[int, float]) -> Layout:
+    dealt = []
+    for stage in stages:
+        names = [str(rank) for rank in stage.ranks]
+        dealt.append([int(owner) for owner in deal_afresh(model.slots, model.virtual_replicas, names)])
+    routes = tuple(zip(*dealt, strict=True))
+    actions = make_actions(stages, routes, model.schedule)
+    prediction = simulate(stages, actions, model.layers, speeds=speeds, link=model.link)
+    moved = sum(
+        model.layers[layer].state_bytes
+        for stage in stages
+        for rank in stage.ranks
+        for layer in range(stage.first, stage.last)
+        if held and layer not in held.get(rank, range(0))
+    )
+    layout = Layout(stages, routes, prediction, moved, "")
+    reason = describe(layout) + (f"; {moved / 2**20:.1f} MiB of state move" if held else "")
+    return Layout(stages, routes, prediction, moved, reason)
+
+
+def _too_large(model: Model, layout: Layout, held: Held) -> str:
+    """In words, what does not fit: at rest, or while a worker has layers that come beside those that go."""
+    if not model.memory_bytes:
+        return ""
+    for stage in layout.stages:
+        for rank in stage.ranks:
+            rest = layout.prediction.memory_bytes[rank]
+            going = [layer for layer in held.get(rank, range(0)) if not stage.first <= layer < stage.last]
+            moving = rest + sum(model.layers[layer].state_bytes for layer in going)
+            if moving > model.memory_bytes:
+                while_moving = " while layers move" if rest <= model.memory_bytes else ""
+                return (
+                    f"layers {stage.first} to {stage.last - 1} need {moving / 2**20:.1f} MiB on one worker{while_moving}, and it "
+                    f"has {model.memory_bytes / 2**20:.1f}"
+                )
+    return ""
+
+
+def _why_not(model: Model, count: int) -> str:
+    """In words, why no cut into so many stages fits."""
+    costs = Costs(model.layers)
+    for layer in range(len(model.layers)):
+        needed = costs.memory_bytes(layer, layer + 1, 1)
+        if model.memory_bytes and needed > model.memory_bytes:
+            return (
+                f"layer {layer} needs {needed / 2**20:.1f} MiB with one slot's activations, and a worker has "
+                f"{model.memory_bytes / 2**20:.1f}: it fits nowhere; split the layer, make slots smaller, or use recompute=True"
+            )
+    room = f"{count} worker(s) of {model.memory_bytes / 2**20:.1f} MiB"
+    return f"{len(model.layers)} layers do not fit into {room}: more workers are needed"
+
+
+def held_in(plan: Plan, names: Sequence[str]) -> dict[int, range]:
+    """What the members of a new world, in order of rank, hold of the world before."""
+    held = {}
+    for rank, name in enumerate(names):
+        old = plan.rank_of(name)
+        if old is not None:
+            held[rank] = plan.layers_of(old)
+    return held
