@@ -17,12 +17,16 @@ from torch import Tensor
 
 from agent.holdings import Image, chunks, cut
 from agent.orders import AssemblyOrder
-from agent.reading import Reader, Testimony, work_through
+from agent.reading import NotYetError, Reader, Testimony, work_through
 from agent.shards import Kind
 from agent.tables import Table, shard_bytes
 from elastic.errors import ProtocolError, TransferError, Unreachable
 from recovery.codec import Codec
 from recovery.placement import ProtectionGroup, Stripe
+
+PATIENCE_S = 2.0
+"""How long a node is asked again for what it does not have yet."""
+LOOK_S = 0.02
 
 
 class AssemblyFailed(TransferError):
@@ -112,7 +116,7 @@ class Assembly:
         nodes = {*self._order.sources.values(), *(node for group in self._order.groups for node in group.nodes)}
         asked = sorted(nodes - self._lost.keys())
         answers = await asyncio.gather(
-            *(self._reader.testimony(node, Kind.TABLES) for node in asked), return_exceptions=True
+            *(self._testimony(node) for node in asked), return_exceptions=True
         )
         for node, answer in zip(asked, answers, strict=True):
             if isinstance(answer, Testimony):
@@ -129,6 +133,18 @@ class Assembly:
             if all(node in self._tables for node in group.nodes):
                 longest = max(shard_bytes(self._tables[node]) for node in group.nodes)
                 self._coded |= dict.fromkeys(group.nodes, _Coded(group, group.block_bytes(longest)))
+
+    async def _testimony(self, node: str) -> Testimony:
+        """What a node has. It may have been chosen for what its agent holds, and has only now a keeper that can give it."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + PATIENCE_S
+        while True:
+            try:
+                return await self._reader.testimony(node, Kind.TABLES)
+            except NotYetError:
+                if loop.time() > until_s:
+                    raise
+            await asyncio.sleep(LOOK_S)
 
     def _make_images(self) -> None:
         parts = {part.index: (node, part) for node, table in self._tables.items() for part in table}

@@ -24,6 +24,10 @@ class GoneError(TransferError):
     """The node does not have this snapshot, and never will."""
 
 
+class NotYetError(TransferError):
+    """The node does not have the snapshot now; its agent may be about to hand it over."""
+
+
 @dataclass(frozen=True, slots=True)
 class Testimony:
     """What a node says it has of a snapshot.
@@ -51,7 +55,7 @@ class Reader:
         """Ask what a node has.
 
         Raises:
-            GoneError, TransferError: it does not have the snapshot.
+            GoneError, NotYetError, TransferError: it does not have the snapshot.
             Unreachable: it does not answer.
             ProtocolError: what it says makes no sense.
         """
@@ -89,8 +93,10 @@ class Reader:
         if answer.status is Status.OK:
             return answer
         reason = bytes(answer.data[:200]).decode("utf-8", "replace")
-        kind = GoneError if answer.status is Status.GONE else TransferError
-        raise kind(f"{node} does not give its part of step {self.snapshot.step} ({reason}).")
+        raise _ERRORS.get(answer.status, TransferError)(f"{node} does not give its part of step {self.snapshot.step} ({reason}).")
+
+
+_ERRORS = {Status.GONE: GoneError, Status.NOT_YET: NotYetError}
 
 
 async def work_through(units: Iterable[Any], work: Callable[[Any], Coroutine[Any, Any, None]]) -> None:

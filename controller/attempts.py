@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from controller.endings import end_job
 from controller.events import Persist
 from controller.job import Job
-from controller.layouts import NoLayout, layout_for, tell_of_no_layout
+from controller.layouts import layout_for
 from controller.state import Attempt, Node, Suspicion
 from elastic.domain import Abandon, Member, PlanKind, PlanNode, Prepare
 from elastic.snapshots import SnapshotId
+from recovery.pipelines import NoLayout
 from recovery.plan import Candidate, make_plan
 
 
@@ -39,7 +41,7 @@ def open_generation(
     continued = before if kind is not PlanKind.FOUND and snapshot is None else None
     layout = layout_for(job, kind, members, continued)
     if isinstance(layout, NoLayout):
-        tell_of_no_layout(job, layout)
+        tell_of_no_layout(job, layout, now)
         return
     job.newest_generation += 1
     nodes = [job.nodes[name] for name in dict.fromkeys(job.workers[worker_id].node for worker_id in members)]
@@ -72,6 +74,15 @@ def open_generation(
     )
     for worker_id in sorted(job.attempt.participants):
         job.tell(job.workers[worker_id], Prepare(plan))
+
+
+def tell_of_no_layout(job: Job, found: NoLayout, now: float) -> None:
+    """Say why a pipeline is not cut, once; end a job for which no number of workers would do."""
+    if found.is_final:
+        end_job(job, "failed", found.reason, now)
+    elif job.no_layout != found.reason:
+        job.no_layout = found.reason
+        job.emit(Persist("job-waits", f"the pipeline cannot be cut: {found.reason}", {}))
 
 
 def site_of(node: Node) -> PlanNode:

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from controller.attempts import open_generation
+from controller.attempts import open_generation, tell_of_no_layout
 from controller.endings import end_job
 from controller.events import Persist
 from controller.job import Job
+from controller.layouts import layout_for
 from controller.restoring import begin_with_checkpoint
 from controller.state import Worker, natural
 from elastic.domain import Admitted, PlanKind, TrainingSpec
+from recovery.pipelines import NoLayout
 
 
 def found_if_complete(job: Job, now: float) -> None:
@@ -51,6 +53,11 @@ def _found(job: Job, ready: list[Worker], now: float) -> None:
     assert job.spec is not None
     fixed = job.spec
     order = sorted(ready, key=lambda w: (natural(w.node), w.local_rank))
+    chosen = [w.id for w in order[: fixed.seats]]
+    layout = layout_for(job, PlanKind.FOUND, chosen, None)
+    if isinstance(layout, NoLayout):
+        tell_of_no_layout(job, layout, now)
+        return
     for worker in order[fixed.seats :]:
         admit_joiner(job, worker)  # more have come since the numbers were fixed
     order = order[: fixed.seats]

@@ -7,21 +7,12 @@ anew by `recovery/pipelines.py`. Jobs whose workers each hold the whole model ha
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
-from controller.events import Persist
 from controller.job import Job
 from elastic.digests import digest_of_layers
 from elastic.domain import Leaving, Member, Plan, PlanKind, Stage, TrainingSpec
 from elastic.pipeline.actions import Schedule
-from recovery.pipelines import Layout, Model, held_in, lay_out, rerouted
-
-
-@dataclass(frozen=True, slots=True)
-class NoLayout:
-    """A pipeline cannot be cut for these workers; `reason` says why."""
-
-    reason: str
+from recovery.pipelines import Layout, Model, NoLayout, held_in, lay_out, rerouted
 
 
 def model_of(spec: TrainingSpec) -> Model:
@@ -48,8 +39,7 @@ def layout_for(job: Job, kind: PlanKind, names: Sequence[str], before: Plan | No
     if kind is PlanKind.FENCE and before is not None:
         return rerouted(model, _kept_stages(before, names), "stages stay as they are")
     held = held_in(before, names) if before is not None and kind is PlanKind.SWITCH else None
-    found = lay_out(model, len(names), held)
-    return NoLayout(found) if isinstance(found, str) else found
+    return lay_out(model, len(names), held)
 
 
 def _kept_stages(before: Plan, names: Sequence[str]) -> list[Stage]:
@@ -65,13 +55,6 @@ def _kept_stages(before: Plan, names: Sequence[str]) -> list[Stage]:
     for rank in new:
         min(ranks, key=len).append(rank)
     return [Stage(s.first, s.last, tuple(members)) for s, members in zip(before.stages, ranks, strict=True)]
-
-
-def tell_of_no_layout(job: Job, found: NoLayout) -> None:
-    """Say why a world is not formed, once."""
-    if job.no_layout != found.reason:
-        job.no_layout = found.reason
-        job.emit(Persist("job-waits", f"the pipeline cannot be cut: {found.reason}", {}))
 
 
 def is_whole(job: Job, plan: Plan, holders: Iterable[str]) -> bool:

@@ -380,7 +380,7 @@ def restore(state: TrainingState, memory: SnapshotMemory, snapshot: SnapshotId) 
                 raise TransferError(f"{_named(stored.slice)} is not slice {index} of {count}: take an older snapshot.")
         sections = _sections(slices)
         entries, small = sections[0].entries, sections[0].small
-        if len(sections) > 1:
+        if sections[0].is_part:
             entries, small = state.chosen([(section.entries, section.small) for section in sections])
         tensors = state.adopt(entries, small)
         places = {entry: (tensor, extent) for entry, tensor, extent in zip(entries, tensors, state.extents(entries), strict=True)}
@@ -396,6 +396,7 @@ class _Section:
     """The slices of a section, which is whole."""
 
     def __init__(self, described: Description, slices: Sequence[StoredSlice]) -> None:
+        self.is_part = described.section is not None
         self.entries, self.small = described.entries, described.small
         self._slices = slices
         self._layout = SnapshotLayout(self.entries, len(slices))

@@ -33,6 +33,8 @@ class FailPoint(StrEnum):
     """In the controller, when some workers have been told and others not."""
     JOINER_COPYING = "joiner-copying"
     JOINER_READY = "joiner-ready"
+    LAYERS_MOVING = "layers-moving"
+    """In a member of a pipeline, while layers go from worker to worker between two steps."""
 
 
 _folder = config.fail_points()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from elastic.domain import LayerProfile, Plan, Stage
 from elastic.pipeline.actions import Schedule, in_flight_max, make_actions
@@ -67,12 +67,24 @@ class Layout:
         return tuple(route[-1] for route in self.routes)
 
 
+@dataclass(frozen=True, slots=True)
+class NoLayout:
+    """A pipeline cannot be cut.
+
+    Attributes:
+        reason: in words. is_final: whether no number of workers would help.
+    """
+
+    reason: str
+    is_final: bool = False
+
+
 Held = Mapping[int, range]
 """The layers that a rank holds already."""
 
 
-def lay_out(model: Model, ranks: int, held: Held | None = None, speeds: Mapping[int, float] | None = None) -> Layout | str:
-    """Return the best layout for so many workers, or in words why there is none.
+def lay_out(model: Model, ranks: int, held: Held | None = None, speeds: Mapping[int, float] | None = None) -> Layout | NoLayout:
+    """Return the best layout for so many workers, or why there is none.
 
     Args:
         model: to cut. ranks: how many workers. held: what they hold already, which is better not moved; None: nothing does.
@@ -94,7 +106,7 @@ def lay_out(model: Model, ranks: int, held: Held | None = None, speeds: Mapping[
             else:
                 candidates.append(layout)
     if not candidates:
-        return too_large[0] if too_large else _why_not(model, count)
+        return NoLayout(f"{too_large[0]}: more workers are needed") if too_large else _why_not(model, count)
     fastest = min(layout.prediction.step_s for layout in candidates)
     near = [layout for layout in candidates if layout.prediction.step_s <= fastest * (1 + NEARLY)]
     return min(near, key=lambda layout: (layout.moved_bytes, layout.prediction.step_s, layout.stages))
@@ -103,7 +115,7 @@ def lay_out(model: Model, ranks: int, held: Held | None = None, speeds: Mapping[
 def rerouted(model: Model, stages: Sequence[Stage], reason: str, speeds: Mapping[int, float] | None = None) -> Layout:
     """Return the layout that keeps these stages, with the slots dealt anew among the ranks of each."""
     layout = _routed(model, tuple(stages), {}, speeds or {})
-    return Layout(layout.stages, layout.routes, layout.prediction, 0, f"{reason}; {describe(layout)}")
+    return replace(layout, moved_bytes=0, reason=f"{reason}; {describe(layout)}")
 
 
 def describe(layout: Layout) -> str:
@@ -215,7 +227,7 @@ def _routed(model: Model, stages: tuple[Stage, ...], held: Held, speeds: Mapping
     )
     layout = Layout(stages, routes, prediction, moved, "")
     reason = describe(layout) + (f"; {moved / 2**20:.1f} MiB of state move" if held else "")
-    return Layout(stages, routes, prediction, moved, reason)
+    return replace(layout, reason=reason)
 
 
 def _too_large(model: Model, layout: Layout, held: Held) -> str:
@@ -230,24 +242,29 @@ def _too_large(model: Model, layout: Layout, held: Held) -> str:
             if moving > model.memory_bytes:
                 while_moving = " while layers move" if rest <= model.memory_bytes else ""
                 return (
-                    f"layers {stage.first} to {stage.last - 1} need {moving / 2**20:.1f} MiB on one worker{while_moving}, and it "
-                    f"has {model.memory_bytes / 2**20:.1f}"
+                    f"layers {stage.first} to {stage.last - 1} need {_mib(moving)} MiB on one worker{while_moving}, and it has "
+                    f"{_mib(model.memory_bytes)}"
                 )
     return ""
 
 
-def _why_not(model: Model, count: int) -> str:
-    """In words, why no cut into so many stages fits."""
+def _why_not(model: Model, count: int) -> NoLayout:
+    """Why no cut into so many stages fits."""
     costs = Costs(model.layers)
     for layer in range(len(model.layers)):
         needed = costs.memory_bytes(layer, layer + 1, 1)
         if model.memory_bytes and needed > model.memory_bytes:
-            return (
-                f"layer {layer} needs {needed / 2**20:.1f} MiB with one slot's activations, and a worker has "
-                f"{model.memory_bytes / 2**20:.1f}: it fits nowhere; split the layer, make slots smaller, or use recompute=True"
+            return NoLayout(
+                f"layer {layer} needs {_mib(needed)} MiB with one slot's activations, and a worker has "
+                f"{_mib(model.memory_bytes)}: it fits nowhere; split the layer, make slots smaller, or use recompute=True",
+                is_final=True,
             )
-    room = f"{count} worker(s) of {model.memory_bytes / 2**20:.1f} MiB"
-    return f"{len(model.layers)} layers do not fit into {room}: more workers are needed"
+    room = f"{count} worker(s) of {_mib(model.memory_bytes)} MiB"
+    return NoLayout(f"{len(model.layers)} layers do not fit into {room}: more workers are needed")
+
+
+def _mib(size_bytes: float) -> str:
+    return f"{size_bytes / 2**20:.4g}"
 
 
 def held_in(plan: Plan, names: Sequence[str]) -> dict[int, range]:

@@ -26,7 +26,7 @@ from elastic.digests import digest_of_layers
 from elastic.domain import LayerMove, Plan, PlanKind
 from elastic.engine import LOSS, Engine, Slot
 from elastic.errors import CollectiveAborted, ConfigError, TransferError
-from elastic.failpoints import FailPoint, reach_inside
+from elastic.failpoints import FailPoint, reach, reach_inside
 from elastic.group import Group, GroupPart, Work
 from elastic.memory import SnapshotMemory
 from elastic.payload import Section
@@ -135,6 +135,8 @@ class PipelineEngine(Engine):
 
         Raises SystemExit when the world goes on without this worker.
         """
+        if self.committed_in_slot:
+            reach(FailPoint.STEP_ENDED)
         self._announce()
         self.beat()
         if not self._settle():
@@ -534,6 +536,8 @@ class PipelineEngine(Engine):
     def _settle_state(self, joins: bool) -> None:
         assert self.plan is not None and self.group is not None
         transfers, self._transfers = self._transfers, []
+        if transfers:
+            reach_inside(FailPoint.LAYERS_MOVING)
         took = self._transfer(self.group, transfers)
         own = self.plan.layers_of(self.rank)
         if took or [layer.number for layer in self.layers.held] != list(own):

@@ -289,7 +289,7 @@ def test_who_leaves_can_be_called_back_by_a_fence() -> None:
 
 def test_who_leaves_a_state_that_is_cut_hands_its_part_over_first() -> None:
     machine = founder()
-    machine.shards_optimizer = True
+    machine.holds_parts = True
     world = plan(2, PlanKind.SWITCH, "b")
     feed(machine, Heard(Prepare(world)), Heard(Commit(2)), AskVote(1), AskCommit(1, 2), Applied(1))
     assert feed(machine, AskWorld()) == [Send(Switched(2, 1)), HandOver(world)]
