@@ -33,9 +33,9 @@ from agent.rotation import MARKER, METADATA, Marker
 from elastic.checksum import joined
 from elastic.encoding import TENSOR_DTYPES, flat_bytes, raw_view
 from elastic.errors import CheckpointError
-from elastic.payload import SnapshotLayout, read_description
+from elastic.payload import Description, Section, SnapshotLayout, describe, manifest_text, read_description
 from elastic.snapshots import Slice
-from elastic.state import Entry
+from elastic.state import Entry, joined_small
 
 Progress = Callable[[int, int], None]
 """Is told how many bytes of how many have been written."""
@@ -172,13 +172,40 @@ class _Memory:
 
     def __init__(self, slices: Sequence[tuple[Slice, Tensor]]) -> None:
         ordered = sorted(slices, key=lambda each: each[0].index)
-        _check_that_all_are_there([each for each, _ in ordered])
-        first = ordered[0][0]
-        self.description = ordered[0][1][first.description_at : first.stored_bytes]
+        indices = [each.index for each, _ in ordered]
+        if not ordered or indices != list(range(ordered[0][0].count)):
+            found = ", ".join(map(str, indices)) or "none"
+            raise CheckpointError(f"A checkpoint needs every slice of its snapshot, and these are there: {found}.")
         self._payloads: list[Tensor] = []
         self._ends: list[int] = []
-        whole_crc = 0
-        for each, memory in ordered:
+        self._places: list[list[range]] = []
+        self.manifest: list[Entry] = []
+        whole_crc, sections = 0, _sections(ordered)
+        for described, members in sections:
+            whole_crc = self._take(described, members, whole_crc)
+        first, memory = ordered[0]
+        if len(sections) == 1 and sections[0][0].section is None:
+            self.description = memory[first.description_at : first.stored_bytes]
+            self.small = sections[0][0].small
+        else:
+            self.small = joined_small([described.small for described, _ in sections])
+            text = describe(manifest_text(self.manifest, Section(0, (0,))), self.small)
+            self.description = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        if len(sections) > 1 or any(entry.sharding is not None for entry in self.manifest):
+            whole_crc = self._crc_in_one_slice()
+        self.whole = rotation.whole_slice(
+            first.snapshot,
+            total_bytes=self._ends[-1] if self._ends else 0,
+            payload_crc=whole_crc,
+            description_bytes=len(self.description),
+            description_crc=zlib.crc32(raw_view(self.description)),
+        )
+
+    def _take(self, described: Description, members: Sequence[tuple[Slice, Tensor]], crc: int) -> int:
+        """Take in the slices of a section; returns the CRC of all payloads so far, one behind the other."""
+        _check_that_all_are_there([each for each, _ in members])
+        first, begin = members[0][0], self._ends[-1] if self._ends else 0
+        for each, memory in members:
             payload = memory[: each.end - each.begin]
             description = memory[each.description_at : each.stored_bytes]
             crcs = zlib.crc32(raw_view(payload)), zlib.crc32(raw_view(description))
@@ -187,26 +214,18 @@ class _Memory:
                     f"Slice {each.index} of the snapshot of step {first.snapshot.step} is damaged in memory (its CRC "
                     "differs): take another snapshot."
                 )
-            whole_crc = joined(whole_crc, each.payload_crc, len(payload))
+            crc = joined(crc, each.payload_crc, len(payload))
             self._payloads.append(payload)
-            self._ends.append(each.end)
-        said = read_description(raw_view(self.description))
-        self.manifest, self.small = said.entries, said.small
-        self._places, size_bytes = _places(self.manifest, first.count)
+            self._ends.append(begin + each.end)
+        places, size_bytes = _places(described.entries, len(members))
         if size_bytes != first.total_bytes:
             raise CheckpointError(
                 f"The snapshot of step {first.snapshot.step} has {first.total_bytes} bytes and describes "
                 f"{size_bytes}: take another one."
             )
-        if any(entry.sharding is not None for entry in self.manifest):
-            whole_crc = self._crc_in_one_slice()
-        self.whole = rotation.whole_slice(
-            first.snapshot,
-            total_bytes=first.total_bytes,
-            payload_crc=whole_crc,
-            description_bytes=first.description_bytes,
-            description_crc=first.description_crc,
-        )
+        self.manifest += described.entries
+        self._places += [[range(r.start + begin, r.stop + begin) for r in each] for each in places]
+        return crc
 
     def tensor(self, number: int) -> Tensor:
         """Bytes of a tensor of the manifest: uint8, a view where they lie together, which cannot be written to otherwise."""
@@ -295,11 +314,25 @@ class _IntoMemory(DefaultLoadPlanner):
         return self._memory[begin : begin + read_item.lengths.numel() * dtype.itemsize]
 
 
+def _sections(ordered: Sequence[tuple[Slice, Tensor]]) -> list[tuple[Description, list[tuple[Slice, Tensor]]]]:
+    """The slices of a snapshot by section, each in the order of its members; raises CheckpointError if they contradict it."""
+    found: dict[int, tuple[Description, list[tuple[Slice, Tensor]]]] = {}
+    for each, memory in ordered:
+        described = read_description(raw_view(memory[each.description_at : each.stored_bytes]))
+        if described.section is None:
+            return [(described, list(ordered))]
+        members = described.section.members
+        if any(not 0 <= member < len(ordered) for member in members) or each.index not in members:
+            raise CheckpointError(f"Slice {each.index} of step {each.snapshot.step} names members that there are not.")
+        if described.section.number not in found:
+            found[described.section.number] = described, [ordered[member] for member in members]
+    if sum(len(slices) for _, slices in found.values()) != len(ordered):
+        raise CheckpointError(f"The slices of step {ordered[0][0].snapshot.step} contradict each other: take another one.")
+    return [found[number] for number in sorted(found)]
+
+
 def _check_that_all_are_there(slices: Sequence[Slice]) -> None:
-    """Slices in order make up one snapshot, of which nothing is missing."""
-    if not slices or [each.index for each in slices] != list(range(slices[0].count)):
-        indices = ", ".join(str(each.index) for each in slices) or "none"
-        raise CheckpointError(f"A checkpoint needs every slice of its snapshot, and these are there: {indices}.")
+    """Slices in order make up one section of a snapshot, of which nothing is missing."""
     first, end = slices[0], 0
     for each in slices:
         shared = (each.snapshot, each.count, each.total_bytes, each.description_bytes, each.description_crc)
@@ -308,7 +341,7 @@ def _check_that_all_are_there(slices: Sequence[Slice]) -> None:
             *(first.description_bytes, first.description_crc),
         ):
             raise CheckpointError(
-                f"Slices 0 and {each.index} are not of one snapshot of step {first.snapshot.step}: take another one."
+                f"Slices {first.index} and {each.index} are not of one snapshot of step {first.snapshot.step}: take another one."
             )
         end = each.end
     if end != first.total_bytes:

@@ -100,6 +100,7 @@ class Looked:
     busy_until_s: float = 0.0
     waits: bool = False
     stable: int = NO_STEP
+    compute_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

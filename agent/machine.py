@@ -327,6 +327,7 @@ class AgentMachine:
             samples=look.samples,
             waits=look.waits and look.process_state not in STOPPED,
             stable=look.stable,
+            compute_s=look.compute_s,
         )
         if worker.end_reason:
             return

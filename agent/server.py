@@ -342,6 +342,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 shown.busy_until_s,
                 shown.waits,
                 self.snapshots.stable,
+                shown.compute_s,
             )
         )
 

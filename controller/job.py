@@ -16,6 +16,7 @@ from controller.incidents import IncidentBook, describe
 from controller.state import Attempt, JobSettings, Node, Probing, Restoring, Saving, Standstill, Suspicion, Worker
 from elastic.domain import NO_STEP, Failed, Incident, KillWorker, Member, Plan, ToWorker, TrainingSpec, WorkerCommand
 from monitoring.goodput import StepClock
+from monitoring.stragglers import ComputeClock, Rental
 
 WORLDS_KEPT = 64
 
@@ -50,6 +51,9 @@ class Job:
     probing: Probing | None = None
     probed_cut_at: float = float("-inf")  # when nodes that were left out for a dead link were last probed
     worlds: dict[int, Plan] = field(default_factory=dict)  # newest committed ones; snapshots of them may be needed
+    computing: dict[str, ComputeClock] = field(default_factory=dict)  # worker -> what its steps take it
+    speeds: dict[str, float] = field(default_factory=dict)  # of workers that are not as fast as the others
+    rental: Rental = field(default_factory=Rental)  # since when layers lie where they cost more than they need
     unsettled: int = 0  # generation of the newest switch whose layers may be on their way; 0 once it has committed a step
     no_layout: str = ""  # why a pipeline could not be cut for the workers that there were
     protection_gaps: tuple[str, ...] = ()  # in what the newest one's protection falls short of what was asked for
@@ -76,6 +80,7 @@ class Job:
     samples: int = 0
     loss: float = float("nan")
     steps: StepClock = field(default_factory=StepClock)
+    steps_here: StepClock = field(default_factory=StepClock)  # in the present world
     incidents: IncidentBook = field(default_factory=IncidentBook)
     started_at: float | None = None
     first_commit_at: float | None = None
@@ -148,6 +153,7 @@ class Job:
 
     def note_world(self, plan: Plan) -> None:
         """Note a world that was committed, and forget those whose snapshots are long gone."""
+        self.steps_here = StepClock()
         self.worlds[plan.generation] = plan
         for generation in sorted(self.worlds)[:-WORLDS_KEPT]:
             del self.worlds[generation]
@@ -185,6 +191,7 @@ class Job:
                 self.emit(Persist("training-began", f"step {committed} is committed", {"step": committed}))
             self.step_committed = committed
             self.steps.note(now, committed)
+            self.steps_here.note(now, committed)
             if self.first_commit_at is None:
                 self.first_commit_at = now
 

@@ -35,11 +35,16 @@ def layout_for(job: Job, kind: PlanKind, names: Sequence[str], before: Plan | No
     assert job.spec is not None
     if not job.spec.is_pipeline:
         return None
-    model = model_of(job.spec)
+    model, speeds = model_of(job.spec), speeds_by_rank(job, names)
     if kind is PlanKind.FENCE and before is not None:
-        return rerouted(model, _kept_stages(before, names), "stages stay as they are")
+        return rerouted(model, _kept_stages(before, names), "stages stay as they are", speeds)
     held = held_in(before, names) if before is not None and kind is PlanKind.SWITCH else None
-    return lay_out(model, len(names), held)
+    return lay_out(model, len(names), held, speeds)
+
+
+def speeds_by_rank(job: Job, names: Sequence[str]) -> dict[int, float]:
+    """Return the speeds of those that are not as fast as the others."""
+    return {rank: job.speeds[name] for rank, name in enumerate(names) if name in job.speeds}
 
 
 def _kept_stages(before: Plan, names: Sequence[str]) -> list[Stage]:

@@ -3,8 +3,9 @@
     join/leave -> SWITCH g: Prepare to all -> all Prepared (group built aside, training goes on; a joiner is warm too)
                -> `commits.py`; the verdict of a step decides when everybody has it, and all adopt at that boundary
 
-Here is decided who joins and who leaves. A switch never interrupts a step, and is never begun while a fault is not settled.
-Only a job that stands still for want of nodes takes joiners in by a fence.
+Here is decided who joins and who leaves; layers of a pipeline may also move among those who stay (`straggling.py`). A switch
+never interrupts a step, and is never begun while a fault is not settled. Only a job
+that stands still for want of nodes takes joiners in by a fence.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from controller.attempts import open_generation
 from controller.fencing import fence
 from controller.job import Job
 from controller.state import Attempt, natural
+from controller.straggling import worth_moving
 from elastic.domain import PlanKind
 
 SWITCH_RETRIES = 3  # attempts to take a joiner in before it is replaced
@@ -40,11 +42,13 @@ def consider_switch(job: Job, now: float) -> None:
         # They go once others hold the state, and enough others are there.
         staying, leaving = list(members), []
         joining = _joiners(job, len(members))
-    if not joining and not leaving:
+    why = "" if joining or leaving else worth_moving(job)
+    if not joining and not leaving and not why:
         return
     if not any(w.holds_state for w in job.known(members)):
         return  # they are about to read it themselves
-    words = [f"{', '.join(joining)} joins"] if joining else []
+    words = [why] if why else []
+    words += [f"{', '.join(joining)} joins"] if joining else []
     words += [f"{', '.join(m.worker for m in leaving)} leaves"] if leaving else []
     open_generation(
         job, PlanKind.SWITCH, [*(m.worker for m in staying), *joining], "; ".join(words), now, leavers=leaving

@@ -17,6 +17,7 @@ from controller.job import Job
 from controller.layouts import note_resumed
 from controller.restoring import check_restoring
 from controller.state import Worker
+from controller.straggling import note_compute
 from controller.switching import consider_switch
 from elastic.domain import (
     CollectiveFailed,
@@ -113,6 +114,7 @@ def note_status(job: Job, status: WorkerStatus, now: float) -> None:
     if worker is None or not worker.alive:
         return
     worker.pid, worker.status = status.pid or worker.pid, replace(status, messages=())
+    note_compute(job, worker, status)
     if worker.state == "member":
         job.note_step(status.committed, now)
         if status.committed >= job.step_committed:

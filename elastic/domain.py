@@ -348,6 +348,7 @@ class WorkerStatus:
     messages: tuple[WorkerMessage, ...] = ()
     waits: bool = False
     stable: int = NO_STEP
+    compute_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -635,6 +636,15 @@ class StatusReply:
     save_fault: str = ""
     is_vulnerable: bool = False
     vulnerable_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class PlanReply:
+    """How a pipeline is cut at present, and what its steps have taken of late."""
+
+    spec: TrainingSpec = field(default_factory=TrainingSpec)
+    plan: Plan = field(default_factory=Plan)
+    step_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Run a daemon in this interpreter: `python -m elastic.launch controller|agent|keeper|checkpointer|doctor ARGS...`.
+"""Run a daemon in this interpreter: `python -m elastic.launch controller|agent|keeper|checkpointer|doctor|planner ARGS...`.
 
 The daemons' folders have names that users' repositories use too, so they are on nobody's path: this module
 puts them first, here. It must never run in a training process nor set PYTHONPATH: no script may see them.
@@ -16,9 +16,10 @@ DAEMONS = {
     "keeper": "agent.keeper",
     "checkpointer": "agent.checkpointer",
     "doctor": "agent.doctor",
+    "planner": "recovery.planner",
 }
-"""Each one's name, and the module whose `main()` it is. Keeper and checkpointer are started by an agent alone; the doctor
-only looks, and ends."""
+"""Each one's name, and the module whose `main()` it is. Keeper and checkpointer are started by an agent alone; doctor and
+planner only look, and end."""
 
 
 def main(argv: list[str]) -> int:

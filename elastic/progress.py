@@ -19,6 +19,7 @@ _OFFSET = {name: 8 * index for index, name in enumerate(_FIELDS)}
 _LOSS_OFFSET = 8 * len(_FIELDS)
 _BUSY_OFFSET = _LOSS_OFFSET + 8
 _WAITS_OFFSET = _BUSY_OFFSET + 8
+_COMPUTE_OFFSET = _WAITS_OFFSET + 8
 _UNSIGNED = struct.Struct("<Q")
 _DOUBLE = struct.Struct("<d")
 
@@ -32,6 +33,7 @@ class Progress:
         busy_until_s: CLOCK_MONOTONIC until which the user has announced to make no progress.
         waits: Whether the main thread waits for others (in a reduction, a verdict, a regroup), so that it is not to
             blame for making no progress.
+        compute_s: What the newest step took in forwards and backwards; 0 where that is not measured.
     """
 
     progress: int
@@ -41,6 +43,7 @@ class Progress:
     loss: float
     busy_until_s: float
     waits: bool
+    compute_s: float = 0.0
 
 
 class ProgressPage:
@@ -84,6 +87,10 @@ class ProgressPage:
         _UNSIGNED.pack_into(self._map, _OFFSET["samples"], samples)
         _DOUBLE.pack_into(self._map, _LOSS_OFFSET, loss)
 
+    def computed(self, seconds: float) -> None:
+        """Show what the newest step took in forwards and backwards."""
+        _DOUBLE.pack_into(self._map, _COMPUTE_OFFSET, seconds)
+
     def read(self) -> Progress:
         """Return what the page shows now."""
         values = {name: _UNSIGNED.unpack_from(self._map, offset)[0] for name, offset in _OFFSET.items()}
@@ -95,6 +102,7 @@ class ProgressPage:
             loss=_DOUBLE.unpack_from(self._map, _LOSS_OFFSET)[0],
             busy_until_s=_DOUBLE.unpack_from(self._map, _BUSY_OFFSET)[0],
             waits=bool(_UNSIGNED.unpack_from(self._map, _WAITS_OFFSET)[0]),
+            compute_s=_DOUBLE.unpack_from(self._map, _COMPUTE_OFFSET)[0],
         )
 
     def close(self) -> None:

@@ -500,6 +500,30 @@ def _kinds_of_small(small: str) -> dict[str, list[tuple[str, Any]]]:
         raise TransferError(f"The small state cannot be read ({error}): ask for the state again.") from error
 
 
+def joined_small(smalls: Sequence[str]) -> str:
+    """The small state of a whole from those of its sections.
+
+    Raises:
+        TransferError: one of them is none.
+    """
+    kinds: dict[str, dict[str, Any]] = {}
+    names: dict[str, dict[str, list[Any]]] = {}
+    for small in smalls:
+        for kind, pairs in _kinds_of_small(small).items():
+            if kind == "models":  # whose names in a `state_dict()` are told of by each section for its own
+                for model, saved in pairs:
+                    for what, value in saved["dict"]:
+                        held = value if isinstance(value, list) else value["dict"]
+                        names.setdefault(model, {}).setdefault(what, []).extend(held)
+            else:
+                kinds.setdefault(kind, {}).update(pairs)
+    kinds["models"] = {
+        model: {"dict": [["also", {"dict": each.get("also", [])}], ["unsaved", each.get("unsaved", [])]]}
+        for model, each in names.items()
+    }
+    return _small_of_kinds(kinds)
+
+
 def _small_of_kinds(kinds: Mapping[str, Mapping[str, Any]]) -> str:
     """The inverse of `_kinds_of_small`."""
     parts = [[kind, {"dict": [[name, value] for name, value in sorted(part.items())]}] for kind, part in kinds.items()]

@@ -90,6 +90,25 @@ def lay_out(model: Model, ranks: int, held: Held | None = None, speeds: Mapping[
         model: to cut. ranks: how many workers. held: what they hold already, which is better not moved; None: nothing does.
         speeds: of each rank, 1.0 where there is none.
     """
+    candidates, too_large = candidates_for(model, ranks, held, speeds)
+    if not candidates:
+        if too_large:
+            return NoLayout(f"{too_large[0]}: more workers are needed")
+        return _why_not(model, min(model.stages or ranks, ranks, len(model.layers)))
+    return best_of(candidates)
+
+
+def best_of(candidates: Sequence[Layout]) -> Layout:
+    """Return the fastest; of those that are nearly as fast, the one that moves the fewest bytes."""
+    fastest = min(layout.prediction.step_s for layout in candidates)
+    near = [layout for layout in candidates if layout.prediction.step_s <= fastest * (1 + NEARLY)]
+    return min(near, key=lambda layout: (layout.moved_bytes, layout.prediction.step_s, layout.stages))
+
+
+def candidates_for(
+    model: Model, ranks: int, held: Held | None = None, speeds: Mapping[int, float] | None = None
+) -> tuple[list[Layout], list[str]]:
+    """Return the layouts among which `lay_out` chooses, and in words what was too large. Arguments as there."""
     held, speeds = held or {}, speeds or {}
     count = min(model.stages or ranks, ranks, len(model.layers))
     costs = Costs(model.layers)
@@ -105,11 +124,7 @@ def lay_out(model: Model, ranks: int, held: Held | None = None, speeds: Mapping[
                 too_large.append(fault)
             else:
                 candidates.append(layout)
-    if not candidates:
-        return NoLayout(f"{too_large[0]}: more workers are needed") if too_large else _why_not(model, count)
-    fastest = min(layout.prediction.step_s for layout in candidates)
-    near = [layout for layout in candidates if layout.prediction.step_s <= fastest * (1 + NEARLY)]
-    return min(near, key=lambda layout: (layout.moved_bytes, layout.prediction.step_s, layout.stages))
+    return candidates, too_large
 
 
 def rerouted(model: Model, stages: Sequence[Stage], reason: str, speeds: Mapping[int, float] | None = None) -> Layout:

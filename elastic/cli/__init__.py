@@ -11,6 +11,7 @@ from elastic import __version__
 from elastic.cli.daemons import agent, controller
 from elastic.cli.doctor import doctor
 from elastic.cli.people import checkpoint, drain, events, status, stop
+from elastic.cli.plan import plan
 from elastic.cli.run import INTERRUPTED, run
 from elastic.config import load_defaults
 from elastic.errors import ElasticError
@@ -31,7 +32,7 @@ def elastic(context: click.Context, config_file: Path | None) -> None:
         context.default_map = load_defaults(config_file)
 
 
-for command in (run, controller, agent, status, events, checkpoint, drain, stop, doctor):
+for command in (run, controller, agent, status, events, checkpoint, drain, stop, doctor, plan):
     elastic.add_command(command)
 
 

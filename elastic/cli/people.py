@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from elastic.cli import options
-from elastic.domain import NO_STEP, StatusReply
+from elastic.domain import NO_STEP, PlanReply, StatusReply
 from elastic.errors import ElasticError
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -51,6 +51,11 @@ class People:
             yield from self._stub.Events(
                 runtime_pb2.EventsRequest(after=after, follow=follow), timeout=None if follow else CALL_TIMEOUT_S
             )
+
+    def plan(self) -> PlanReply:
+        """Return how the job's pipeline is cut."""
+        with self._explained():
+            return from_proto(self._stub.Plan(runtime_pb2.PlanRequest(), timeout=CALL_TIMEOUT_S), PlanReply)
 
     def drain(self, node: str) -> str:
         """Ask a node to leave."""

@@ -196,7 +196,9 @@ class PipelineEngine(Engine):
             return self.measures.of_slot()
 
         deeds = Deeds(fetch, begin, end, measured, self.beat, self._waiting)
-        stage.executor.run(actions, step, sizes, self.group, stage.buffers, deeds)
+        compute_s = stage.executor.run(actions, step, sizes, self.group, stage.buffers, deeds)
+        if self._page is not None:
+            self._page.computed(compute_s)
         self.slot = None
         self._is_computed = True
 

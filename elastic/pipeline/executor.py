@@ -8,6 +8,7 @@ decide who does what.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -112,8 +113,10 @@ class Executor:
         group: Group,
         buffers: CommittedBuffers,
         deeds: Deeds,
-    ) -> None:
-        """Do a step's actions, except for its reduction.
+    ) -> float:
+        """Do a step's actions, except for its reduction; returns how many seconds it computed.
+
+        On an accelerator these are seconds of the host, which waits for it where a tensor is sent.
 
         Args:
             step: which. sizes: of each slot, in samples. group: of the whole world. buffers: of the layers held here.
@@ -122,7 +125,9 @@ class Executor:
             CollectiveAborted: a peer is gone.
             ConfigError: a layer or the loss gave something else than in the survey.
         """
-        _Run(self, actions, step, sizes, group, buffers, deeds).run()
+        run = _Run(self, actions, step, sizes, group, buffers, deeds)
+        run.run()
+        return run.compute_s
 
     def evaluate(self, batch: Batch, group: Group | None, route: Sequence[int], rank: int) -> float | None:
         """Send a batch forward along a route; returns its loss on the last rank, None elsewhere.
@@ -200,6 +205,7 @@ class _Run:
             [a for a in actions if a.kind in (ActionKind.RECEIVE_INPUT, ActionKind.RECEIVE_GRADIENT)]
         )
         self._targets: dict[int, Any] = {}
+        self.compute_s = 0.0
 
     def run(self) -> None:
         for _ in range(_RECEIVES_AHEAD):
@@ -209,18 +215,26 @@ class _Run:
                 case ActionKind.RECEIVE_INPUT:
                     self._passing[action.slot] = self._arrived(action)
                 case ActionKind.FORWARD:
-                    self._forward(action.slot)
+                    with self._timed():
+                        self._forward(action.slot)
                 case ActionKind.SEND_OUTPUT:
                     self._send(action, self._outputs(action.slot))
                 case ActionKind.RECEIVE_GRADIENT:
                     self._flights[action.slot].gradients = self._gradients(action)
                 case ActionKind.BACKWARD:
-                    self._backward(action.slot)
+                    with self._timed():
+                        self._backward(action.slot)
                 case ActionKind.SEND_GRADIENT:
                     self._send(action, self._leaf_gradients(action.slot))
                 case ActionKind.REDUCE:
                     pass
             self._deeds.beat()
+
+    @contextmanager
+    def _timed(self) -> Iterator[None]:
+        began_s = time.perf_counter()
+        yield
+        self.compute_s += time.perf_counter() - began_s
 
     # -- what comes and goes ---------------------------------------------------------------------------------------
 

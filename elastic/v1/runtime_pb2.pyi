@@ -964,6 +964,7 @@ class WorkerStatus(_message.Message):
     MESSAGES_FIELD_NUMBER: _builtins.int
     WAITS_FIELD_NUMBER: _builtins.int
     STABLE_FIELD_NUMBER: _builtins.int
+    COMPUTE_S_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     local_rank: _builtins.int
     pid: _builtins.int
@@ -983,6 +984,8 @@ class WorkerStatus(_message.Message):
     """Its main thread waits for others (a reduction, a verdict, a regroup)."""
     stable: _builtins.int
     """Newest step whose snapshot the whole world holds, as this worker knows; -1: none."""
+    compute_s: _builtins.float
+    """What its newest step took it in forwards and backwards; 0: not measured."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerMessage]:
         """Hello only: what the controller may have missed."""
@@ -1003,10 +1006,11 @@ class WorkerStatus(_message.Message):
         messages: _abc.Iterable[Global___WorkerMessage] | None = ...,
         waits: _builtins.bool = ...,
         stable: _builtins.int = ...,
+        compute_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "exit_reason", b"exit_reason", "exited", b"exited", "generation", b"generation", "local_rank", b"local_rank", "loss", b"loss", "messages", b"messages", "pid", b"pid", "progress", b"progress", "samples", b"samples", "stable", b"stable", "waits", b"waits", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "compute_s", b"compute_s", "exit_reason", b"exit_reason", "exited", b"exited", "generation", b"generation", "local_rank", b"local_rank", "loss", b"loss", "messages", b"messages", "pid", b"pid", "progress", b"progress", "samples", b"samples", "stable", b"stable", "waits", b"waits", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2441,6 +2445,53 @@ class Event(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Event: _TypeAlias = Event  # noqa: Y015
+
+@_typing.final
+class PlanRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanRequest: _TypeAlias = PlanRequest  # noqa: Y015
+
+@_typing.final
+class PlanReply(_message.Message):
+    """How a pipeline is cut at present."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    PLAN_FIELD_NUMBER: _builtins.int
+    STEP_S_FIELD_NUMBER: _builtins.int
+    step_s: _builtins.float
+    """What a step has taken of late, beside `plan.predicted_s`; 0: not known."""
+    @_builtins.property
+    def spec(self) -> Global___TrainingSpec:
+        """With what its layers cost."""
+
+    @_builtins.property
+    def plan(self) -> Global___Plan: ...
+    def __init__(
+        self,
+        *,
+        spec: Global___TrainingSpec | None = ...,
+        plan: Global___Plan | None = ...,
+        step_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "spec", b"spec"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "spec", b"spec", "step_s", b"step_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PlanReply: _TypeAlias = PlanReply  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

@@ -349,6 +349,11 @@ class PeopleStub:
                 request_serializer=elastic_dot_v1_dot_runtime__pb2.EventsRequest.SerializeToString,
                 response_deserializer=elastic_dot_v1_dot_runtime__pb2.Event.FromString,
                 _registered_method=True)
+        self.Plan = channel.unary_unary(
+                '/elastic.v1.People/Plan',
+                request_serializer=elastic_dot_v1_dot_runtime__pb2.PlanRequest.SerializeToString,
+                response_deserializer=elastic_dot_v1_dot_runtime__pb2.PlanReply.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/elastic.v1.People/Drain',
                 request_serializer=elastic_dot_v1_dot_runtime__pb2.DrainRequest.SerializeToString,
@@ -377,6 +382,13 @@ class PeopleServicer:
 
     def Events(self, request, context):
         """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Plan(self, request, context):
+        """Of a job without a pipeline, an error.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -412,6 +424,11 @@ def add_PeopleServicer_to_server(servicer, server):
                     servicer.Events,
                     request_deserializer=elastic_dot_v1_dot_runtime__pb2.EventsRequest.FromString,
                     response_serializer=elastic_dot_v1_dot_runtime__pb2.Event.SerializeToString,
+            ),
+            'Plan': grpc.unary_unary_rpc_method_handler(
+                    servicer.Plan,
+                    request_deserializer=elastic_dot_v1_dot_runtime__pb2.PlanRequest.FromString,
+                    response_serializer=elastic_dot_v1_dot_runtime__pb2.PlanReply.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -483,6 +500,33 @@ class People:
             '/elastic.v1.People/Events',
             elastic_dot_v1_dot_runtime__pb2.EventsRequest.SerializeToString,
             elastic_dot_v1_dot_runtime__pb2.Event.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Plan(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/elastic.v1.People/Plan',
+            elastic_dot_v1_dot_runtime__pb2.PlanRequest.SerializeToString,
+            elastic_dot_v1_dot_runtime__pb2.PlanReply.FromString,
             options,
             channel_credentials,
             insecure,

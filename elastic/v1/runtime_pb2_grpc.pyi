@@ -130,6 +130,8 @@ class PeopleStub:
     def __new__(cls, channel: _aio.Channel) -> PeopleAsyncStub: ...
     Status: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.StatusRequest, _runtime_pb2.StatusReply]
     Events: _grpc.UnaryStreamMultiCallable[_runtime_pb2.EventsRequest, _runtime_pb2.Event]
+    Plan: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.PlanRequest, _runtime_pb2.PlanReply]
+    """Of a job without a pipeline, an error."""
     Drain: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.DrainRequest, _runtime_pb2.DrainReply]
     Checkpoint: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.CheckpointRequest, _runtime_pb2.CheckpointReply]
     """Answers once it is written."""
@@ -140,6 +142,8 @@ class PeopleAsyncStub(PeopleStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Status: _aio.UnaryUnaryMultiCallable[_runtime_pb2.StatusRequest, _runtime_pb2.StatusReply]  # type: ignore[assignment]
     Events: _aio.UnaryStreamMultiCallable[_runtime_pb2.EventsRequest, _runtime_pb2.Event]  # type: ignore[assignment]
+    Plan: _aio.UnaryUnaryMultiCallable[_runtime_pb2.PlanRequest, _runtime_pb2.PlanReply]  # type: ignore[assignment]
+    """Of a job without a pipeline, an error."""
     Drain: _aio.UnaryUnaryMultiCallable[_runtime_pb2.DrainRequest, _runtime_pb2.DrainReply]  # type: ignore[assignment]
     Checkpoint: _aio.UnaryUnaryMultiCallable[_runtime_pb2.CheckpointRequest, _runtime_pb2.CheckpointReply]  # type: ignore[assignment]
     """Answers once it is written."""
@@ -159,6 +163,14 @@ class PeopleServicer(metaclass=_abc_1.ABCMeta):
         request: _runtime_pb2.EventsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_runtime_pb2.Event], _abc.AsyncIterator[_runtime_pb2.Event]]: ...
+
+    @_abc_1.abstractmethod
+    def Plan(
+        self,
+        request: _runtime_pb2.PlanRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runtime_pb2.PlanReply, _abc.Awaitable[_runtime_pb2.PlanReply]]:
+        """Of a job without a pipeline, an error."""
 
     @_abc_1.abstractmethod
     def Drain(

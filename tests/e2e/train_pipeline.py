@@ -12,6 +12,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,40 @@ class Mix(nn.Module):
         return x, mean
 
 
+class _Waiting(torch.autograd.Function):
+    """Passes a tensor on, after a while each way."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, wait: Wait) -> Tensor:
+        ctx.wait = wait
+        wait.sleep()
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        ctx.wait.sleep()
+        return gradient, None
+
+
+class Wait(nn.Module):
+    """A block that takes its time without a processor; longer on the node that a file names, with a factor."""
+
+    def __init__(self, inner: nn.Module, wait_s: float, slow: Path | None) -> None:
+        super().__init__()
+        self.inner, self.wait_s, self.slow = inner, wait_s, slow
+
+    def sleep(self) -> None:
+        factor = 1.0
+        if self.slow is not None and self.slow.exists():
+            node, _, text = self.slow.read_text().partition(" ")
+            factor = float(text) if os.environ.get("ELASTIC_WORKER", "").startswith(f"{node}/") else 1.0
+        time.sleep(factor * self.wait_s)
+
+    def forward(self, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        x, mean = self.inner(x, mean)
+        return _Waiting.apply(x, self), mean
+
+
 class Join(nn.Module):
     """From two tensors to one."""
 
@@ -67,9 +102,11 @@ class Head(nn.Module):
         return x @ self.weight.t()
 
 
-def layers_of(blocks: int, *, plain: bool) -> list[nn.Module]:
+def layers_of(blocks: int, *, plain: bool, wait_s: float = 0.0, slow: Path | None = None) -> list[nn.Module]:
     embed = Embed()
-    mixing = [Mix(plain=plain) for _ in range(blocks)]
+    mixing: list[nn.Module] = [Mix(plain=plain) for _ in range(blocks)]
+    if wait_s:
+        mixing = [Wait(block, wait_s, slow) for block in mixing]
     return [embed, *mixing, Join(), nn.ReLU(inplace=True), nn.LayerNorm(WIDTH), Head(embed.table)]
 
 
@@ -93,6 +130,8 @@ def main() -> None:
     parser.add_argument("--recompute", action="store_true")
     parser.add_argument("--evaluate", action="store_true")
     parser.add_argument("--plain", action="store_true", help="Neither dropout nor batch norm.")
+    parser.add_argument("--wait-ms", type=float, default=0.0, help="Each block waits so long each way.")
+    parser.add_argument("--slow", type=Path, help="File with NODE FACTOR: there they wait longer.")
     parser.add_argument("--pause-ms", type=float, default=60.0, help="Sleep per step until --go exists.")
     parser.add_argument("--go", type=Path)
     parser.add_argument("--out", type=Path, help="Directory for what each process ended with.")
@@ -102,7 +141,7 @@ def main() -> None:
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, TOKENS, (args.samples, LENGTH + 1), generator=generator)
     pipeline = session.pipeline(
-        layers_of(args.blocks, plain=args.plain),
+        layers_of(args.blocks, plain=args.plain, wait_s=args.wait_ms / 1000, slow=args.slow),
         loss_of,
         lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
         DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=args.batch_size, shuffle=True),

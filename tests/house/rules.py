@@ -58,6 +58,7 @@ PURE = (
     "controller/probing.py",
     "controller/recovering.py",
     "controller/state.py",
+    "controller/straggling.py",
     "controller/switching.py",
     "controller/views.py",
     "controller/workers.py",
@@ -75,6 +76,7 @@ NOT_PURE: dict[str, str] = {  # in a folder of pure files, each with its reason
     "recovery/codec.py": "works in place on the caller's tensors; as a program it measures and prints",
     "recovery/engines.py": "works in place on the caller's tensors",
     "recovery/isal.py": "calls a foreign library",
+    "recovery/planner.py": "as a program it reads a question and prints the answer",
 }
 IMPURE_MODULES = {
     *("datetime", "locale", "platform", "random", "secrets", "time", "uuid"),
@@ -104,7 +106,7 @@ OBJECT_COLLECTIVES = {  # they pickle what they carry
 
 # Dependencies that are named otherwise than what they provide; and imports that no dependency provides, each
 # with how the file does without it.
-PROVIDED_AS = {"google": "protobuf", "grpc": "grpcio", "zmq": "pyzmq"}
+PROVIDED_AS = {"google": "protobuf", "grpc": "grpcio", "yaml": "pyyaml", "zmq": "pyzmq"}
 OPTIONAL_IMPORTS: dict[str, str] = {
     "fsspec": "imported only for a target with an address instead of a path, with a sentence where it is missing",
     "numpy": "imported only inside functions that are reached when the script itself brought numpy in",

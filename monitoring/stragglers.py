@@ -1,0 +1,90 @@
+"""Which workers are slow, and whether it pays to relieve them: from how long each computed, beside what that should take.
+
+What a worker computes in a step is known from the plan, so the expected time of its layers and slots is divided out first;
+what is left is compared with the median of its peers. A worker is slow only if it has been so over a whole window of steps,
+and relieved only once what it has cost equals what the move costs (ski rental: at most twice the best, whatever comes).
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+WINDOW_STEPS = 8
+"""So many steps in a row are looked at; the median of them counts."""
+LOOK_STEPS = 4
+"""So often it is looked whether anything is to be gained, in steps."""
+UNREMARKABLE = 1.25
+"""A worker that takes less than this times as long as its peers, or more than its inverse, is as fast as they."""
+
+
+@dataclass(slots=True)
+class ComputeClock:
+    """How long one worker has computed in each of its newest steps in one world."""
+
+    generation: int = 0
+    step: int = 0
+    seconds: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW_STEPS))
+
+    def note(self, generation: int, step: int, seconds: float) -> None:
+        """Take what a step took; of an older world nothing counts any more."""
+        if generation != self.generation:
+            self.generation = generation
+            self.seconds.clear()
+        elif step <= self.step:
+            return
+        self.step = step
+        if seconds > 0:
+            self.seconds.append(seconds)
+
+    def median_s(self, generation: int) -> float | None:
+        """The median over a whole window; None before there is one in this world."""
+        if generation != self.generation or len(self.seconds) < WINDOW_STEPS:
+            return None
+        return statistics.median(self.seconds)
+
+
+def speeds(measured_s: Mapping[int, float], expected_s: Mapping[int, float]) -> dict[int, float]:
+    """Return the speed of each rank beside that of the median one; those that are unremarkable are left out.
+
+    Args:
+        measured_s, expected_s: for each rank, what a step has taken it, and what it should take.
+    """
+    slowness = {rank: measured_s[rank] / expected for rank, expected in expected_s.items() if expected > 0}
+    if len(slowness) < 2:
+        return {}
+    usual = statistics.median_low(slowness.values())
+    relative = {rank: value / usual for rank, value in slowness.items()}
+    return {rank: 1 / value for rank, value in relative.items() if not 1 / UNREMARKABLE < value < UNREMARKABLE}
+
+
+@dataclass(slots=True)
+class Rental:
+    """What goes on being paid, until buying would have been as cheap.
+
+    Attributes:
+        since_step: since when it has been paid; None while there is nothing to be gained.
+        looked_step: at which that was last looked at.
+    """
+
+    since_step: int | None = None
+    looked_step: int = 0
+
+    def looks(self, step: int) -> bool:
+        """Whether enough steps have passed for another look."""
+        if 0 <= step - self.looked_step < LOOK_STEPS:
+            return False
+        self.looked_step = step
+        return True
+
+    def is_due(self, step: int, gain_s: float, cost_s: float) -> bool:
+        """Whether the loss since it was first seen has reached the cost. `gain_s` is what each step could save."""
+        if self.since_step is None:
+            self.since_step = step
+        return (step - self.since_step) * gain_s >= cost_s
+
+    def end(self) -> None:
+        """There is nothing to be gained any more."""
+        self.since_step = None
