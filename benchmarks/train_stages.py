@@ -7,9 +7,9 @@ same order. A round has three blocks, in an order that is drawn anew each time (
 torch once more as the control. A step's time goes from the end of one optimizer step to the end of the next, so that
 fetching and the loss's value are in it. Blocks begin with a barrier.
 
-Each worker writes stage<N>.json once, {"layers": [first, last], "elastic": losses of the first steps, "torch": likewise; NaN
-where the stage is not the last}, and one JSON line per round to stage<N>.jsonl: {"round", "elastic_s", "torch_s",
-"control_s"}, with the times of all steps of each block.
+Each worker writes one JSON line per round to stage<N>.jsonl: {"layers": [first, last], "elastic_s", "torch_s", "control_s"},
+with the times of all steps of each block. A round in which the controller moved layers is not written, and torch's copy is
+cut anew after it. The last stage writes what the first steps' losses were to losses.json: {"elastic", "torch"}.
 """
 
 from __future__ import annotations
@@ -123,6 +123,46 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def measure(
+    arguments: argparse.Namespace,
+    session: elastic.Session,
+    pipeline: Pipeline,
+    cut: Callable[[range, int], TorchTraining],
+) -> None:
+    """Take turns, and write down how long each step took.
+
+    Args:
+        cut: Makes torch's side of the layers that are held here, and the number of the stage.
+    """
+    ours = ElasticTraining(pipeline)
+    losses = {"elastic": [ours.step() for _ in range(WARM_UP_STEPS)]}
+    held = pipeline.layers
+    stage = 0 if held.start == 0 else STAGES - 1
+    session.busy(BLOCK_S_MAX)
+    store = FileStore(str(arguments.out / "meet"), STAGES)
+    dist.init_process_group("gloo", store=store, rank=stage, world_size=STAGES, timeout=TIMEOUT)
+    theirs = cut(held, stage)
+    losses["torch"] = [theirs.step() for _ in range(WARM_UP_STEPS)]
+    if stage == STAGES - 1:
+        (arguments.out / "losses.json").write_text(json.dumps(losses))
+    dice = random.Random(0)
+    rounds = 0
+    while rounds < arguments.rounds:
+        sides = {"elastic_s": ours.step, "torch_s": theirs.step, "control_s": theirs.step}
+        times: dict[str, list[float]] = {}
+        for name in dice.sample(list(sides), len(sides)):
+            session.busy(BLOCK_S_MAX)
+            times[name] = block(sides[name], arguments.block)
+        if pipeline.layers != held:
+            held = pipeline.layers
+            theirs = cut(held, stage)
+            block(theirs.step, WARM_UP_STEPS)
+            continue
+        rounds += 1
+        with (arguments.out / f"stage{stage}.jsonl").open("a") as file:
+            file.write(json.dumps({"layers": [held.start, held.stop], **times}) + "\n")
+
+
 def main() -> None:
     arguments = parse_arguments()
     session = elastic.join()
@@ -131,29 +171,12 @@ def main() -> None:
     copies = copy.deepcopy(layers)
     loader = DataLoader(dataset, batch_size=arguments.batch, drop_last=True)
     pipeline = session.pipeline(layers, loss_of, optimizer_of, loader, slots=arguments.slots, stages=STAGES)
-    for _ in session.epochs(1):  # far more steps than are taken
-        ours = ElasticTraining(pipeline)
-        losses = {"elastic": [ours.step() for _ in range(WARM_UP_STEPS)]}
-        held = pipeline.layers
-        stage = 0 if held.start == 0 else STAGES - 1
-        session.busy(BLOCK_S_MAX)
-        store = FileStore(str(arguments.out / "meet"), STAGES)
-        dist.init_process_group("gloo", store=store, rank=stage, world_size=STAGES, timeout=TIMEOUT)
-        theirs = TorchTraining([copies[number] for number in held], stage, dataset, arguments.batch, arguments.slots)
-        losses["torch"] = [theirs.step() for _ in range(WARM_UP_STEPS)]
-        (arguments.out / f"stage{stage}.json").write_text(json.dumps({"layers": [held.start, held.stop], **losses}))
 
-        sides = {"elastic_s": ours.step, "torch_s": theirs.step, "control_s": theirs.step}
-        dice = random.Random(0)
-        for number in range(arguments.rounds):
-            times: dict[str, list[float]] = {}
-            for name in dice.sample(list(sides), len(sides)):
-                session.busy(BLOCK_S_MAX)
-                times[name] = block(sides[name], arguments.block)
-            with (arguments.out / f"stage{stage}.jsonl").open("a") as file:
-                file.write(json.dumps({"round": number, **times}) + "\n")
-        if pipeline.layers != held:
-            raise RuntimeError(f"layers {held} became {pipeline.layers} while measuring: the two sides differ")
+    def cut(held: range, stage: int) -> TorchTraining:
+        return TorchTraining([copies[number] for number in held], stage, dataset, arguments.batch, arguments.slots)
+
+    for _ in session.epochs(1):  # has far more steps than are taken
+        measure(arguments, session, pipeline, cut)
         break
 
 

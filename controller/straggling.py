@@ -48,7 +48,7 @@ def worth_moving(job: Job) -> str:
     cost_s = other.moved_bytes / BYTES_PER_S + other.prediction.step_s
     if not job.rental.is_due(job.step_committed, gain_s, cost_s):
         return ""
-    job.rental.end()
+    job.rental.buy()
     slow = ", ".join(f"{names[rank]} at {100 * speed:.0f} %" for rank, speed in sorted(found.items()))
     share = 100 * gain_s / present.prediction.step_s
     return f"layers move ({slow or 'all alike'}): steps are {share:.0f} % longer than they need be"

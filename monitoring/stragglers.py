@@ -16,6 +16,7 @@ WINDOW_STEPS = 8
 """So many steps in a row are looked at; the median of them counts."""
 LOOK_STEPS = 4
 """So often it is looked whether anything is to be gained, in steps."""
+BOUGHT_MAX = 10
 UNREMARKABLE = 1.25
 """A worker that takes less than this times as long as its peers, or more than its inverse, is as fast as they."""
 
@@ -67,10 +68,12 @@ class Rental:
     Attributes:
         since_step: since when it has been paid; None while there is nothing to be gained.
         looked_step: at which that was last looked at.
+        bought: how often it was; each time it costs twice as much, so that noise is not followed for ever.
     """
 
     since_step: int | None = None
     looked_step: int = 0
+    bought: int = 0
 
     def looks(self, step: int) -> bool:
         """Whether enough steps have passed for another look."""
@@ -83,7 +86,12 @@ class Rental:
         """Whether the loss since it was first seen has reached the cost. `gain_s` is what each step could save."""
         if self.since_step is None:
             self.since_step = step
-        return (step - self.since_step) * gain_s >= cost_s
+        return (step - self.since_step) * gain_s >= cost_s * (1 << min(self.bought, BOUGHT_MAX))
+
+    def buy(self) -> None:
+        """It is bought."""
+        self.bought += 1
+        self.since_step = None
 
     def end(self) -> None:
         """There is nothing to be gained any more."""

@@ -57,6 +57,11 @@ class Layout:
     reason: str
 
     @property
+    def cuts(self) -> Cuts:
+        """Where the stages begin and end."""
+        return (0, *(stage.last for stage in self.stages))
+
+    @property
     def flat_routes(self) -> tuple[int, ...]:
         """The routes as a plan has them."""
         return tuple(itertools.chain.from_iterable(self.routes))
@@ -102,7 +107,7 @@ def best_of(candidates: Sequence[Layout]) -> Layout:
     """Return the fastest; of those that are nearly as fast, the one that moves the fewest bytes."""
     fastest = min(layout.prediction.step_s for layout in candidates)
     near = [layout for layout in candidates if layout.prediction.step_s <= fastest * (1 + NEARLY)]
-    return min(near, key=lambda layout: (layout.moved_bytes, layout.prediction.step_s, layout.stages))
+    return min(near, key=lambda layout: (layout.moved_bytes, layout.prediction.step_s, layout.cuts))
 
 
 def candidates_for(

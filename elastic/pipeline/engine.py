@@ -467,27 +467,19 @@ class PipelineEngine(Engine):
         plan, joiners = world.plan, world.joiner_ranks
         own = plan.layers_of(world.rank)
         self._transfers, self._is_computed = [], False
-        if world.snapshot is not None or world.rank in joiners:
-            self._drop_stage()
-            self.layers.hold(own)
-            self.layers.keep(own)
-        elif before is None or plan.kind is not PlanKind.SWITCH:
-            self.layers.hold(own)
-            self.layers.keep(own)
-        else:
+        if before is not None and plan.kind is PlanKind.SWITCH and world.rank not in joiners:
             assert group is not None
-            self._among_old_members(before, plan, group)
+            self._transfer(group, handovers(before, plan))
+        else:
+            if world.snapshot is not None or world.rank in joiners:
+                self._drop_stage()
             self.layers.hold(own)
-        if world.snapshot is None:
-            self._transfers = list(plan.moves) if plan.kind is PlanKind.SWITCH else list(fill(plan.stages, joiners))
-
-    def _among_old_members(self, before: Plan, plan: Plan, group: Group) -> None:
-        """Over the old group: what only leavers hold goes to those who stay."""
-        moves = handovers(before, plan)
-        for move in moves:
-            if group.rank in move.targets:
-                self.layers.hold(range(move.first, move.last))
-        self._transfer(group, moves)
+            self.layers.keep(own)
+        # In a first world nobody needs to be given layers: all were born with the same.
+        if plan.kind is PlanKind.SWITCH:
+            self._transfers = list(plan.moves)
+        elif plan.kind is PlanKind.FENCE and world.snapshot is None:
+            self._transfers = list(fill(plan.stages, joiners))
 
     def _hand_over_state(self, plan: Plan, before: Plan, group: Group) -> None:
         self._transfer(group, handovers(before, plan))
@@ -498,6 +490,7 @@ class PipelineEngine(Engine):
         for move in moves:
             for number in range(move.first, move.last):
                 if group.rank in move.targets:
+                    self.layers.hold([number])
                     receive_state(group, self._state_of(number), move.sources, self.committed)
                     took = True
                 elif group.rank in move.sources:
@@ -535,6 +528,28 @@ class PipelineEngine(Engine):
     def _must_settle(self) -> bool:
         return bool(self._transfers)
 
+    def _finish_moves(self) -> None:
+        """Outside the loop: whatever was still to be moved in the world that was entered at its end.
+
+        A joiner waits for it, and whoever evaluates or saves needs each layer where the plan says that it is. A world that
+        breaks meanwhile goes back to a snapshot, and so to a step before the end of the loop.
+        """
+        while self._donate or self._transfers:
+            joiners, self._donate = self._donate, ()
+            try:
+                with self._waiting():
+                    if joiners:
+                        self._pass_state(joiners)
+                    else:
+                        self._settle_state(False)
+            except CollectiveAborted as error:
+                self.coordinator.feed(CollectiveBroke(str(error)))
+                self._regroup(self.step)
+                if self._restore is not None:
+                    self.coordinator.end_process("its loop has ended, and the world goes back to a step before that")
+            except TransferError as error:
+                self.coordinator.end_process(str(error))
+
     def _settle_state(self, joins: bool) -> None:
         assert self.plan is not None and self.group is not None
         transfers, self._transfers = self._transfers, []
@@ -561,6 +576,7 @@ class PipelineEngine(Engine):
         """Return a batch's loss, everywhere; NaN where the world broke."""
         if self.plan is None and not self._settle():
             return float("nan")
+        self._finish_moves()
         stage = self._stage_now()
         assert self.plan is not None and self.group is not None
         group, route = self.group, self.plan.route(0)
@@ -581,6 +597,7 @@ class PipelineEngine(Engine):
         """Return the tensors of all layers, on the CPU. Raises CollectiveAborted."""
         if self.plan is None:
             self._settle()
+        self._finish_moves()
         self._stage_now()
         assert self.plan is not None and self.group is not None
         group = self.group
@@ -621,10 +638,11 @@ class PipelineEngine(Engine):
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _leave_loop(self) -> None:
+        self._finish_moves()
         self._announce()
 
     def _loop_ended(self) -> LoopEnded:
-        """The digest of a stage; the controller puts them together."""
+        """Of a stage the digest of each layer; the controller puts them together."""
         assert self.plan is not None
         numbers = self.plan.layers_of(self.rank)
         copies = self._stage_now().buffers.copies

@@ -231,6 +231,7 @@ class Agent(Process):
                 worker.page_committed,
                 waits=worker.page_waits,
                 stable=worker.snapshotter.stable,
+                compute_s=worker.compute_s(),
             )
         )
 

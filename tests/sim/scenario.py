@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from random import Random
 
 from controller.state import JobSettings
-from elastic.domain import TrainingSpec
+from elastic.domain import LayerProfile, TrainingSpec
 from tests.sim.faults import Fault, draw_faults
 from tests.sim.links import LinkQuality
 
@@ -133,6 +133,10 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
     )
     if Random(f"alone {seed}").random() < 0.25:
         scenario = replace(scenario, spec=replace(scenario.spec, shard_optimizer=True))
+    elif (layers := Random(f"pipeline, draw 12 {seed}")).random() < 0.25:
+        costs = tuple(LayerProfile(layers.uniform(0.5, 2), layers.uniform(1, 3), 2**20, 2**16, 2**10) for _ in range(12))
+        spec = replace(scenario.spec, layers=costs, schedule="1f1b", stages=layers.choice((0, 0, 2, 3)))
+        scenario = replace(scenario, spec=spec, steps=layers.choice((scenario.steps, scenario.steps, 80)))
     if memory.random() < 0.25:
         scenario = _with_durable_tier(scenario, memory)
     faults = draw_faults(random)

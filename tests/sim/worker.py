@@ -7,11 +7,14 @@ digest of the parameters), and the parameters are a hash chain over what was add
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from elastic.domain import Failed, Plan, PlanKind, StartWorker
+from elastic.digests import digest_of_layers
+from elastic.domain import Failed, LayerMove, Plan, PlanKind, StartWorker
+from elastic.pipeline.moves import fill, handovers
 from elastic.protocol import (
     Answer,
     Applied,
@@ -136,6 +139,9 @@ class Worker(Process):
         self.snapshot: SnapshotId | None = None  # that all read the state from
         self.part: Part | None = None  # of a state that is cut; None before the first step
         self.settles = False  # parts are still to be moved in the world that was entered
+        # Of a pipeline: the layers that are held, and of which state; every worker is born with all of them.
+        self.layers: dict[int, int] = dict.fromkeys(range(len(world.scenario.spec.layers)), self.digest)
+        self.moves: tuple[LayerMove, ...] = ()
         self.capturer = Capturer(parent.memory, self.id, world.scenario.buffers, self.random)
         self.snapshotter = Snapshotter()
         self.finishes_by_order = False  # what it writes was decided by a newer generation
@@ -274,8 +280,10 @@ class Worker(Process):
                 self.slots_done[remaining[0]] = (self.committed + 1, remaining[0], self.digest)
             if not self._remaining() and (yield from self._commit_step()):
                 return 0
+        if self.plan is not None and self.plan.stages and not (yield from self._finish_moves()):
+            return FENCED_EXIT_CODE
         self.world.moment("left the loop", self)
-        self.feed(LoopEnded(f"{self.digest:x}", self.committed, scenario.concludes))
+        self.feed(LoopEnded(self._final_digest(), self.committed, scenario.concludes))
         while True:
             answer = yield from self._ask_until(Wait, GoOn)
             match answer:
@@ -326,7 +334,11 @@ class Worker(Process):
             joins = self.rank in self.donate
             if self.donate and not (yield from self._pass_state()):
                 continue
-            if not self.settles or (yield from self._settle_parts(joins)):
+            if not self.settles:
+                return False
+            assert self.plan is not None
+            settle = self._settle_layers if self.plan.stages else self._settle_parts
+            if (yield from settle(joins)):
                 return False
 
     def _regroup(self) -> Generator[Request, Any, bool | None]:
@@ -365,6 +377,106 @@ class Worker(Process):
         self.world.moment("entered", self)
         if self.world.scenario.spec.shard_optimizer:
             yield from self._take_part(world, before)
+        elif world.plan.stages:
+            yield from self._take_layers(world, before)
+
+    # -- a pipeline, as in `elastic/pipeline/engine.py` ------------------------------------------------------------
+
+    def _take_layers(self, world: EnterWorld, before: Plan | None) -> Main:
+        plan = world.plan
+        self.slots_done = {}  # what is in flight belongs to several workers
+        self.moves = ()
+        if plan.kind is PlanKind.FOUND and world.snapshot is None:
+            self.layers = dict.fromkeys(range(len(self.world.scenario.spec.layers)), self.world.scenario.initial_digest)
+        elif world.snapshot is not None or self.rank in self.donate:
+            self.layers = {}
+        elif before is not None and plan.kind is PlanKind.SWITCH:
+            yield from self._hand_layers_over(before, plan)
+        if plan.kind is PlanKind.SWITCH:
+            self.moves = plan.moves
+        elif plan.kind is PlanKind.FENCE and world.snapshot is None:
+            self.moves = fill(plan.stages, world.joiner_ranks)
+        self.settles = bool(self.moves)
+        if not self.settles:
+            self._keep_own_layers()
+
+    def _hand_layers_over(self, before: Plan, plan: Plan) -> Main:
+        moves = handovers(before, plan)
+        if not moves:
+            return
+        held = yield Collective(("hand over", plan.generation), dict(self.layers), before.generation)
+        if isinstance(held, Broken):
+            self.layers, self.digest = {}, TORN
+            if plan.rank_of(self.id) is not None:
+                self.feed(StateSpoilt("the old world is gone"))
+            return
+        self._take_moved(moves, held, before)
+
+    def _take_moved(self, moves: tuple[LayerMove, ...], held: dict[str, dict[int, int]], plan: Plan) -> bool:
+        """Take the layers that go here among the members of a plan; whether there were any."""
+        took, rank = False, plan.rank_of(self.id)
+        for move in moves:
+            for layer in range(move.first, move.last):
+                given = {held[plan.members[source].worker].get(layer) for source in move.sources}
+                if len(given) != 1 or None in given:
+                    raise Violation(f"layer {layer} is given as {given} by {move.sources}")
+                if rank in move.targets:
+                    self.layers[layer] = given.pop() or 0
+                    took = True
+        return took
+
+    def _settle_layers(self, joins: bool) -> Generator[Request, Any, bool]:
+        assert self.plan is not None
+        moves, self.moves, self.settles = self.moves, (), False
+        self.world.moment("transfer", self)
+        held = yield Collective(("settle", self.plan.generation), dict(self.layers))
+        if isinstance(held, Broken):
+            if any(self.rank in move.targets for move in moves):
+                self.layers, self.digest = {}, TORN
+            self.feed(CollectiveBroke(held.reason))
+            return False
+        took = self._take_moved(moves, held, self.plan)
+        self._keep_own_layers()
+        if took and not joins:
+            self.feed(StateReceived(self.committed))
+        return True
+
+    def _finish_moves(self) -> Generator[Request, Any, bool]:
+        """After the loop: serve joiners and move what is to be moved; False where the world goes back to a snapshot."""
+        while self.settles or self.donate:
+            moved = yield from (self._pass_state() if self.donate else self._settle_layers(False))
+            if not moved:
+                yield from self._regroup()
+                if self.snapshot is not None:
+                    return False
+        return True
+
+    def _keep_own_layers(self) -> None:
+        assert self.plan is not None
+        own = self.plan.layers_of(self.rank)
+        self.layers = {layer: state for layer, state in self.layers.items() if layer in own}
+
+    def compute_s(self) -> float:
+        """What a step of a pipeline takes this worker; one in three is slow, so that layers move away from it."""
+        if self.plan is None or not self.plan.stages or self.plan.rank_of(self.id) is None:
+            return 0.0
+        layers = self.world.scenario.spec.layers
+        each = sum(layers[layer].forward_s + layers[layer].backward_s for layer in self.plan.layers_of(self.rank))
+        slots = sum(self.rank in self.plan.route(slot) for slot in range(self.plan.slots))
+        return each * slots * (3.0 if zlib.crc32(self.id.encode()) % 3 == 0 else 1.0)
+
+    def _check_layers(self) -> None:
+        """Before a step: exactly the layers of the own stage, in the state that all are in."""
+        if self.plan is not None and self.plan.stages:
+            own = dict.fromkeys(self.plan.layers_of(self.rank), self.digest)
+            if self.layers != own:
+                raise Violation(f"worker {self.id} trains with {self.layers}, and should hold {own}")
+
+    def _final_digest(self) -> str:
+        if self.plan is None or not self.plan.stages:
+            return f"{self.digest:x}"
+        digests = [f"{self.layers[layer]:x}" for layer in self.plan.layers_of(self.rank)]
+        return digest_of_layers(digests) if len(self.plan.stages) == 1 else " ".join(digests)
 
     # -- a state that is cut, as in `elastic/zero.py` --------------------------------------------------------------
 
@@ -381,7 +493,9 @@ class Worker(Process):
 
     def _hand_over(self, plan: Plan) -> Main:
         assert self.plan is not None
-        if self.part is not None:
+        if self.plan.stages:
+            yield from self._hand_layers_over(self.plan, plan)
+        elif self.part is not None:
             yield from self._move_to_those_who_stay(self.plan, plan)
 
     def _move_to_those_who_stay(self, before: Plan, plan: Plan) -> Main:
@@ -455,6 +569,9 @@ class Worker(Process):
             self.committed, self.digest = given.pop()
             self.slots_done, self.reduced = {}, None
             self.page_committed = self.committed
+        if self.settles and self.plan is not None and self.plan.stages and not (yield from self._settle_layers(joins)):
+            return False
+        if joins:
             self.world.observe("received", self)
             self.feed(StateReceived(self.committed))
         return True
@@ -470,6 +587,8 @@ class Worker(Process):
         self.digest = shots[0].digest
         if self.world.scenario.spec.shard_optimizer:
             self.part = Part(self.rank, self.plan.world_size, self.digest)
+        if self.plan.stages:
+            self.layers = dict.fromkeys(self.plan.layers_of(self.rank), self.digest)
         self.slots_done, self.reduced = {}, None
         self.snapshotter.restored(snapshot.step)
         self.world.observe("received", self)
@@ -494,6 +613,7 @@ class Worker(Process):
         assert self.plan is not None
         scenario = self.world.scenario
         step, generation = self.committed + 1, self.plan.generation
+        self._check_layers()
         mine = tuple(self.slots_done[s] for s, owner in enumerate(self.plan.owners) if owner == self.rank)
         values = yield Collective(("reduce", step), mine)
         if isinstance(values, Broken):
@@ -551,6 +671,7 @@ class Worker(Process):
         self.digest = abs(hash((before, step, slots)))
         if is_cut:
             self.part = Part(self.rank, self.plan.world_size, self.digest)
+        self.layers = dict.fromkeys(self.layers, self.digest)
         self.committed = self.page_committed = step
         self.slots_done, self.reduced = {}, None
         self.world.observe("applied", self, step, slots)

@@ -20,7 +20,7 @@ def make_checkers(site: Site) -> tuple[Checker, ...]:
     return (
         Fencing(site.clock),
         ExactlyOnce(site.scenario),
-        Agreement(hostile=site.scenario.hostile, is_cut=site.scenario.spec.shard_optimizer),
+        Agreement(hostile=site.scenario.hostile, is_cut=site.scenario.spec.holds_parts),
         LedgerLaw(site),
         Endings(site),
     )

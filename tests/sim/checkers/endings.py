@@ -31,7 +31,7 @@ class Endings:
 
     def _holders(self) -> list[Worker]:
         """Workers that live and hold a trained state, wherever they are; none of them does if it is cut."""
-        if self.site.scenario.spec.shard_optimizer:
+        if self.site.scenario.spec.holds_parts:
             return []
         return [
             w
