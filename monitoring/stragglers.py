@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-WINDOW_STEPS = 8
+WINDOW_STEPS = 12
 """So many steps in a row are looked at; the median of them counts."""
 LOOK_STEPS = 4
 """So often it is looked whether anything is to be gained, in steps."""

@@ -328,9 +328,12 @@ class PipelineEngine(Engine):
         norms: list[float] = []
         if self.parts.max_norm:
             later = {self.layers.number_of(use) for uses in self.layers.uses for use in uses[1:]}
-            for number, gradient in zip(stage.parameters, stage.reducer.output(), strict=True):
-                total = self._gradients.get(number, gradient)
-                norms.append(0.0 if number in later else float(torch.linalg.vector_norm(total)))
+            pairs = zip(stage.parameters, stage.reducer.output(), strict=True)
+            totals = [self._gradients.get(number, gradient) for number, gradient in pairs]
+            found = torch.stack(torch._foreach_norm(totals)).tolist() if totals else []  # one look at the device
+            norms = [
+                0.0 if number in later else norm for number, norm in zip(stage.parameters, found, strict=True)
+            ]
         extras = reduced.extras[stage.buffers.extras :].tolist() if stage.executor.is_last else []
         return torch.tensor([float(finite), *norms, *extras], dtype=torch.float64)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 
 from elastic.failpoints import FailPoint
 from elastic.records import read_record
 from elastic.sampler import SlotSampler
-from tests.e2e.jobs import DEADLINE_S, Job, Status, pids_of
+from tests.e2e.jobs import DEADLINE_S, Job, Status, members_of, pids_of
 from tests.e2e.test_fail_points import hit
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -161,6 +165,53 @@ def test_deaths_while_layers_move(job: Job) -> None:
         before = job.wait_for_world(size, beyond_step=before["step"] + 3, timeout_s=2 * DEADLINE_S)
     finish(job, "controller")
     assert job.fingerprint() == undisturbed(*train)
+
+
+def test_a_job_of_two_goes_on_from_the_checkpoint_of_three(job: Job) -> None:
+    train = ("--epochs", 3)
+    target = job.folder / "checkpoints"
+    options = ("--snapshot-every", 1, "--checkpoint-dir", target, "--checkpoint-every", 5)
+    held = (*train, *job.held, "--pause-ms", 30)
+    job.run(3, *options, train=held, script=SCRIPT)
+    before = job.wait_for(lambda s: s if s["saved"] >= 5 else None, "a checkpoint")
+    job.kill_everything()
+    shutil.rmtree(job.folder / "run")
+    job.run(2, *options, train=held, script=SCRIPT, name="again")
+    summary = finish(job, "again")
+    assert f"The checkpoint of step {before['saved']} is read" in job.said("again")
+    assert summary["step"] == 3 * STEPS_PER_EPOCH
+    assert job.fingerprint() == undisturbed(*train)
+    values = {"model": {"0.table.weight": torch.empty(24, 16), "3.up.bias": torch.empty(16)}}
+    dcp.load(values, checkpoint_id=str(max(target.glob("step-*"))))
+    assert all(bool(tensor.isfinite().all()) for tensor in values["model"].values())
+
+
+def test_a_slow_stage_is_relieved_of_layers_and_gets_them_back(job: Job) -> None:
+    slow = job.folder / "slow"
+    train = ("--blocks", 12, "--wait-ms", 4, "--slow", slow, "--slots", 8, "--epochs", 20, *job.held, "--pause-ms", 0)
+    job.controller("--nnodes", 4, "--snapshot-every", 1)
+    for node in "abcd":
+        job.agent(node, 1, train=train, script=SCRIPT)
+
+    def layers_of_b() -> int:
+        shown = job.elastic("plan", "show", "--controller", job.address, "--json")
+        assert shown.code == 0, shown.err
+        answer = json.loads(shown.out)
+        assert answer["layout"]["step_s"] > 0 and answer["losses"]
+        status = job.wait_for(lambda s: s, "a status")
+        (rank,) = (worker["rank"] for name, worker in members_of(status).items() if name.startswith("b/"))
+        (count,) = (last - first for first, last, ranks in answer["layout"]["stages"] if rank in ranks)
+        return count
+
+    job.wait_for_world(4, beyond_step=16)
+    at_first = layers_of_b()
+    slow.write_text("b 3.0")
+    job.eventually(lambda: layers_of_b() < at_first, "fewer layers on the slow node", 2 * DEADLINE_S)
+    slow.unlink()
+    job.eventually(lambda: layers_of_b() >= at_first, "its layers back", 3 * DEADLINE_S)
+    explained = job.elastic("plan", "explain", "--controller", job.address, "--workers", 3)
+    assert explained.code == 0 and "considered" in explained.out, explained.err
+    assert job.ask("stop").code == 0
 
 
 def refused(options: tuple[object, ...], edit: Callable[[str], str] | None = None) -> str:

@@ -76,7 +76,6 @@ NOT_PURE: dict[str, str] = {  # in a folder of pure files, each with its reason
     "recovery/codec.py": "works in place on the caller's tensors; as a program it measures and prints",
     "recovery/engines.py": "works in place on the caller's tensors",
     "recovery/isal.py": "calls a foreign library",
-    "recovery/planner.py": "as a program it reads a question and prints the answer",
 }
 IMPURE_MODULES = {
     *("datetime", "locale", "platform", "random", "secrets", "time", "uuid"),
