@@ -8,6 +8,7 @@ fast, the one that moves fewer bytes. What does not fit, also while layers are o
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -19,8 +20,10 @@ from recovery.simulation import Link, Prediction, simulate
 
 NEARLY = 0.02
 """By how much a plan may be slower than the best one, if it moves fewer bytes."""
-WIDTHS_MAX = 32
+WIDTHS_MAX = 8
 """So many ways of giving some stages one worker more than others are tried."""
+FINALISTS = 6
+"""So many candidates, those with the fastest slowest stage first, are run in the simulator."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,9 @@ Held = Mapping[int, range]
 """The layers that a rank holds already."""
 
 
-def lay_out(model: Model, ranks: int, held: Held | None = None, speeds: Mapping[int, float] | None = None) -> Layout | NoLayout:
+def lay_out(
+    model: Model, ranks: int, held: Held | None = None, speeds: Mapping[int, float] | None = None
+) -> Layout | NoLayout:
     """Return the best layout for so many workers, or why there is none.
 
     Args:
@@ -119,16 +124,24 @@ def candidates_for(
     costs = Costs(model.layers)
     candidates: list[Layout] = []
     too_large: list[str] = []
+    found: list[tuple[float, Cuts, tuple[tuple[int, ...], ...]]] = []
     for widths in _widths(ranks, count):
-        members = _seated(widths, held, ranks, len(model.layers))
+        members = _seated(model, costs, widths, held, ranks)
         rooms = _rooms(model, widths, members, speeds)
         for cuts in _cuts(costs, rooms, members, held):
-            layout = _evaluated(model, cuts, members, held, speeds)
-            fault = _too_large(model, layout, held)
-            if fault:
-                too_large.append(fault)
-            else:
-                candidates.append(layout)
+            pairs = zip(itertools.pairwise(cuts), rooms, strict=True)
+            slowest = max(costs.seconds(first, last) / room.power for (first, last), room in pairs)
+            found.append((slowest, cuts, members))
+    found.sort(key=lambda each: each[0])
+    for _, cuts, members in found:
+        layout = _evaluated(model, cuts, members, held, speeds)
+        fault = _too_large(model, layout, held)
+        if fault:
+            too_large.append(fault)
+        else:
+            candidates.append(layout)
+        if len(candidates) == FINALISTS:
+            break
     return candidates, too_large
 
 
@@ -140,7 +153,9 @@ def rerouted(model: Model, stages: Sequence[Stage], reason: str, speeds: Mapping
 
 def describe(layout: Layout) -> str:
     """Return a layout in words."""
-    stages = ", ".join(f"{s.first}-{s.last - 1}" + (f" x{len(s.ranks)}" if len(s.ranks) > 1 else "") for s in layout.stages)
+    stages = ", ".join(
+        f"{s.first}-{s.last - 1}" + (f" x{len(s.ranks)}" if len(s.ranks) > 1 else "") for s in layout.stages
+    )
     busiest = max(layout.prediction.busy_s)
     share = 100 * layout.prediction.bubble
     return (
@@ -152,21 +167,33 @@ def describe(layout: Layout) -> str:
 def _widths(ranks: int, count: int) -> list[tuple[int, ...]]:
     """How many workers each stage gets: as equal as possible, and every way of giving some one more, up to a number."""
     base, more = divmod(ranks, count)
-    chosen = itertools.islice(itertools.combinations(range(count), more), WIDTHS_MAX)
+    if math.comb(count, more) <= WIDTHS_MAX:
+        chosen = list(itertools.combinations(range(count), more))
+    else:  # runs of neighbours, each beginning further back
+        begins = range(0, count, max(1, count // WIDTHS_MAX))
+        chosen = [tuple((begin + number) % count for number in range(more)) for begin in begins]
     return [tuple(base + (number in wide) for number in range(count)) for wide in chosen]
 
 
-def _seated(widths: Sequence[int], held: Held, ranks: int, layers: int) -> tuple[tuple[int, ...], ...]:
-    """The ranks of each stage: those stay in front that hold front layers; whoever holds nothing fills what is left.
+def _seated(model: Model, costs: Costs, widths: Sequence[int], held: Held, ranks: int) -> tuple[tuple[int, ...], ...]:
+    """The ranks of each stage: where they hold most of what the best cut would put there; newcomers fill what is left.
 
-    Without any that hold something stages take turns, so that workers of one node are in different ones.
+    Stages take turns in getting newcomers, so that workers of one node are in different ones.
     """
     seats: list[list[int]] = [[] for _ in widths]
-    for rank in sorted(held, key=lambda rank: (held[rank].start, rank)):
-        middle = (held[rank].start + held[rank].stop) / 2
-        free = [number for number in range(len(widths)) if len(seats[number]) < widths[number]]
-        place = middle / layers * len(widths) - 0.5
-        seats[min(free, key=lambda number: (abs(number - place), number))].append(rank)
+    cuts = partition(costs, [StageRoom(width) for width in widths]) if held else None
+    if cuts is not None:
+        runs = [range(first, last) for first, last in itertools.pairwise(cuts)]
+
+        def fit(rank: int, number: int) -> tuple[float, float, int]:
+            mine, theirs = held[rank], runs[number]
+            first, last = max(mine.start, theirs.start), min(mine.stop, theirs.stop)
+            shared = costs.state_bytes(first, last) if first < last else 0.0
+            return -shared, abs(mine.start + mine.stop - theirs.start - theirs.stop), number
+
+        for rank in sorted(held, key=lambda rank: (held[rank].start, held[rank].stop, rank)):
+            free = [number for number in range(len(widths)) if len(seats[number]) < widths[number]]
+            seats[min(free, key=lambda number: fit(rank, number))].append(rank)
     turn = itertools.cycle(range(len(widths)))
     for rank in (rank for rank in range(ranks) if rank not in held):
         number = next(n for n in turn if len(seats[n]) < widths[n])
@@ -188,9 +215,7 @@ def _rooms(
     ]
 
 
-def _cuts(
-    costs: Costs, rooms: Sequence[StageRoom], members: Sequence[Sequence[int]], held: Held
-) -> list[Cuts]:
+def _cuts(costs: Costs, rooms: Sequence[StageRoom], members: Sequence[Sequence[int]], held: Held) -> list[Cuts]:
     def moved(number: int, first: int, last: int) -> float:
         return sum(
             costs.state_bytes(layer, layer + 1)
@@ -254,10 +279,18 @@ def _too_large(model: Model, layout: Layout, held: Held) -> str:
     """In words, what does not fit: at rest, or while a worker has layers that come beside those that go."""
     if not model.memory_bytes:
         return ""
+    known = {layer for layers in held.values() for layer in layers}
     for stage in layout.stages:
         for rank in stage.ranks:
             rest = layout.prediction.memory_bytes[rank]
             going = [layer for layer in held.get(rank, range(0)) if not stage.first <= layer < stage.last]
+            if held and rank == min(held):  # leavers hand over to it what goes to newcomers alone
+                going += [
+                    layer
+                    for other in layout.stages
+                    for layer in range(other.first, other.last)
+                    if layer not in known and not any(r in held for r in other.ranks)
+                ]
             moving = rest + sum(model.layers[layer].state_bytes for layer in going)
             if moving > model.memory_bytes:
                 while_moving = " while layers move" if rest <= model.memory_bytes else ""
@@ -279,7 +312,10 @@ def _why_not(model: Model, count: int) -> NoLayout:
                 f"{_mib(model.memory_bytes)}: it fits nowhere; split the layer, make slots smaller, or use recompute=True",
                 is_final=True,
             )
-    room = f"{count} worker(s) of {_mib(model.memory_bytes)} MiB"
+    room = f"{count} stage(s) of workers with {_mib(model.memory_bytes)} MiB"
+    most = min(model.stages or len(model.layers), len(model.layers))
+    if count == most and partition(costs, [StageRoom(1.0, model.memory_bytes)] * most) is None:
+        return NoLayout(f"{len(model.layers)} layers do not fit into {room}: ask for more stages", is_final=True)
     return NoLayout(f"{len(model.layers)} layers do not fit into {room}: more workers are needed")
 
 

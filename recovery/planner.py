@@ -96,7 +96,7 @@ def _loss(model: Model, layout: Layout, node: str, ranks: list[int], speeds: Map
 
 def main() -> int:
     """Answer the question on the standard input."""
-    print(json.dumps(answer(json.load(sys.stdin))))
+    sys.stdout.write(json.dumps(answer(json.load(sys.stdin))) + "\n")
     return 0
 
 
