@@ -68,7 +68,7 @@ def open_generation(
     job.emit(
         Persist(
             "generation-opened",
-            f"generation {plan.generation} ({kind.name.lower()}) with {plan.world_size} worker(s): {reason}",
+            f"generation {plan.generation} ({kind.name.lower()}) with {plan.world_size} worker(s): {plan.reason}",
             {"plan": plan, "leavers": [member.worker for member in job.attempt.leavers]},
         )
     )

@@ -17,6 +17,7 @@ from controller.state import Attempt, JobSettings, Node, Probing, Restoring, Sav
 from elastic.domain import NO_STEP, Failed, Incident, KillWorker, Member, Plan, ToWorker, TrainingSpec, WorkerCommand
 from monitoring.goodput import StepClock
 from monitoring.stragglers import ComputeClock, Rental
+from recovery.pipelines import Layout, NoLayout
 
 WORLDS_KEPT = 64
 
@@ -55,6 +56,7 @@ class Job:
     speeds: dict[str, float] = field(default_factory=dict)  # of workers that are not as fast as the others
     rental: Rental = field(default_factory=Rental)  # since when layers lie where they cost more than they need
     unsettled: int = 0  # generation of the newest switch whose layers may be on their way; 0 once it has committed a step
+    layouts: dict[tuple[int, tuple[tuple[int, float], ...]], Layout | NoLayout] = field(default_factory=dict)  # planned ahead
     no_layout: str = ""  # why a pipeline could not be cut for the workers that there were
     protection_gaps: tuple[str, ...] = ()  # in what the newest one's protection falls short of what was asked for
     vulnerable_since: float | None = None  # since when the present world has no stable snapshot of its own

@@ -14,6 +14,8 @@ from elastic.domain import Leaving, Member, Plan, PlanKind, Stage, TrainingSpec
 from elastic.pipeline.actions import Schedule
 from recovery.pipelines import Layout, Model, NoLayout, held_in, lay_out, rerouted
 
+LAYOUTS_KEPT = 64
+
 
 def model_of(spec: TrainingSpec) -> Model:
     """Return what is to be cut."""
@@ -38,8 +40,34 @@ def layout_for(job: Job, kind: PlanKind, names: Sequence[str], before: Plan | No
     model, speeds = model_of(job.spec), speeds_by_rank(job, names)
     if kind is PlanKind.FENCE and before is not None:
         return rerouted(model, _kept_stages(before, names), "stages stay as they are", speeds)
-    held = held_in(before, names) if before is not None and kind is PlanKind.SWITCH else None
-    return lay_out(model, len(names), held, speeds)
+    if before is not None and kind is PlanKind.SWITCH:
+        return lay_out(model, len(names), held_in(before, names), speeds)
+    return _anew(job, names)
+
+
+def _anew(job: Job, names: Sequence[str]) -> Layout | NoLayout:
+    """The layout of a world whose members hold nothing yet, or read it all; computed once."""
+    assert job.spec is not None
+    speeds = speeds_by_rank(job, names)
+    key = len(names), tuple(sorted(speeds.items()))
+    if key not in job.layouts:
+        if len(job.layouts) >= LAYOUTS_KEPT:
+            job.layouts.pop(next(iter(job.layouts)))
+        job.layouts[key] = lay_out(model_of(job.spec), len(names), None, speeds)
+    return job.layouts[key]
+
+
+def plan_ahead(job: Job) -> None:
+    """While all is well, plan for the loss of each node: so that it need not be done while everybody waits."""
+    plan = job.plan
+    if plan is None or not plan.stages or job.attempt is not None or job.restoring is not None:
+        return
+    for node in dict.fromkeys(member.node for member in plan.members):
+        left = [member.worker for member in plan.members if member.node != node]
+        speeds = speeds_by_rank(job, left)
+        if left and (len(left), tuple(sorted(speeds.items()))) not in job.layouts:
+            _anew(job, left)
+            return  # one at a time: others wait to be heard
 
 
 def speeds_by_rank(job: Job, names: Sequence[str]) -> dict[int, float]:

@@ -18,6 +18,8 @@ and hands it the `Job` (`job.py`), which is all the state there is. Parts call e
     endings.py     the end of the job
     probing.py     which nodes cannot reach each other
     attempts.py    how a generation is opened, given up, or suspected
+    layouts.py     how a pipeline is cut in the next world
+    straggling.py  layers leave workers that are slow
     places.py      where a worker is started
 
 How a generation goes:
@@ -49,6 +51,7 @@ from controller.events import (
 )
 from controller.founding import check_start_timeout, found_if_complete
 from controller.job import Job
+from controller.layouts import plan_ahead
 from controller.links import check_probing, check_standstill, fence_if_unexplained, probe_left_out
 from controller.losses import attempt_expired, worker_exited
 from controller.nodes import agent_attached, drain, drain_refusal, let_drained_go, node_lost, node_said_goodbye
@@ -184,6 +187,7 @@ class ControllerMachine(Job):
         check_standstill(self, now)
         probe_left_out(self, now)
         check_redundancy(self, now)
+        plan_ahead(self)
         for look in (save_if_due, check_restoring, found_if_complete, check_start_timeout, consider_switch, let_drained_go):
             if self.outcome or self.recovering_until is not None:
                 return

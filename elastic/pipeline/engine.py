@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from elastic import measures
 from elastic.buffers import CommittedBuffers, Rule
 from elastic.capture import Capturer, restore
+from elastic.checksum import crc32
 from elastic.control import Coordinator
 from elastic.digests import digest_of_layers
 from elastic.domain import LayerMove, Plan, PlanKind
+from elastic.encoding import flat_bytes, raw_view
 from elastic.engine import LOSS, Engine, Slot
-from elastic.errors import CollectiveAborted, ConfigError, TransferError
+from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
 from elastic.failpoints import FailPoint, reach, reach_inside
 from elastic.group import Group, GroupPart, Work
 from elastic.memory import SnapshotMemory
@@ -33,7 +35,7 @@ from elastic.payload import Section
 from elastic.pipeline.actions import Action, Schedule, make_actions
 from elastic.pipeline.executor import Batch, Deeds, Executor
 from elastic.pipeline.layers import MODEL, Layers
-from elastic.pipeline.moves import fill, handovers
+from elastic.pipeline.moves import census, fill, handovers
 from elastic.pipeline.survey import Survey
 from elastic.progress import ProgressPage
 from elastic.protocol import CollectiveBroke, EnterWorld, LoopEnded, StateReceived
@@ -118,6 +120,7 @@ class PipelineEngine(Engine):
         self._part_of: Group | None = None
         self._captured: object = None
         self._is_planned = self._is_computed = False
+        self._is_compared = False  # with the others of the stage, in this world
         self._gradients: dict[int, Tensor] = {}  # of tied parameters held here: the sum over all uses
         self._tied_presence: dict[int, bool] = {}
         self._totals = torch.zeros(0)  # the norm of each parameter's gradient
@@ -171,6 +174,9 @@ class PipelineEngine(Engine):
         """All of this worker's forwards and backwards."""
         stage, actions = self._stage_now(), self._actions
         assert self.group is not None and self.batch is not None
+        if not self._is_compared:
+            self._compare(stage)
+            self._is_compared = True
         sizes = self.sampler.sizes(step)
         several = len(set(sizes) - {0}) > 1
         batch = self.batch
@@ -201,6 +207,30 @@ class PipelineEngine(Engine):
             self._page.computed(compute_s)
         self.slot = None
         self._is_computed = True
+
+    def _compare(self, stage: _Stage) -> None:
+        """Before the first step of a world: all who hold this stage hold the same, bit by bit. Raises CollectiveAborted."""
+        part = self._part
+        if part is None or part.size == 1:
+            return
+        crc = 0
+        for tensor in self.layers.state(stage.numbers, {}, stage.buffers.copies).tensors():
+            data = flat_bytes(tensor).cpu()
+            crc = crc32(raw_view(data), crc)
+        mine = torch.tensor([self.committed, crc])
+        theirs = {peer: torch.zeros_like(mine) for peer in part.peers}
+        with self._waiting():
+            works = [part.take(tensor, peer, TAG + 1) for peer, tensor in theirs.items()]
+            for peer in part.peers:
+                part.post(mine, peer, TAG + 1)
+            for work in works:
+                work.wait()
+        differing = [peer for peer, tensor in theirs.items() if not torch.equal(tensor, mine)]
+        if differing:
+            self.coordinator.end_process(
+                f"layers {stage.numbers.start} to {stage.numbers.stop - 1} are not the same on all workers that hold them after "
+                f"step {self.committed} (numbers {differing} of the stage differ from this one): restore a snapshot"
+            )
 
     def _empty_slots(self) -> tuple[int, ...]:
         return tuple(slot for slot, size in enumerate(self.sampler.sizes(self.step)) if size == 0)
@@ -468,8 +498,10 @@ class PipelineEngine(Engine):
 
     def _enter_state(self, world: EnterWorld, before: Plan | None, group: Group | None) -> None:
         plan, joiners = world.plan, world.joiner_ranks
+        if fault := census(plan, len(self.layers)):
+            raise ProtocolError(f"the plan of generation {plan.generation} cannot be: {fault}; a fault of the runtime")
         own = plan.layers_of(world.rank)
-        self._transfers, self._is_computed = [], False
+        self._transfers, self._is_computed, self._is_compared = [], False, False
         if before is not None and plan.kind is PlanKind.SWITCH and world.rank not in joiners:
             assert group is not None
             self._transfer(group, handovers(before, plan))

@@ -46,6 +46,25 @@ def moves(before: Plan, after: Plan) -> tuple[LayerMove, ...]:
     return _joined(found)
 
 
+def census(plan: Plan, layers: int) -> str:
+    """Return "" if in a plan each layer is in one stage, each member in one, and each slot passes all; else what is wrong."""
+    at = 0
+    for number, stage in enumerate(plan.stages):
+        if stage.first != at or stage.last <= stage.first or not stage.ranks:
+            return f"stage {number} is {stage}, and should begin with layer {at} and have a layer and a rank"
+        at = stage.last
+    if at != layers:
+        return f"the stages end with layer {at} of {layers}"
+    ranks = sorted(rank for stage in plan.stages for rank in stage.ranks)
+    if ranks != list(range(plan.world_size)):
+        return f"ranks {ranks} are in stages, and 0 to {plan.world_size - 1} should be once each"
+    for slot in range(plan.slots):
+        pairs = zip(plan.route(slot), plan.stages, strict=True)
+        if len(plan.route(slot)) != len(plan.stages) or any(rank not in stage.ranks for rank, stage in pairs):
+            return f"slot {slot} goes by {plan.route(slot)}, which is no way through the stages"
+    return ""
+
+
 def fill(stages: Sequence[Stage], without: Sequence[int]) -> tuple[LayerMove, ...]:
     """Return what goes, within each stage, to the ranks that hold nothing yet."""
     return tuple(
