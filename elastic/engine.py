@@ -336,6 +336,7 @@ class Engine(abc.ABC):
                     if self._must_settle():
                         self._settle_state(joining)
             except CollectiveAborted as error:
+                print(f"elastic: the world broke before all held their state: {error}", file=sys.stderr, flush=True)
                 self.coordinator.feed(CollectiveBroke(str(error)))
                 continue
             except TransferError as error:
@@ -377,6 +378,7 @@ class Engine(abc.ABC):
             with self._waiting():
                 self._enter_state(world, before, group)
         except CollectiveAborted as error:
+            print(f"elastic: the world before broke while its state was handed over: {error}", file=sys.stderr, flush=True)
             self.coordinator.feed(StateSpoilt(str(error)))
         except TransferError as error:
             self.coordinator.end_process(str(error))
