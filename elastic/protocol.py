@@ -503,7 +503,7 @@ class WorkerMachine:
         return effects
 
     def _ask_world(self) -> list[Effect]:
-        if self.finished:
+        if self.finished and not self._owes_a_part():
             return [Finished(self.finished)]
         if self.concluding and self.left is not None:
             return [MustConclude()]
@@ -517,6 +517,20 @@ class WorkerMachine:
         if self.world is None:
             return [Wait("the first world has not formed yet")]
         return [GoOn()]
+
+    def _owes_a_part(self) -> bool:
+        """Whether a switch that leaves this worker out is decided, and the others wait for what it alone holds.
+
+        All of them may have switched, and the controller have said Finish, before a slow one that leaves looks up.
+        """
+        plan = self.pending
+        return (
+            self.holds_parts
+            and plan is not None
+            and self.order is not None
+            and plan.rank_of(self.worker) is None
+            and self.switch_decided == plan.generation
+        )
 
     def _adopt_after_fence(self, plan: Plan, order: Commit) -> list[Effect]:
         if not self._joins(plan, order) and self.has_state and order.restore_step != self.committed:

@@ -298,6 +298,16 @@ def test_who_leaves_a_state_that_is_cut_hands_its_part_over_first() -> None:
     assert feed(machine, AskWorld()) == [Finished("drained")]
 
 
+def test_who_leaves_hands_its_part_over_though_all_others_have_switched_long_ago() -> None:
+    machine = founder()
+    machine.holds_parts = True
+    world = plan(2, PlanKind.SWITCH, "b")
+    feed(machine, Heard(Prepare(world)), Heard(Commit(2)), AskVote(1), AskCommit(1, 2), Applied(1))
+    feed(machine, Heard(Finish("drained")))
+    assert feed(machine, AskWorld()) == [Send(Switched(2, 1)), HandOver(world)]
+    assert feed(machine, AskWorld()) == [Finished("drained")]
+
+
 def test_an_update_that_is_never_completed_leaves_no_state_and_does_not_wait() -> None:
     machine = founder(committed=2)
     feed(machine, AskVote(3), AskCommit(3, 1))
