@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from elastic.cli.people import People
-from elastic.domain import NodeView, StatusReply, WorkerView
+from elastic.domain import NodeView, Plan, StatusReply, WorkerView
 from elastic.errors import Unreachable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,6 +154,11 @@ class Cluster:
     def members(self) -> list[WorkerView]:
         """Return the workers of the present world."""
         return [worker for node in self.status().nodes for worker in node.workers if worker.state == "member"]
+
+    def plan(self) -> Plan:
+        """Return how the job's pipeline is cut at present."""
+        assert self._people is not None, "the controller was not started"
+        return self._people.plan().plan
 
     def newest_event(self, kind: str) -> str:
         """Return what the newest event of a kind says."""

@@ -1,4 +1,5 @@
-"""Four nodes on this machine train a GPT while nodes, workers and the controller are killed, stopped and added.
+"""Four nodes on this machine train a GPT while nodes, workers and the controller are killed, stopped and added;
+then four more train one as a pipeline, and lose a stage.
 
     make demo
 
@@ -18,13 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from elastic.domain import StatusReply
+from elastic.domain import Plan, Stage, StatusReply
 from elastic.errors import ElasticError
 from examples.cluster import Cluster, ClusterError, end_on_signals, run_undisturbed, temporary_folder
 
@@ -36,6 +37,9 @@ TRAINING_S = 30.0  # how long the disturbed job should train on this machine, wi
 STOPPED_S = 4.0  # twice the failure timeout
 STEPS_WITHOUT_CONTROLLER = 8
 STEPS_BETWEEN = 6
+PIPELINE_MODEL = {"dim": 32, "layers": 6, "context": 16, "batch": 2}  # with its two ends, eight layers for the stages
+PIPELINE_REDUNDANCY = "2+1"  # any one node may be lost
+PIPELINE_STEPS = 60
 WAIT_S = 60.0
 START_S = 120.0
 END_S = 240.0
@@ -54,20 +58,33 @@ class Act:
 
 
 class Demo:
-    """The job, what is done to it, and what a person sees."""
+    """The job, what is done to it, and what a person sees.
 
-    def __init__(self, folder: Path, steps: int, console: Console) -> None:
+    Args:
+        folder: For everything that the job writes.
+        steps: How many it trains.
+        console: Where a person looks.
+        began_s: From when on time is told [now].
+    """
+
+    example = "examples/gpt.py"
+    # Slots and virtual replicas fix how sums are formed.
+    flags: ClassVar[dict[str, int]] = {**MODEL, "slots": SLOTS, "virtual-replicas": NODES}
+    redundancy = REDUNDANCY
+    workers_alone = 2  # of the run that is left alone
+
+    def __init__(self, folder: Path, steps: int, console: Console, began_s: float | None = None) -> None:
         self.folder, self.steps, self.console = folder, steps, console
         self.timeline_file = folder / "timeline.jsonl"
         self.acts: list[Act] = []
         self._spinner: Any = None
         self._doing = ""
-        self._began_s = time.monotonic()
+        self._began_s = time.monotonic() if began_s is None else began_s
 
     def script(self, *more: str) -> list[str]:
-        """Return the training script with its flags; slots and virtual replicas fix how sums are formed."""
-        flags = {**MODEL, "steps": self.steps, "slots": SLOTS, "virtual-replicas": NODES}
-        return ["examples/gpt.py", *(f"--{name}={value}" for name, value in flags.items()), *more]
+        """Return the training script with its flags."""
+        flags = {**self.flags, "steps": self.steps}
+        return [self.example, *(f"--{name}={value}" for name, value in flags.items()), *more]
 
     # -- what a person sees ----------------------------------------------------------------------------------
 
@@ -100,7 +117,7 @@ class Demo:
     def run(self) -> dict[str, Any]:
         """Train with incidents; returns the job's summary."""
         script = self.script(f"--timeline={self.timeline_file}")
-        memory = ("--snapshot-every", "1", "--redundancy", REDUNDANCY)
+        memory = ("--snapshot-every", "1", "--redundancy", self.redundancy)
         with Cluster(self.folder, script, nodes_max=NODES, controller_options=memory) as cluster:
             cluster.on_status = self.show
             with self.doing(f"starting a controller and {NODES} nodes of one worker each"):
@@ -108,12 +125,7 @@ class Demo:
                 for number in range(1, NODES + 1):
                     cluster.start_agent(f"node{number}")
                 cluster.wait_for_world(NODES, START_S)
-            self.kill_a_node(cluster)
-            self.add_a_node(cluster)
-            self.stop_a_node(cluster)
-            self.kill_the_controller(cluster)
-            self.kill_all_workers(cluster)
-            self.lose_two_nodes(cluster)
+            self.perform(cluster)
             with self.doing(f"nothing more is done to it: training to step {self.steps}"):
                 code = cluster.wait_for_end(END_S)
             summary = cluster.summary()
@@ -121,6 +133,15 @@ class Demo:
                 raise ClusterError(f"the job {summary['state']} at step {summary['step']}: {summary['reason']}")
             self.say(f"the job ended after step {summary['step']}, digest {summary['digest']}")
             return summary
+
+    def perform(self, cluster: Cluster) -> None:
+        """Do to the job, which trains, all that is to be done to it."""
+        self.kill_a_node(cluster)
+        self.add_a_node(cluster)
+        self.stop_a_node(cluster)
+        self.kill_the_controller(cluster)
+        self.kill_all_workers(cluster)
+        self.lose_two_nodes(cluster)
 
     @contextmanager
     def act(self, cluster: Cluster, title: str, announcement: str, found: str = "") -> Iterator[None]:
@@ -187,9 +208,7 @@ class Demo:
 
     def lose_two_nodes(self, cluster: Cluster) -> None:
         lost = ("node4", "node5")
-        step = cluster.status().step
-        with self.doing(f"waiting until a snapshot of these workers is protected by the erasure code {REDUNDANCY}"):
-            cluster.wait("a snapshot is protected", lambda: cluster.status().stable >= step, WAIT_S)
+        self.wait_until_protected(cluster)
         with self.act(
             cluster,
             "all workers and two nodes killed (-9)",
@@ -205,6 +224,11 @@ class Demo:
                 cluster.start_agent(node)
             reply = cluster.wait_for_world(NODES, WAIT_S, steps=STEPS_BETWEEN)
         self.say(f"both were given the state and train, step {reply.step}")
+
+    def wait_until_protected(self, cluster: Cluster) -> None:
+        step = cluster.status().step
+        with self.doing(f"waiting until a snapshot of these workers is protected by the erasure code {self.redundancy}"):
+            cluster.wait("a snapshot is protected", lambda: cluster.status().stable >= step, WAIT_S)
 
     # -- what it cost ----------------------------------------------------------------------------------------
 
@@ -236,6 +260,47 @@ class Demo:
         return table
 
 
+class PipelineDemo(Demo):
+    """A job whose model is cut into stages, one on each node; a stage is lost with its node."""
+
+    example = "examples/gpt_pipeline.py"
+    flags: ClassVar[dict[str, int]] = {**PIPELINE_MODEL, "slots": SLOTS, "virtual-replicas": 1}
+    redundancy = PIPELINE_REDUNDANCY
+    workers_alone = 1
+
+    def perform(self, cluster: Cluster) -> None:
+        plan = cluster.plan()
+        self.say(stages_of(plan))
+        self.wait_until_protected(cluster)
+        self.lose_a_stage(cluster, plan)
+
+    def lose_a_stage(self, cluster: Cluster, plan: Plan) -> None:
+        stage = plan.stages[1]
+        node = plan.members[stage.ranks[0]].node
+        with self.act(
+            cluster,
+            f"{node} with a stage killed (-9)",
+            f"killing {node} with -9 (its worker dies with it): nobody else holds its layers, {layers_of(stage)}",
+        ):
+            cluster.kill_node(node)
+            reply = cluster.wait_for_world(NODES - 1, WAIT_S, steps=STEPS_BETWEEN)
+        self.say(cluster.newest_event("snapshot-chosen"))
+        self.say(stages_of(cluster.plan()))
+        self.say(f"{reply.world_size} workers train on with all layers, step {reply.step}; none of them was restarted")
+
+
+def layers_of(stage: Stage) -> str:
+    """Say which layers a stage has."""
+    return f"{stage.first}-{stage.last - 1}" if stage.last > stage.first + 1 else f"{stage.first}"
+
+
+def stages_of(plan: Plan) -> str:
+    """Say which node holds which layers."""
+    nodes = {member.rank: member.node for member in plan.members}
+    stages = (f"{layers_of(stage)} on {' and '.join(nodes[rank] for rank in stage.ranks)}" for stage in plan.stages)
+    return f"{len(plan.stages)} stages: layers {', '.join(stages)}"
+
+
 def choose_steps() -> int:
     """Measure this machine for a moment; returns for how many steps the job should train on it."""
     import torch
@@ -262,8 +327,18 @@ def compare(demo: Demo, summary: dict[str, Any], undisturbed: dict[str, Any]) ->
     demo.console.print(f"digest of this job's weights      {summary['digest']}", highlight=False)
     demo.console.print(f"digest of the run left alone      {undisturbed['digest']}", highlight=False)
     verdict = "[green]equal, bit for bit[/green]" if equal else "[red]the weights differ[/red]"
-    demo.console.print(f"after {summary['step']} steps and {len(demo.acts)} incidents: {verdict}", highlight=False)
+    incidents = f"{len(demo.acts)} incident{'s' * (len(demo.acts) != 1)}"
+    demo.console.print(f"after {summary['step']} steps and {incidents}: {verdict}", highlight=False)
     return equal
+
+
+def show(demo: Demo) -> bool:
+    """Run a job with its incidents, and the same left alone; returns whether both end with the same bits."""
+    summary = demo.run()
+    workers = "one worker" if demo.workers_alone == 1 else "two workers"
+    with demo.doing(f"training the same once more, on one node with {workers}, left alone"):
+        undisturbed = run_undisturbed(demo.folder / "alone", demo.script(), demo.workers_alone, END_S, demo.show)
+    return compare(demo, summary, undisturbed)
 
 
 def attempt(action: Callable[[], int], console: Console) -> int:
@@ -280,20 +355,21 @@ def attempt(action: Callable[[], int], console: Console) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=0, help="steps to train [about a minute of training]")
+    parser.add_argument("--steps", type=int, default=0, help="steps to train in the first job [about a minute of training]")
     steps: int = parser.parse_args().steps
     end_on_signals()
     console = Console()
 
-    def show() -> int:
+    def show_both() -> int:
+        enough = steps or choose_steps()
+        began_s = time.monotonic()
         with temporary_folder() as folder:
-            demo = Demo(folder, steps or choose_steps(), console)
-            summary = demo.run()
-            with demo.doing("training the same once more, on one node with two workers, left alone"):
-                undisturbed = run_undisturbed(folder / "alone", demo.script(), 2, END_S, demo.show)
-            return 0 if compare(demo, summary, undisturbed) else 1
+            equal = show(Demo(folder, enough, console, began_s))
+        with temporary_folder() as folder:
+            equal &= show(PipelineDemo(folder, PIPELINE_STEPS, console, began_s))
+        return 0 if equal else 1
 
-    return attempt(show, console)
+    return attempt(show_both, console)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,7 +14,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from examples.demo import Act, Demo
+from examples.cluster import temporary_folder
+from examples.demo import PIPELINE_STEPS, Act, Demo, PipelineDemo, show
 
 ROOT = Path(__file__).resolve().parents[2]
 LINES_MAX = 150
@@ -84,6 +86,19 @@ def test_careful_stops_early_and_saves_once(tmp_path: Path) -> None:
     first, second = (torch.load(path, weights_only=True) for path in saved)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_the_demo_loses_a_stage_and_ends_with_the_same_bits() -> None:
+    said = io.StringIO()
+    with temporary_folder() as folder:
+        demo = PipelineDemo(folder, PIPELINE_STEPS, Console(file=said, width=200))
+        assert show(demo), said.getvalue()
+    printed = said.getvalue()
+    cuts = [line.partition("s  ")[2] for line in printed.splitlines() if " stages: layers " in line]
+    assert [cut.partition(":")[0] for cut in cuts] == ["4 stages", "3 stages"], printed
+    lost = printed.partition("killing ")[2].split()[0]
+    assert lost in cuts[0] and lost not in cuts[1], printed
+    assert f"after {PIPELINE_STEPS} steps and 1 incident: equal, bit for bit" in printed
 
 
 def test_the_demo_says_what_each_act_cost(tmp_path: Path) -> None:
