@@ -24,7 +24,7 @@ from elastic.capture import Capturer, restore
 from elastic.checksum import crc32
 from elastic.control import Coordinator
 from elastic.digests import digest_of_layers
-from elastic.domain import LayerMove, Plan, PlanKind
+from elastic.domain import LayerMove, Plan, PlanKind, Stage
 from elastic.encoding import flat_bytes, raw_view
 from elastic.engine import LOSS, Engine, Slot
 from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
@@ -34,7 +34,7 @@ from elastic.memory import SnapshotMemory
 from elastic.payload import Section
 from elastic.pipeline.actions import Action, Schedule, make_actions
 from elastic.pipeline.executor import Batch, Deeds, Executor
-from elastic.pipeline.layers import MODEL, Layers
+from elastic.pipeline.layers import MODEL, Layers, Use
 from elastic.pipeline.moves import census, fill, handovers
 from elastic.pipeline.survey import Survey
 from elastic.progress import ProgressPage
@@ -44,6 +44,7 @@ from elastic.reduction import Reduced, Reducer, Reduction
 from elastic.sampler import SlotSampler
 from elastic.seeding import preserved
 from elastic.snapshots import SnapshotId
+from elastic.state import TrainingState
 from elastic.transfer import receive_state, send_state
 
 TAG = 1 << 27
@@ -278,7 +279,7 @@ class PipelineEngine(Engine):
                     flat = output[number].reshape(-1)
                     message = torch.cat([flat, torch.full((1,), float(present[number]), dtype=flat.dtype)]).cpu()
                     parts.append((number, message, None))
-                    for rank in self._readers_of(stage, uses, use.layer):
+                    for rank in self._readers_of(uses, use.layer):
                         self.group.post(message, rank, tag)
                 else:
                     ranks = self._stage_with(use.layer).ranks
@@ -301,7 +302,8 @@ class PipelineEngine(Engine):
                     self._gradients[number] = total.clone().to(output[number].device).view(output[number].shape)
                 self._tied_presence[number] = is_present
 
-    def _stage_with(self, layer: int) -> Any:
+    def _stage_with(self, layer: int) -> Stage:
+        """The stage that a layer is in."""
         assert self.plan is not None
         return next(stage for stage in self.plan.stages if stage.first <= layer < stage.last)
 
@@ -310,7 +312,7 @@ class PipelineEngine(Engine):
         assert self.plan is not None
         return self.plan.stages[self.plan.stage_of(self.rank)].ranks.index(self.rank)
 
-    def _readers_of(self, stage: _Stage, uses: Sequence[Any], layer: int) -> list[int]:
+    def _readers_of(self, uses: Sequence[Use], layer: int) -> list[int]:
         """The ranks that take what this one has of a use: each of another stage with a use asks one of ours."""
         assert self.plan is not None
         readers = []
@@ -480,13 +482,7 @@ class PipelineEngine(Engine):
         )
         parts = self.parts
         executor = Executor(
-            self.layers,
-            numbers,
-            parts.surveys,
-            parts.loss_fn,
-            parts.autocast,
-            parts.seed,
-            recompute=parts.recompute,
+            *(self.layers, numbers, parts.surveys, parts.loss_fn, parts.autocast, parts.seed), recompute=parts.recompute
         )
         return _Stage(numbers, self.layers.parameter_numbers(numbers), buffers, reducer, executor)
 
@@ -532,14 +528,14 @@ class PipelineEngine(Engine):
                     self._give(group, self._state_of(number), move.sources, move.targets)
         return took
 
-    def _give(self, group: Group, state: Any, donors: Sequence[int], joiners: Sequence[int]) -> None:
+    def _give(self, group: Group, state: TrainingState, donors: Sequence[int], joiners: Sequence[int]) -> None:
         try:
             send_state(group, state, donors, joiners, self.committed)
         except TransferError as error:
             # The receiver knows too, and ends; the fence that follows costs the others one regroup.
             print(f"elastic: {error}", file=sys.stderr, flush=True)
 
-    def _state_of(self, number: int) -> Any:
+    def _state_of(self, number: int) -> TrainingState:
         """The state of one layer that is held."""
         stage = self._stage
         prefix = f"{MODEL}.{number}."
