@@ -17,7 +17,7 @@ from elastic.domain import Plan, WorkerStatus
 from monitoring.stragglers import ComputeClock, speeds
 from recovery.pipelines import Layout, held_in, lay_out, rerouted
 
-GAIN_MIN = 0.15
+GAIN_MIN = 0.10
 """Of a step's time; less is within what a machine does by itself."""
 BYTES_PER_S = 5e8
 """At which layers move between workers: measured here over gloo, with their copies; 0.44 ms a MB and some."""

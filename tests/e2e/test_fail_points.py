@@ -17,7 +17,7 @@ from tests.e2e.jobs import Job, pids_of
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-HITS = 2
+HITS = 1
 AFTER_A_LOSS = (FailPoint.JOINER_COPYING, FailPoint.JOINER_READY, FailPoint.COMMIT_HALF_SENT, FailPoint.PREPARED)
 """Places that are only reached when somebody has been lost and another one joins."""
 SAMPLES, BATCH_SIZE, SLOTS = 1217, 4, 6

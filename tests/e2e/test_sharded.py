@@ -80,7 +80,7 @@ def test_a_death_at_any_place_of_a_step_costs_nobody_else_and_no_bit(job: Job, u
     features = ("--with", "amp", "average", "odd")
     job.fail_points.mkdir()
     job.run(3, "--snapshot-every", 1, "--max-restarts", 0, train=(*SHARDED, *job.held, "--pause-ms", 10, *features))
-    for place in (*PLACES, *PLACES):
+    for place in PLACES:
         hit(job, 3, place)
     finish(job, "run")
     assert job.fingerprint() == undisturbed(*MODEL, *features)
