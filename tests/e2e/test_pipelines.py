@@ -52,8 +52,7 @@ def finish(job: Job, process: str) -> Status:
 @pytest.mark.parametrize(
     ("workers", "stages", "train"),
     [
-        (3, 3, ("--recompute", "--evaluate")),
-        (4, 4, ("--autocast",)),
+        (3, 3, ("--recompute", "--evaluate", "--autocast")),
         (5, 2, ("--schedule", "gpipe")),
     ],
 )
