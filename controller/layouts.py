@@ -125,7 +125,8 @@ def note_resumed(job: Job, generation: int) -> None:
 def final_digest(job: Job, left: Iterable[tuple[str, Leaving]]) -> str | set[str]:
     """Return the digest of what a finished job has trained, or the different ones where workers do not agree.
 
-    `left` are workers that hold the state and have left the loop. Those of a stage must agree; together they have all of it.
+    `left` are workers that hold the state and have left the loop. Those of a stage must agree. Where nobody of a stage is among
+    them the digest is not known, and "".
     """
     by_worker = dict(left)
     if job.spec is None or not job.spec.is_pipeline or job.plan is None or len(job.plan.stages) == 1:
@@ -137,5 +138,7 @@ def final_digest(job: Job, left: Iterable[tuple[str, Leaving]]) -> str | set[str
         digests = {by_worker[member.worker].digest for member in members if member.worker in by_worker}
         if len(digests) > 1:
             return digests
-        layers += digests.pop().split() if digests else ["?"]
+        if not digests:
+            return ""
+        layers += digests.pop().split()
     return digest_of_layers(layers)

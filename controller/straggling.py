@@ -20,7 +20,7 @@ from recovery.pipelines import Layout, held_in, lay_out, rerouted
 GAIN_MIN = 0.10
 """Of a step's time; less is within what a machine does by itself."""
 BYTES_PER_S = 5e8
-"""At which layers move between workers: measured here over gloo, with their copies; 0.44 ms a MB and some."""
+"""At which layers are expected to move between workers: a quarter of what gloo alone does on one machine."""
 
 
 def note_compute(job: Job, worker: Worker, status: WorkerStatus) -> None:

@@ -2,7 +2,7 @@
 
 What a worker computes in a step is known from the plan, so the expected time of its layers and slots is divided out first;
 what is left is compared with the median of its peers. A worker is slow only if it has been so over a whole window of steps,
-and relieved only once what it has cost equals what the move costs (ski rental: at most twice the best, whatever comes).
+and relieved only once what it has cost equals what the move costs (ski rental); each move makes the next one dearer.
 """
 
 from __future__ import annotations

@@ -22,7 +22,17 @@ from elastic.errors import ConfigError
 from elastic.group import Group, Work
 from elastic.pipeline.actions import Action, ActionKind
 from elastic.pipeline.layers import Layer, Layers
-from elastic.pipeline.survey import Boundary, Survey, Tensors, as_tensors, entering, leaving, loss_of, run_backward
+from elastic.pipeline.survey import (
+    Boundary,
+    Survey,
+    Tensors,
+    as_tensors,
+    buffers_kept,
+    entering,
+    leaving,
+    loss_of,
+    run_backward,
+)
 from elastic.seeding import seed_everything
 
 TAG = 1 << 26
@@ -363,7 +373,7 @@ class _Run:
         for number in reversed(self._e._numbers):
             leaves, results = flight.leaves.pop(), flight.results.pop()
             if self._e._recompute:
-                with _kept(self._e._layers[number]):
+                with buffers_kept(self._e._layers[number].module):
                     leaves, results = self._layer(number, slot, leaves, keep=True)
             run_backward(results, flight.gradients)
             self._deeds.beat()
@@ -372,17 +382,6 @@ class _Run:
         self._deeds.end_backward(slot, flight.extras)
         if self._e.is_first:
             del self._flights[slot]
-
-
-@contextmanager
-def _kept(layer: Layer) -> Iterator[None]:
-    """A forward that is done again must not leave its mark on the buffers twice."""
-    before = [(buffer, buffer.clone()) for buffer in layer.module.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in before:
-            buffer.data.copy_(value)
 
 
 def _tag(slot: int, kind: ActionKind, index: int) -> int:

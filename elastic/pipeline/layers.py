@@ -149,7 +149,7 @@ class Layers:
         modules, self._key_of = _taken_apart(model)
         self.device = device
         self.uses = _uses(modules)
-        modules = _untied(modules, self.uses)
+        modules = _untied(modules)
         self._layers = [Layer(number, module, optimizer_fn, scheduler_fn) for number, module in enumerate(modules)]
         if not any(layer.parameters() for layer in self._layers):
             raise ConfigError("no layer has a parameter that requires a gradient: nothing could be trained")
@@ -251,7 +251,7 @@ def _uses(modules: Sequence[nn.Module]) -> list[tuple[Use, ...]]:
     return [tuple(uses) for uses in places.values() if len(uses) > 1]
 
 
-def _untied(modules: Sequence[nn.Module], uses: Sequence[tuple[Use, ...]]) -> list[nn.Module]:
+def _untied(modules: Sequence[nn.Module]) -> list[nn.Module]:
     """Give each layer tensors of its own."""
     seen: set[int] = set()
     own = []

@@ -165,7 +165,7 @@ class _Pass:
             leaves, given = entering(_to(tensors, self._layers.device), clone)
             counted = _Counted(layer.module)
             try:
-                with _buffers_kept(layer.module), self._autocast(), counted:
+                with buffers_kept(layer.module), self._autocast(), counted:
                     results = as_tensors(layer.module(*given), layer.label)
             except ConfigError:
                 raise
@@ -295,7 +295,7 @@ def _on(layer: Layer, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_kept(module: nn.Module) -> Iterator[None]:
+def buffers_kept(module: nn.Module) -> Iterator[None]:
     """Leave the buffers afterwards as they were before."""
     kept = [(buffer, buffer.clone()) for buffer in module.buffers()]
     try:
