@@ -14,7 +14,7 @@ from controller.events import EndJob, Persist, ToAgent
 from controller.job import Job
 from controller.layouts import final_digest
 from controller.state import Worker
-from elastic.domain import Conclude, Failed, Finish, Shutdown
+from elastic.domain import Conclude, Failed, Finish, Leaving, Shutdown
 
 
 def check_finished(job: Job, now: float) -> bool:
@@ -26,8 +26,9 @@ def check_finished(job: Job, now: float) -> bool:
     members = [job.workers[w] for w in job.membership()]
     # A joiner that was never given the state has nothing to end; the others need not wait for it.
     holders = [w for w in members if w.alive and w.holds_state]
-    if not job.finishing and holders and all(w.leaving is not None for w in holders):
-        _begin_finish(job, holders, now)
+    left = [worker.leaving for worker in holders if worker.leaving is not None]
+    if not job.finishing and left and len(left) == len(holders) and (digest := final_digest(job, left)):
+        _begin_finish(job, left, digest, now)
     if not members and not job.finishing:
         ran = [w for w in job.workers.values() if w.state == "finished"]
         expected = sum(n.nproc for n in job.nodes.values() if n.state == "attached")
@@ -40,14 +41,13 @@ def check_finished(job: Job, now: float) -> bool:
     return job.finishing
 
 
-def _begin_finish(job: Job, members: list[Worker], now: float) -> None:
-    digest = final_digest(job, [(w.id, w.leaving) for w in members if w.leaving is not None])
+def _begin_finish(job: Job, left: list[Leaving], digest: str | set[str], now: float) -> None:
     if not isinstance(digest, str):
         end_job(job, "failed", "the replicas' final parameters differ: " + ", ".join(sorted(digest)), now)
         return
     job.close_incidents(now)
     job.finishing, job.digest, job.attempt = True, digest, None
-    job.concludes = any(w.leaving.concludes for w in members if w.leaving is not None)
+    job.concludes = any(leaving.concludes for leaving in left)
     job.emit(
         Persist(
             "loop-ended",

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from controller.job import Job
-from elastic.digests import digest_of_layers
-from elastic.domain import Leaving, Member, Plan, PlanKind, Stage, TrainingSpec
+from elastic.digests import digest_of_parts
+from elastic.domain import Leaving, Plan, PlanKind, Stage, TrainingSpec
 from elastic.pipeline.actions import Schedule
 from recovery.pipelines import Layout, Model, NoLayout, held_in, lay_out, rerouted
 
@@ -122,23 +122,13 @@ def note_resumed(job: Job, generation: int) -> None:
         worker.holds_state |= worker.alive
 
 
-def final_digest(job: Job, left: Iterable[tuple[str, Leaving]]) -> str | set[str]:
+def final_digest(job: Job, left: Iterable[Leaving]) -> str | set[str]:
     """Return the digest of what a finished job has trained, or the different ones where workers do not agree.
 
-    `left` are workers that hold the state and have left the loop. Those of a stage must agree. Where nobody of a stage is among
-    them the digest is not known, and "".
+    `left` is what workers said that hold the state and have left the loop. "" where nobody of a stage is among them: then what
+    has been trained is not there as a whole, and the job is not finished.
     """
-    by_worker = dict(left)
-    if job.spec is None or not job.spec.is_pipeline or job.plan is None or len(job.plan.stages) == 1:
-        digests = {leaving.digest for leaving in by_worker.values()}
-        return digests.pop() if len(digests) == 1 else digests
-    layers: list[str] = []
-    for stage in job.plan.stages:
-        members: list[Member] = [job.plan.members[rank] for rank in stage.ranks]
-        digests = {by_worker[member.worker].digest for member in members if member.worker in by_worker}
-        if len(digests) > 1:
-            return digests
-        if not digests:
-            return ""
-        layers += digests.pop().split()
-    return digest_of_layers(layers)
+    digests = {leaving.digest for leaving in left}
+    if job.spec is not None and job.spec.is_pipeline:
+        return digest_of_parts(digests, len(job.spec.layers))
+    return digests.pop() if len(digests) == 1 else digests

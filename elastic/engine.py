@@ -232,6 +232,10 @@ class Engine(abc.ABC):
         """User code enters its loop over the loader, for the epoch of the step in progress."""
         self._loop_epoch = self.epoch()
 
+    def _is_over(self) -> bool:
+        """Whether the loop that user code is in has had its last step."""
+        return self.stopping or self.epoch() != self._loop_epoch
+
     def own_slots(self) -> list[int]:
         """Return the slots of a step that this worker is to read, as they are dealt now."""
         return [] if self.plan is None else self.recorded_slots(self.plan, self.rank)
@@ -319,10 +323,8 @@ class Engine(abc.ABC):
         """Wait out a regroup, adopt a new world, pass the state on to joiners; returns whether the epoch goes on."""
         while True:
             self._regroup(self.step)
-            if self.stopping and self.rank not in self._donate:
-                return False
             joining = self.rank in self._donate
-            if not joining and self.epoch() != self._loop_epoch:
+            if not joining and self._is_over():
                 # What user code does now (a scheduler's step) belongs to the state that joiners are given after it.
                 return False
             joiners, self._donate = self._donate, ()

@@ -35,6 +35,8 @@ class FailPoint(StrEnum):
     JOINER_READY = "joiner-ready"
     LAYERS_MOVING = "layers-moving"
     """In a member of a pipeline, while layers go from worker to worker between two steps."""
+    STATE_FOLLOWING = "state-following"
+    """There, while the state of their optimizers follows and the next step is computed."""
 
 
 _folder = config.fail_points()

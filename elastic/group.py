@@ -135,7 +135,7 @@ class _Received(_Awaited):
 
 
 class Group:
-    """The process group of one generation. Made by `build_group`; operations come from one thread at a time.
+    """The process group of one generation. Made by `build_group`; a work is waited for by one thread at a time.
 
     A process holds one rank of a world: with a third one its own connections could not be told from theirs.
 

@@ -448,6 +448,11 @@ class WorkerMachine:
 
     # -- the main thread's side ------------------------------------------------------------------------------------
 
+    @property
+    def must_switch(self) -> bool:
+        """Whether the last verdict told everyone to adopt a switch, and this worker has yet to do so."""
+        return self.pending is not None and self.order is not None and self.switch_decided == self.pending.generation
+
     def _ask_vote(self, step: int) -> list[Effect]:
         if self.word is not Word.OPEN or self.broken or self.world is None:
             return [MustRegroup(self.broken or "sealed")]
@@ -524,13 +529,7 @@ class WorkerMachine:
         All of them may have switched, and the controller have said Finish, before a slow one that leaves looks up.
         """
         plan = self.pending
-        return (
-            self.holds_parts
-            and plan is not None
-            and self.order is not None
-            and plan.rank_of(self.worker) is None
-            and self.switch_decided == plan.generation
-        )
+        return self.holds_parts and self.must_switch and plan is not None and plan.rank_of(self.worker) is None
 
     def _adopt_after_fence(self, plan: Plan, order: Commit) -> list[Effect]:
         if not self._joins(plan, order) and self.has_state and order.restore_step != self.committed:

@@ -5,7 +5,6 @@ User code drives it: the loader's next opens a slot, the optimizer's step ends i
 
 from __future__ import annotations
 
-import sys
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from elastic.capture import Capturer, restore
 from elastic.control import Coordinator
 from elastic.domain import Plan
 from elastic.engine import Engine, Slot
-from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
+from elastic.errors import CollectiveAborted, ConfigError, ProtocolError
 from elastic.failpoints import FailPoint, reach, reach_inside
 from elastic.group import Group
 from elastic.memory import SnapshotMemory
@@ -34,7 +33,7 @@ from elastic.sampler import SlotSampler
 from elastic.sharding import OptimizerShards
 from elastic.snapshots import SnapshotId
 from elastic.state import TrainingState
-from elastic.transfer import receive_state, send_state
+from elastic.transfer import receive_state, serve_state
 from elastic.zero import Zero
 
 
@@ -337,11 +336,7 @@ class ReplicaEngine(Engine):
         if self.rank in joiners:
             reach_inside(FailPoint.JOINER_COPYING)
             return receive_state(self.group, self.state, donors)
-        try:
-            send_state(self.group, self.state, donors, joiners, self.committed)
-        except TransferError as error:
-            # The joiner knows too, and ends; the fence that follows costs the others one regroup.
-            print(f"elastic: {error}", file=sys.stderr, flush=True)
+        serve_state(self.group, self.state, donors, joiners, self.committed)
         return None
 
     def _must_settle(self) -> bool:

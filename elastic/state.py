@@ -130,7 +130,7 @@ class TrainingState:
     """Models, optimizers and what else has a state of one replica, readable as bytes and writable from bytes.
 
     Args:
-        models: by name. Parameters and buffers that several models share count once.
+        models: by name; none for the state of the optimizers alone. What several models share counts once.
         optimizers: by name; each may hold only parameters of the models.
         stateful: by name; anything with `state_dict()` and `load_state_dict()`: schedulers, scalers, the user's own.
         buffers: tensors to read and write in place of the modules' buffers of the same full name
@@ -330,7 +330,7 @@ class TrainingState:
         """Tensor state of one optimizer, by group, position and key."""
         for group_index, group in enumerate(optimizer.param_groups):
             for index, parameter in enumerate(group["params"]):
-                if id(parameter) not in known:
+                if self.models and id(parameter) not in known:
                     raise ConfigError(
                         f"Parameter {index} in group {group_index} of optimizer {name!r} belongs to none of the "
                         "models: hand over every model that is trained."

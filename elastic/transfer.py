@@ -19,6 +19,7 @@ state. It reads that state while it runs: the caller sees to it that no optimize
 from __future__ import annotations
 
 import struct
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -133,6 +134,19 @@ def send_state(
         raise TransferError(
             f"The state of step {step} was refused ({reasons}): the joiner has to start anew."
         )
+
+
+def serve_state(
+    group: Group, state: TrainingState, donors: Sequence[int], joiners: Sequence[int], step: int
+) -> None:
+    """Send as `send_state` does; a refusal is said, but costs this donor nothing.
+
+    The joiner that refuses ends, and the fence that follows costs the others one regroup.
+    """
+    try:
+        send_state(group, state, donors, joiners, step)
+    except TransferError as error:
+        print(f"elastic: {error}", file=sys.stderr, flush=True)
 
 
 def receive_state(

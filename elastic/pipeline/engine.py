@@ -9,9 +9,8 @@ there. This file must never decide who holds what.
 from __future__ import annotations
 
 import contextlib
-import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +22,7 @@ from elastic.buffers import CommittedBuffers, Rule
 from elastic.capture import Capturer, restore
 from elastic.checksum import crc32
 from elastic.control import Coordinator
-from elastic.digests import digest_of_layers
+from elastic.digests import joined_digests
 from elastic.domain import LayerMove, Plan, PlanKind, Stage
 from elastic.encoding import flat_bytes, raw_view
 from elastic.engine import LOSS, Engine, Slot
@@ -34,9 +33,10 @@ from elastic.memory import SnapshotMemory
 from elastic.payload import Section
 from elastic.pipeline.actions import Action, Schedule, make_actions
 from elastic.pipeline.executor import Batch, Deeds, Executor
-from elastic.pipeline.layers import MODEL, Layers, Use
+from elastic.pipeline.layers import MODEL, Layers, Part, Use
 from elastic.pipeline.moves import census, fill, handovers
 from elastic.pipeline.survey import Survey
+from elastic.pipeline.travel import Travel
 from elastic.progress import ProgressPage
 from elastic.protocol import CollectiveBroke, EnterWorld, LoopEnded, StateReceived
 from elastic.records import SampleRecord
@@ -44,8 +44,7 @@ from elastic.reduction import Reduced, Reducer, Reduction
 from elastic.sampler import SlotSampler
 from elastic.seeding import preserved
 from elastic.snapshots import SnapshotId
-from elastic.state import TrainingState
-from elastic.transfer import receive_state, send_state
+from elastic.transfer import receive_state, serve_state
 
 TAG = 1 << 27
 """Above the tags of activations, and below a verdict's."""
@@ -114,6 +113,7 @@ class PipelineEngine(Engine):
         self._replicas, self._reduction = replicas, reduction
         self._stage: _Stage | None = None
         self._common = {**parts.stateful, "elastic.measures": self.measures}
+        self._travel = Travel(self.layers)
         self._transfers: list[LayerMove] = []
         self._actions: Sequence[Action] = ()
         self._made_for: object = None
@@ -121,6 +121,7 @@ class PipelineEngine(Engine):
         self._part_of: Group | None = None
         self._captured: object = None
         self._is_planned = self._is_computed = False
+        self._has_left = False  # the loop, for good: nothing moves any more
         self._is_compared = False  # with the others of the stage, in this world
         self._gradients: dict[int, Tensor] = {}  # of tied parameters held here: the sum over all uses
         self._tied_presence: dict[int, bool] = {}
@@ -143,13 +144,21 @@ class PipelineEngine(Engine):
             reach(FailPoint.STEP_ENDED)
         self._announce()
         self.beat()
+        if self._is_over() and self.coordinator.machine.must_switch:
+            return False  # nothing moves before the next loop: until then the world is the one that has trained
         if not self._settle():
             return False
         assert self.plan is not None
         self.committed_in_slot = False
         self._stage_now()
-        self.snapshots.step_ended(self.committed, self.plan.generation, time.monotonic())
+        if not self._travel.is_under_way:
+            self._capture()
         return True
+
+    def _capture(self) -> None:
+        """The state as of the newest step is all here."""
+        assert self.plan is not None
+        self.snapshots.step_ended(self.committed, self.plan.generation, time.monotonic())
 
     def run_step(self) -> bool:
         """Compute and commit the step in progress, in as many worlds as it takes.
@@ -175,9 +184,6 @@ class PipelineEngine(Engine):
         """All of this worker's forwards and backwards."""
         stage, actions = self._stage_now(), self._actions
         assert self.group is not None and self.batch is not None
-        if not self._is_compared:
-            self._compare(stage)
-            self._is_compared = True
         sizes = self.sampler.sizes(step)
         several = len(set(sizes) - {0}) > 1
         batch = self.batch
@@ -209,8 +215,21 @@ class PipelineEngine(Engine):
         self.slot = None
         self._is_computed = True
 
+    def _await_state(self) -> None:
+        """Have what followed the layers that have moved. Raises CollectiveAborted."""
+        if not self._travel.is_under_way:
+            return
+        try:
+            with self._waiting():
+                self._travel.arrive()
+        except TransferError as error:
+            self.coordinator.end_process(str(error))
+        if self._travel.takes:
+            self.coordinator.feed(StateReceived(self.committed))
+        self._capture()
+
     def _compare(self, stage: _Stage) -> None:
-        """Before the first step of a world: all who hold this stage hold the same, bit by bit. Raises CollectiveAborted."""
+        """Before the first vote in a world: all who hold this stage hold the same, bit by bit. Raises CollectiveAborted."""
         part = self._part
         if part is None or part.size == 1:
             return
@@ -241,6 +260,7 @@ class PipelineEngine(Engine):
         self.slot = None
         self._is_computed = False
         if self.group is not None and self.group.aborted is not None:
+            self._lose_state()
             self.group.drain()
         if self._stage is not None:
             self._stage.reducer.discard_slot()
@@ -251,6 +271,10 @@ class PipelineEngine(Engine):
 
     def _reduce(self) -> Reduced:
         stage = self._stage_now()
+        self._await_state()
+        if not self._is_compared:
+            self._compare(stage)
+            self._is_compared = True
         reduced = stage.reducer.finish(self._divisor())
         self._add_up_ties(stage)
         finite = self._exchange_summaries(stage, reduced)
@@ -498,9 +522,12 @@ class PipelineEngine(Engine):
             raise ProtocolError(f"the plan of generation {plan.generation} cannot be: {fault}; a fault of the runtime")
         own = plan.layers_of(world.rank)
         self._transfers, self._is_computed, self._is_compared = [], False, False
+        if self._has_left:
+            return
+        self._lose_state()
         if before is not None and plan.kind is PlanKind.SWITCH and world.rank not in joiners:
             assert group is not None
-            self._transfer(group, handovers(before, plan))
+            self._travel.move(group, handovers(before, plan), self.committed, self._copies())
         else:
             if world.snapshot is not None or world.rank in joiners:
                 self._drop_stage()
@@ -513,35 +540,17 @@ class PipelineEngine(Engine):
             self._transfers = list(fill(plan.stages, joiners))
 
     def _hand_over_state(self, plan: Plan, before: Plan, group: Group) -> None:
-        self._transfer(group, handovers(before, plan))
+        if not self._has_left:
+            self._travel.move(group, handovers(before, plan), self.committed, self._copies())
 
-    def _transfer(self, group: Group, moves: Iterable[LayerMove]) -> bool:
-        """Give and take layers, one after the other; returns whether this worker took any."""
-        took = False
-        for move in moves:
-            for number in range(move.first, move.last):
-                if group.rank in move.targets:
-                    self.layers.hold([number])
-                    receive_state(group, self._state_of(number), move.sources, self.committed)
-                    took = True
-                elif group.rank in move.sources:
-                    self._give(group, self._state_of(number), move.sources, move.targets)
-        return took
+    def _copies(self) -> Mapping[str, Tensor]:
+        """The committed buffers of the layers that are held."""
+        return {} if self._stage is None else self._stage.buffers.copies
 
-    def _give(self, group: Group, state: TrainingState, donors: Sequence[int], joiners: Sequence[int]) -> None:
-        try:
-            send_state(group, state, donors, joiners, self.committed)
-        except TransferError as error:
-            # The receiver knows too, and ends; the fence that follows costs the others one regroup.
-            print(f"elastic: {error}", file=sys.stderr, flush=True)
-
-    def _state_of(self, number: int) -> TrainingState:
-        """The state of one layer that is held."""
-        stage = self._stage
-        prefix = f"{MODEL}.{number}."
-        copies = stage.buffers.copies if stage is not None and number in stage.numbers else {}
-        own = {name: copy for name, copy in copies.items() if name.startswith(prefix)}
-        return self.layers.state([number], {}, own)
+    def _lose_state(self) -> None:
+        """What follows the layers is not waited for any more: the group that it comes by is over."""
+        with contextlib.suppress(CollectiveAborted, TransferError):
+            self._travel.arrive()
 
     def _pass_state(self, joiners: tuple[int, ...]) -> int | None:
         assert self.plan is not None and self.group is not None
@@ -552,46 +561,29 @@ class PipelineEngine(Engine):
             reach_inside(FailPoint.JOINER_COPYING)
             received = self.committed = receive_state(self.group, common, donors)
         else:
-            self._give(self.group, common, donors, joiners)
+            serve_state(self.group, common, donors, joiners, self.committed)
         self._settle_state(self.rank in joiners)
         return received
 
     def _must_settle(self) -> bool:
         return bool(self._transfers)
 
-    def _finish_moves(self) -> None:
-        """Outside the loop: whatever was still to be moved in the world that was entered at its end.
-
-        A joiner waits for it, and whoever evaluates or saves needs each layer where the plan says that it is. A world that
-        breaks meanwhile goes back to a snapshot, and so to a step before the end of the loop.
-        """
-        while self._donate or self._transfers:
-            joiners, self._donate = self._donate, ()
-            try:
-                with self._waiting():
-                    if joiners:
-                        self._pass_state(joiners)
-                    else:
-                        self._settle_state(False)
-            except CollectiveAborted as error:
-                self.coordinator.feed(CollectiveBroke(str(error)))
-                self._regroup(self.step)
-                if self._restore is not None:
-                    self.coordinator.end_process("its loop has ended, and the world goes back to a step before that")
-            except TransferError as error:
-                self.coordinator.end_process(str(error))
-
     def _settle_state(self, joins: bool) -> None:
         assert self.plan is not None and self.group is not None
         transfers, self._transfers = self._transfers, []
         if transfers:
             reach_inside(FailPoint.LAYERS_MOVING)
-        took = self._transfer(self.group, transfers)
+        # A fence continues a step, and needs all; whoever comes in by one is told apart by what it has.
+        follows = self.plan.kind is PlanKind.SWITCH
+        part = Part.MODEL if follows else Part.ALL
+        took = self._travel.move(self.group, transfers, self.committed, self._copies(), part)
+        if follows:
+            self._travel.follow(self.group, transfers, self.committed)
         own = self.plan.layers_of(self.rank)
         if took or [layer.number for layer in self.layers.held] != list(own):
             self._drop_stage()
             self.layers.keep(own)
-        if took and not joins:
+        if took and not joins and not follows:
             self.coordinator.feed(StateReceived(self.committed))
 
     def _read_snapshot(self, memory: SnapshotMemory, snapshot: SnapshotId) -> None:
@@ -607,10 +599,10 @@ class PipelineEngine(Engine):
         """Return a batch's loss, everywhere; NaN where the world broke."""
         if self.plan is None and not self._settle():
             return float("nan")
-        self._finish_moves()
         stage = self._stage_now()
         assert self.plan is not None and self.group is not None
-        group, route = self.group, self.plan.route(0)
+        group = self.group
+        route = [self._holders(each)[0] for each in self.plan.stages]
         value = torch.zeros(1, dtype=torch.float64)
         try:
             with self._waiting(), preserved():
@@ -618,7 +610,7 @@ class PipelineEngine(Engine):
                     loss = stage.executor.evaluate(batch, group, route, self.rank)
                     if loss is not None:
                         value[0] = loss
-                self._spread(group, [value], route[-1], [rank for rank in range(group.size) if rank != route[-1]], TAG)
+                self._spread(group, [value], route[-1], self._others(route[-1:]), TAG)
         except CollectiveAborted as error:
             self._broke(group, error)
             return float("nan")
@@ -628,7 +620,6 @@ class PipelineEngine(Engine):
         """Return the tensors of all layers, on the CPU. Raises CollectiveAborted."""
         if self.plan is None:
             self._settle()
-        self._finish_moves()
         self._stage_now()
         assert self.plan is not None and self.group is not None
         group = self.group
@@ -637,19 +628,28 @@ class PipelineEngine(Engine):
         try:
             with self._waiting():
                 for place, stage in enumerate(self.plan.stages):
-                    others = [rank for rank in range(group.size) if rank not in stage.ranks]
+                    others = self._others(stage.ranks)
                     for number in range(stage.first, stage.last):
                         found = self.layers[number].module.state_dict()
                         tensors = [
                             t.detach().cpu().clone() if place == mine else torch.empty(t.shape, dtype=t.dtype)
                             for t in found.values()
                         ]
-                        self._spread(group, tensors, stage.ranks[0], others, TAG)
+                        self._spread(group, tensors, self._holders(stage)[0], others, TAG)
                         state |= {self.layers.key_of(number, key): t for key, t in zip(found, tensors, strict=True)}
         except CollectiveAborted as error:
             self._broke(group, error)
             raise
         return state
+
+    def _holders(self, stage: Stage) -> list[int]:
+        """The ranks of a stage that have its layers: a joiner is given them when the next loop begins."""
+        return [rank for rank in stage.ranks if rank not in self._donate]
+
+    def _others(self, ranks: Sequence[int]) -> list[int]:
+        """All other ranks that take part in what is done beside training."""
+        assert self.plan is not None
+        return [rank for rank in range(self.plan.world_size) if rank not in ranks and rank not in self._donate]
 
     def _spread(self, group: Group, tensors: Sequence[Tensor], source: int, targets: Sequence[int], tag: int) -> None:
         """Give tensors from one rank to others."""
@@ -669,20 +669,19 @@ class PipelineEngine(Engine):
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _leave_loop(self) -> None:
-        self._finish_moves()
+        self._has_left = True
+        self._lose_state()
         self._announce()
 
     def _loop_ended(self) -> LoopEnded:
         """Of a stage the digest of each layer; the controller puts them together."""
         assert self.plan is not None
-        numbers = self.plan.layers_of(self.rank)
         copies = self._stage_now().buffers.copies
-        digests = [
-            self.layers.digest(n, {k: v for k, v in copies.items() if k.startswith(f"{MODEL}.{n}.")}) for n in numbers
-        ]
-        whole = len(numbers) == len(self.layers)
-        digest = digest_of_layers(digests) if whole else " ".join(digests)
-        return LoopEnded(digest, self.samples, bool(self.on_end))
+        digests = {
+            number: self.layers.digest(number, {k: v for k, v in copies.items() if k.startswith(f"{MODEL}.{number}.")})
+            for number in self.plan.layers_of(self.rank)
+        }
+        return LoopEnded(joined_digests(digests), self.samples, bool(self.on_end))
 
     def recorded_slots(self, plan: Plan, rank: int) -> list[int]:
         return [slot for slot in range(plan.slots) if plan.route(slot)[-1] == rank]

@@ -9,6 +9,7 @@ between the uses changes no bit. This file must never communicate.
 from __future__ import annotations
 
 import copy
+import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +26,14 @@ SchedulerFactory = Callable[[Optimizer], Any]
 
 MODEL = "model"
 """What all layers together are called in the training state."""
+
+
+class Part(enum.Enum):
+    """Of a layer's state: all of it, what its forward and backward need, or what only its optimizer and scheduler do."""
+
+    ALL = enum.auto()
+    MODEL = enum.auto()
+    OPTIMIZER = enum.auto()
 
 
 @runtime_checkable
@@ -194,13 +203,19 @@ class Layers:
         return self._begins[use.layer] + self.parameter_names[use.layer].index(use.name)
 
     def state(
-        self, numbers: Iterable[int], stateful: dict[str, Any] | None = None, buffers: dict[str, Tensor] | None = None
+        self,
+        numbers: Iterable[int],
+        stateful: dict[str, Any] | None = None,
+        buffers: dict[str, Tensor] | None = None,
+        part: Part = Part.ALL,
     ) -> TrainingState:
-        """Return the training state of some layers that are held, and of other things."""
+        """Return the training state of some layers that are held, or a part of it, and of other things."""
         chosen = [self._layers[number] for number in numbers]
+        if part is Part.MODEL:
+            return TrainingState(self.models(numbers), {}, stateful or {}, buffers)
         schedulers = {f"scheduler.{layer.number}": layer.scheduler for layer in chosen if layer.scheduler is not None}
         return TrainingState(
-            self.models(numbers),
+            {} if part is Part.OPTIMIZER else self.models(numbers),
             {f"optimizer.{layer.number}": layer.optimizer for layer in chosen if layer.optimizer is not None},
             {**schedulers, **(stateful or {})},
             buffers,

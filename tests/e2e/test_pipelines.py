@@ -91,7 +91,8 @@ def test_any_of_four_stages_comes_back_from_its_agent(job: Job) -> None:
 
 
 def test_from_four_stages_to_two_and_three(job: Job) -> None:
-    train = ("--epochs", 6)
+    # An epoch is one step, so that whatever moves would move at the end of a loop, and waits for the next one.
+    train = ("--samples", SLOTS * BATCH_SIZE, "--epochs", 300, "--evaluate")
     job.controller("--nnodes", "1:6", "--join-timeout", 5, "--snapshot-every", 1, "--redundancy", "2+1")
     held = {"train": (*train, *job.held, "--pause-ms", 120), "script": SCRIPT}
     for node in "abcd":
@@ -148,13 +149,14 @@ def test_a_death_at_any_place_of_a_step(job: Job) -> None:
 def test_deaths_while_layers_move(job: Job) -> None:
     """A worker that joins takes layers over; somebody dies on the way, and another one before all are told of the next."""
     job.fail_points.mkdir()
-    train = ("--epochs", 6)
+    train = ("--epochs", 8)
     held = (*train, *job.held, "--pause-ms", 120)
     job.controller("--nnodes", "1:6", "--join-timeout", 5, "--snapshot-every", 1, "--max-restarts", 9)
     for node in "abc":
         job.agent(node, 1, train=held, script=SCRIPT)
     before = job.wait_for_world(3, beyond_step=3)
-    for node, place, size in (("d", FailPoint.LAYERS_MOVING, 4), ("e", FailPoint.PREPARED, 5)):
+    places = (FailPoint.LAYERS_MOVING, FailPoint.STATE_FOLLOWING, FailPoint.PREPARED)
+    for size, node, place in zip((4, 5, 6), "def", places, strict=True):
         trigger = job.fail_points / place
         trigger.touch()
         job.agent(node, 1, train=held, script=SCRIPT)

@@ -160,7 +160,11 @@ def main() -> None:
     def going() -> bool:
         return args.go is None or args.go.exists()
 
-    losses = []
+    def evaluate() -> None:
+        if args.evaluate:
+            losses.append(pipeline.eval((tokens[: args.batch_size, :-1], tokens[: args.batch_size, 1:])))
+
+    losses: list[float] = []
     for _ in session.epochs(args.epochs):
         for batch in pipeline:
             while not going() and session.step >= steps - HELD_STEPS:
@@ -169,8 +173,9 @@ def main() -> None:
             if not going():
                 time.sleep(args.pause_ms / 1000)
             loss = pipeline.step()
-            if args.evaluate and batch.step % 10 == 0:
-                losses.append(pipeline.eval((tokens[:4, :-1], tokens[:4, 1:])))
+            if batch.step % 10 == 0:
+                evaluate()
+        evaluate()
     state = pipeline.state_dict()
     digest = hashlib.sha256()
     for key in sorted(state):

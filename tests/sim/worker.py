@@ -12,7 +12,7 @@ from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from elastic.digests import digest_of_layers
+from elastic.digests import joined_digests
 from elastic.domain import Failed, LayerMove, Plan, PlanKind, StartWorker
 from elastic.pipeline.moves import fill, handovers
 from elastic.protocol import (
@@ -139,6 +139,8 @@ class Worker(Process):
         self.snapshot: SnapshotId | None = None  # that all read the state from
         self.part: Part | None = None  # of a state that is cut; None before the first step
         self.settles = False  # parts are still to be moved in the world that was entered
+        self.has_left = False  # the loop
+        self.follows = self.takes = False  # what optimizers need comes behind the layers; some of it comes here
         # Of a pipeline: the layers that are held, and of which state; every worker is born with all of them.
         self.layers: dict[int, int] = dict.fromkeys(range(len(world.scenario.spec.layers)), self.digest)
         self.moves: tuple[LayerMove, ...] = ()
@@ -264,11 +266,14 @@ class Worker(Process):
             yield Sleep(self.speed.slot_s)
             self.feed(Warmed())
         while True:
+            if self._is_over() and self.plan is not None and self.plan.stages and self.machine.must_switch:
+                break  # nothing moves any more
             if (yield from self._settle()):
                 return 0
-            if self.committed >= scenario.steps or self.machine.stopping:
+            if self._is_over():
                 break
-            self._capture()
+            if not self.follows:
+                self._capture()
             remaining = self._remaining()
             if remaining:
                 yield Sleep(self.speed.slot_s * self.random.uniform(0.8, 1.2))
@@ -280,8 +285,7 @@ class Worker(Process):
                 self.slots_done[remaining[0]] = (self.committed + 1, remaining[0], self.digest)
             if not self._remaining() and (yield from self._commit_step()):
                 return 0
-        if self.plan is not None and self.plan.stages and not (yield from self._finish_moves()):
-            return FENCED_EXIT_CODE
+        self.has_left = True
         self.world.moment("left the loop", self)
         self.feed(LoopEnded(self._final_digest(), self.committed, scenario.concludes))
         while True:
@@ -302,6 +306,9 @@ class Worker(Process):
                     yield from self._hand_over(plan)
                 case _:
                     raise Violation(f"worker {self.id}: {answer} after the training loop")
+
+    def _is_over(self) -> bool:
+        return self.committed >= self.world.scenario.steps or self.machine.stopping
 
     def _capture(self) -> None:
         assert self.plan is not None
@@ -327,9 +334,7 @@ class Worker(Process):
         while True:
             if (yield from self._regroup()) is None:
                 return True
-            if self.rank not in self.donate and (
-                self.committed >= self.world.scenario.steps or self.machine.stopping
-            ):
+            if self.rank not in self.donate and self._is_over():
                 return False
             joins = self.rank in self.donate
             if self.donate and not (yield from self._pass_state()):
@@ -385,7 +390,9 @@ class Worker(Process):
     def _take_layers(self, world: EnterWorld, before: Plan | None) -> Main:
         plan = world.plan
         self.slots_done = {}  # what is in flight belongs to several workers
-        self.moves = ()
+        self.moves, self.settles, self.follows = (), False, False
+        if self.has_left:
+            return
         if plan.kind is PlanKind.FOUND and world.snapshot is None:
             self.layers = dict.fromkeys(range(len(self.world.scenario.spec.layers)), self.world.scenario.initial_digest)
         elif world.snapshot is not None or self.rank in self.donate:
@@ -437,19 +444,26 @@ class Worker(Process):
             return False
         took = self._take_moved(moves, held, self.plan)
         self._keep_own_layers()
-        if took and not joins:
+        if self.plan.kind is PlanKind.SWITCH:
+            self.follows, self.takes = True, took and not joins
+        elif took and not joins:
             self.feed(StateReceived(self.committed))
         return True
 
-    def _finish_moves(self) -> Generator[Request, Any, bool]:
-        """After the loop: serve joiners and move what is to be moved; False where the world goes back to a snapshot."""
-        while self.settles or self.donate:
-            moved = yield from (self._pass_state() if self.donate else self._settle_layers(False))
-            if not moved:
-                yield from self._regroup()
-                if self.snapshot is not None:
-                    return False
-        return True
+    def _await_state(self) -> Generator[Request, Any, Broken | None]:
+        """Before the first vote: what the optimizers need has followed the layers."""
+        assert self.plan is not None
+        if not self.follows:
+            return None
+        self.world.moment("transfer", self)
+        held = yield Collective(("follow", self.plan.generation), None)
+        if isinstance(held, Broken):
+            return held
+        self.follows = False
+        if self.takes:
+            self.feed(StateReceived(self.committed))
+        self._capture()
+        return None
 
     def _keep_own_layers(self) -> None:
         assert self.plan is not None
@@ -475,8 +489,7 @@ class Worker(Process):
     def _final_digest(self) -> str:
         if self.plan is None or not self.plan.stages:
             return f"{self.digest:x}"
-        digests = [f"{self.layers[layer]:x}" for layer in self.plan.layers_of(self.rank)]
-        return digest_of_layers(digests) if len(self.plan.stages) == 1 else " ".join(digests)
+        return joined_digests({layer: f"{self.layers[layer]:x}" for layer in self.plan.layers_of(self.rank)})
 
     # -- a state that is cut, as in `elastic/zero.py` --------------------------------------------------------------
 
@@ -494,7 +507,8 @@ class Worker(Process):
     def _hand_over(self, plan: Plan) -> Main:
         assert self.plan is not None
         if self.plan.stages:
-            yield from self._hand_layers_over(self.plan, plan)
+            if not self.has_left:
+                yield from self._hand_layers_over(self.plan, plan)
         elif self.part is not None:
             yield from self._move_to_those_who_stay(self.plan, plan)
 
@@ -614,6 +628,8 @@ class Worker(Process):
         scenario = self.world.scenario
         step, generation = self.committed + 1, self.plan.generation
         self._check_layers()
+        if (broken := (yield from self._await_state())) is not None:
+            return broken
         mine = tuple(self.slots_done[s] for s, owner in enumerate(self.plan.owners) if owner == self.rank)
         values = yield Collective(("reduce", step), mine)
         if isinstance(values, Broken):

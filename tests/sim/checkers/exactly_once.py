@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from elastic.digests import digest_of_layers
 from tests.sim.clock import Violation
 from tests.sim.scenario import CHECKPOINT_DIGEST, Scenario
 from tests.sim.worker import Gradient, Worker
@@ -15,6 +19,7 @@ class ExactlyOnce:
         if scenario.begins_after:
             self.chain[scenario.begins_after] = CHECKPOINT_DIGEST
         self.applied: dict[str, int] = {}
+        self.scenario = scenario
 
     def on_reduced(self, worker: Worker, step: int, gradients: tuple[Gradient, ...]) -> None:
         assert worker.plan is not None
@@ -33,6 +38,13 @@ class ExactlyOnce:
             raise Violation(f"worker {worker.id} applies step {step} after step {before}")
         self.applied[worker.id] = step
         self._compare(worker, step)
+
+    def on_persisted(self, kind: str, data: Mapping[str, Any]) -> None:
+        """The digest of a pipeline is put together from all its layers."""
+        if kind == "loop-ended" and self.scenario.spec.is_pipeline and not self.scenario.hostile:
+            layers = [f"{self.chain[data['step']]:x}"] * len(self.scenario.spec.layers)
+            if data["digest"] != digest_of_layers(layers):
+                raise Violation(f"the job ends with digest {data['digest']!r}, which is not that of step {data['step']}")
 
     def on_received(self, worker: Worker) -> None:
         self.applied[worker.id] = worker.committed

@@ -1,0 +1,119 @@
+"""Layers that go from worker to worker: what trains moves while all wait, what the optimizer needs follows behind it.
+
+    between two steps     parameters, buffers        both sides in `move`
+    during the next one   state of the optimizers    on a thread, from `follow` on; `arrive` waits for it before the vote
+
+So a step does not wait for two thirds of the bytes. Until the state has arrived nothing may be updated or captured: those who
+give it have not voted either, and cannot have changed it. This file must never decide who gives what to whom.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from elastic.domain import LayerMove
+from elastic.failpoints import FailPoint, reach_inside
+from elastic.group import Group
+from elastic.pipeline.layers import MODEL, Layers, Part
+from elastic.state import TrainingState
+from elastic.transfer import receive_state, serve_state
+
+
+@dataclass(frozen=True, slots=True)
+class _Errand:
+    """One layer's state that is to be given or taken here, as part of a move."""
+
+    move: LayerMove
+    state: TrainingState
+
+
+class Travel:
+    """This worker's part in the moves of layers.
+
+    Args:
+        layers: of the model; those that are taken are held from then on, and none is released.
+
+    Attributes:
+        is_under_way: whether state still follows.
+        takes: whether some of it comes here.
+    """
+
+    def __init__(self, layers: Layers) -> None:
+        self._layers = layers
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        self.takes = False
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._thread is not None
+
+    def move(
+        self, group: Group, moves: Iterable[LayerMove], step: int, copies: Mapping[str, Tensor], part: Part = Part.ALL
+    ) -> bool:
+        """Give and take layers, one after the other; returns whether any came here.
+
+        Args:
+            moves: in ranks of the group. step: of the state. copies: of the committed buffers of what is held.
+            part: of each layer's state.
+
+        Raises:
+            CollectiveAborted: a peer is gone. TransferError: what came is damaged, and this worker has to end.
+        """
+        errands = self._errands(group, moves, copies, part)
+        _run(group, errands, step)
+        return any(group.rank in errand.move.targets for errand in errands)
+
+    def follow(self, group: Group, moves: Iterable[LayerMove], step: int) -> None:
+        """Begin to give and take the state of the optimizers of layers that have moved."""
+        errands = self._errands(group, moves, {}, Part.OPTIMIZER)
+        if not errands:
+            return
+        self.takes = any(group.rank in errand.move.targets for errand in errands)
+        self._error = None
+        self._thread = threading.Thread(target=self._follow, args=(group, errands, step), name="follow", daemon=True)
+        self._thread.start()
+
+    def arrive(self) -> None:
+        """Wait until the state has come, or can never come. Raises as `move`."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        thread.join()  # each of its messages has the group's deadline
+        if self._error is not None:
+            raise self._error
+
+    def _follow(self, group: Group, errands: Sequence[_Errand], step: int) -> None:
+        try:
+            reach_inside(FailPoint.STATE_FOLLOWING)
+            _run(group, errands, step)
+        except Exception as error:  # whatever it is, the main thread raises it
+            self._error = error
+
+    def _errands(
+        self, group: Group, moves: Iterable[LayerMove], copies: Mapping[str, Tensor], part: Part
+    ) -> list[_Errand]:
+        errands = []
+        for move in moves:
+            for number in range(move.first, move.last):
+                if group.rank in move.targets:
+                    self._layers.hold([number])
+                elif group.rank not in move.sources:
+                    continue
+                prefix = f"{MODEL}.{number}."
+                own = {name: copy for name, copy in copies.items() if name.startswith(prefix)}
+                errands.append(_Errand(move, self._layers.state([number], {}, own, part)))
+        return errands
+
+
+def _run(group: Group, errands: Sequence[_Errand], step: int) -> None:
+    for errand in errands:
+        move = errand.move
+        if group.rank in move.targets:
+            receive_state(group, errand.state, move.sources, step)
+        else:
+            serve_state(group, errand.state, move.sources, move.targets, step)
