@@ -51,7 +51,7 @@ def open_generation(
         members=[_candidate(job, worker_id) for worker_id in members],
         slots=job.spec.slots,
         virtual_replicas=job.spec.virtual_replicas,
-        prepare_timeout_ms=int(job.settings.failure_timeout_s * 1000),
+        prepare_timeout_ms=int(job.settings.build_timeout_s(kind) * 1000),
         reason=reason,
         before=continued,
         layout=layout,

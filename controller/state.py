@@ -60,8 +60,12 @@ class JobSettings:
 
     @property
     def prepare_timeout_s(self) -> float:
-        """Building a group may take this long before the missing ones are taken for lost."""
+        """Preparing a generation may take this long before the missing ones are taken for lost."""
         return 2.5 * self.failure_timeout_s
+
+    def build_timeout_s(self, kind: PlanKind) -> float:
+        """Building its group may take this long: longer where nobody's training waits for it."""
+        return self.failure_timeout_s if kind is PlanKind.FENCE else 2 * self.failure_timeout_s
 
 
 @dataclass(slots=True)

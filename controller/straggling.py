@@ -1,4 +1,4 @@
-"""Pipelines whose stages are not as fast as planned: their layers go elsewhere, if that pays.
+"""Pipelines whose stages are not as fast as planned: their layers, or only their slots, go elsewhere, if that pays.
 
     what each worker computes in a step (its heartbeats) -> speeds -> the best layout for these -> the loss since then has
     reached the cost of the move -> SWITCH with the same members (`switching.py`)
@@ -15,7 +15,7 @@ from controller.layouts import model_of, speeds_by_rank
 from controller.state import Worker
 from elastic.domain import Plan, WorkerStatus
 from monitoring.stragglers import ComputeClock, speeds
-from recovery.pipelines import Layout, held_in, lay_out, rerouted
+from recovery.pipelines import Layout, as_it_is, held_in, lay_out
 
 GAIN_MIN = 0.10
 """Of a step's time; less is within what a machine does by itself."""
@@ -31,7 +31,7 @@ def note_compute(job: Job, worker: Worker, status: WorkerStatus) -> None:
 
 
 def worth_moving(job: Job) -> str:
-    """Return why layers should move between the members of the present world, or ""."""
+    """Return why layers or slots should move between the members of the present world, or ""."""
     plan, spec = job.plan, job.spec
     if plan is None or spec is None or not spec.is_pipeline or job.unsettled or len(plan.stages) < 2:
         return ""
@@ -39,10 +39,10 @@ def worth_moving(job: Job) -> str:
         return ""
     names = [member.worker for member in plan.members]
     model, found = model_of(spec), speeds_by_rank(job, names)
-    present = rerouted(model, plan.stages, "", found)
+    present_s = as_it_is(model, plan.stages, plan.all_routes(), found).step_s
     other = lay_out(model, len(names), held_in(plan, names), found)
-    gain_s = present.prediction.step_s - other.prediction.step_s if isinstance(other, Layout) else 0.0
-    if not isinstance(other, Layout) or other.stages == plan.stages or gain_s < GAIN_MIN * present.prediction.step_s:
+    gain_s = present_s - other.prediction.step_s if isinstance(other, Layout) else 0.0
+    if not isinstance(other, Layout) or gain_s < GAIN_MIN * present_s:
         job.rental.end()
         return ""
     cost_s = other.moved_bytes / BYTES_PER_S + other.prediction.step_s
@@ -50,8 +50,9 @@ def worth_moving(job: Job) -> str:
         return ""
     job.rental.buy()
     slow = ", ".join(f"{names[rank]} at {100 * speed:.0f} %" for rank, speed in sorted(found.items()))
-    share = 100 * gain_s / present.prediction.step_s
-    return f"layers move ({slow or 'all alike'}): steps are {share:.0f} % longer than they need be"
+    share = 100 * gain_s / present_s
+    what = "slots are re-dealt" if other.stages == plan.stages else "layers move"
+    return f"{what} ({slow or 'all alike'}): steps are {share:.0f} % longer than they need be"
 
 
 def _measure(job: Job, plan: Plan) -> bool:

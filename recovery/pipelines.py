@@ -1,6 +1,7 @@
 """Decide how a pipeline is cut: which layers and which workers make up each stage, and every slot's way through them.
 
-After a loss that leaves each stage a worker, nothing moves: slots are re-routed. Otherwise candidates (the best cut, the
+After a loss that leaves each stage a worker, nothing moves: slots are re-routed to the others of the stage, or re-dealt to the
+replicas that are whole, or by speed, whichever the simulator finds faster. Otherwise candidates (the best cut, the
 nearly best one that moves least, the present one) are run in the simulator, and the fastest is taken; of two that are as
 fast, the one that moves fewer bytes. What does not fit, also while layers are on their way, is no candidate.
 """
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field, replace
 
 from elastic.domain import LayerProfile, Plan, Stage
 from elastic.pipeline.actions import Schedule, in_flight_max, make_actions
-from recovery.dealing import deal_afresh
+from recovery.dealing import deal_afresh, deal_by_speed
 from recovery.partition import Costs, Cuts, StageRoom, partition
 from recovery.simulation import Link, Prediction, simulate
 
@@ -51,6 +52,7 @@ class Layout:
     Attributes:
         stages: with their ranks. routes: of each slot, the rank at each stage. prediction: what a step takes.
         moved_bytes: of state that has to go to another worker first. reason: in words.
+        dealing: how slots are dealt, in words; "" for evenly within each stage.
     """
 
     stages: tuple[Stage, ...]
@@ -58,6 +60,7 @@ class Layout:
     prediction: Prediction
     moved_bytes: int
     reason: str
+    dealing: str = ""
 
     @property
     def cuts(self) -> Cuts:
@@ -161,6 +164,7 @@ def describe(layout: Layout) -> str:
     return (
         f"{len(layout.stages)} stage(s) of layers {stages}: {1000 * layout.prediction.step_s:.1f} ms a step expected, of which "
         f"the busiest worker computes {1000 * busiest:.1f} ms and all wait {share:.0f} % of the time"
+        + (f"; {layout.dealing}" if layout.dealing else "")
     )
 
 
@@ -255,14 +259,19 @@ def _evaluated(
     return _routed(model, stages, held, speeds)
 
 
-def _routed(model: Model, stages: tuple[Stage, ...], held: Held, speeds: Mapping[int, float]) -> Layout:
-    dealt = []
-    for stage in stages:
-        names = [str(rank) for rank in stage.ranks]
-        dealt.append([int(owner) for owner in deal_afresh(model.slots, model.virtual_replicas, names)])
-    routes = tuple(zip(*dealt, strict=True))
+def as_it_is(
+    model: Model, stages: Sequence[Stage], routes: Sequence[tuple[int, ...]], speeds: Mapping[int, float]
+) -> Prediction:
+    """Return what a step takes on a layout that there is."""
     actions = make_actions(stages, routes, model.schedule)
-    prediction = simulate(stages, actions, model.layers, speeds=speeds, link=model.link)
+    return simulate(stages, actions, model.layers, speeds=speeds, link=model.link)
+
+
+def _routed(model: Model, stages: tuple[Stage, ...], held: Held, speeds: Mapping[int, float]) -> Layout:
+    """The layout with the slots dealt in the fastest way; evenly, if that is nearly as fast."""
+    even, *others = [(*way, as_it_is(model, stages, way[1], speeds)) for way in _ways(model, stages, speeds)]
+    fastest = min(others, key=lambda way: way[2].step_s, default=even)
+    dealing, routes, prediction = fastest if fastest[2].step_s * (1 + NEARLY) < even[2].step_s else even
     moved = sum(
         model.layers[layer].state_bytes
         for stage in stages
@@ -270,9 +279,32 @@ def _routed(model: Model, stages: tuple[Stage, ...], held: Held, speeds: Mapping
         for layer in range(stage.first, stage.last)
         if held and layer not in held.get(rank, range(0))
     )
-    layout = Layout(stages, routes, prediction, moved, "")
+    layout = Layout(stages, routes, prediction, moved, "", dealing)
     reason = describe(layout) + (f"; {moved / 2**20:.1f} MiB of state move" if held else "")
     return replace(layout, reason=reason)
+
+
+def _ways(
+    model: Model, stages: Sequence[Stage], speeds: Mapping[int, float]
+) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
+    """How slots may be dealt, in words, with the routes: evenly first, and whatever else might be faster."""
+    even = [_dealt(model, stage.ranks) for stage in stages]
+    ways = [("", even)]
+    if any(len({speeds.get(rank, 1.0) for rank in stage.ranks}) > 1 for stage in stages):
+        by_speed = [
+            deal_by_speed(model.slots, {rank: speeds.get(rank, 1.0) for rank in stage.ranks}) for stage in stages
+        ]
+        ways.append(("slots are dealt by speed", by_speed))
+    widths = [len(stage.ranks) for stage in stages]
+    if 1 < max(widths) != min(widths):
+        whole = [_dealt(model, stage.ranks[: min(widths)]) for stage in stages]
+        ways.append((f"slots are dealt to {min(widths)} whole replica(s)", whole))
+    return [(words, tuple(zip(*dealt, strict=True))) for words, dealt in ways]
+
+
+def _dealt(model: Model, ranks: Sequence[int]) -> tuple[int, ...]:
+    """The owner of each slot among the ranks of a stage."""
+    return deal_afresh(model.slots, model.virtual_replicas, ranks)
 
 
 def _too_large(model: Model, layout: Layout, held: Held) -> str:

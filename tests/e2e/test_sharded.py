@@ -1,16 +1,21 @@
-"""Jobs whose optimizer state is there once: whoever is lost, it comes back from memory with the bits of a whole one."""
+"""Jobs whose optimizer state is there once: whoever is lost, it comes back from memory with the bits of a whole one.
+
+    python -m tests.e2e.test_sharded    loses all fifteen pairs of six nodes
+"""
 
 from __future__ import annotations
 
 import itertools
 import signal
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 
 import pytest
 
 from elastic.failpoints import FailPoint
 from elastic.records import read_record
 from elastic.sampler import SlotSampler
+from tests.e2e.conftest import fingerprint_of
 from tests.e2e.jobs import DEADLINE_S, Job, Status, members_of, pids_of
 from tests.e2e.test_fail_points import hit
 from tests.e2e.test_snapshots import BATCH_SIZE, SAMPLES, SLOTS, STEPS, kill_all
@@ -130,6 +135,8 @@ def test_without_snapshots_a_lost_worker_ends_the_job_with_the_reason(job: Job) 
 LONG = ("--epochs", 18, "--model-only")
 PACE_MS = 350
 PAIRS = tuple(itertools.combinations("abcdef", 2))
+"""All that there are; the test takes each node twice, and each way of losing two twice."""
+TESTED_PAIRS = tuple(tuple(pair) for pair in ("ab", "cd", "ef", "af", "bc", "de"))
 
 
 def start_six(job: Job, *options: object) -> Status:
@@ -182,10 +189,14 @@ def lose_a_third_when_parity_is_rebuilt(job: Job, pair: tuple[str, ...]) -> int:
 WAYS = (lose_at_once, lose_one_while_the_other_is_decoded, lose_a_third_when_parity_is_rebuilt)
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(600)
 def test_any_two_of_six_nodes_may_be_lost_at_once(job: Job, undisturbed: Callable[..., str]) -> None:
+    lose_pairs(job, undisturbed, TESTED_PAIRS)
+
+
+def lose_pairs(job: Job, undisturbed: Callable[..., str], pairs: Sequence[tuple[str, ...]]) -> None:
     step = start_six(job)["step"]
-    for number, pair in enumerate(PAIRS):
+    for number, pair in enumerate(pairs):
         before = protected_world(job, 6, step)
         left = WAYS[number % len(WAYS)](job, pair)
         after = job.wait_for_world(left, beyond_step=before["step"] + 1, timeout_s=ROUNDS_DEADLINE_S)
@@ -212,3 +223,14 @@ def test_three_of_six_at_once_are_the_next_rungs(job: Job, undisturbed: Callable
     assert "The checkpoint of step" in said and "is read" in said
     finish(job, "controller")
     assert job.fingerprint() == undisturbed(*LONG)
+
+
+def main() -> int:
+    """Lose every pair of six nodes."""
+    with Job() as job:
+        lose_pairs(job, fingerprint_of, PAIRS)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic.folds import blocks, plan_fold
-from recovery.dealing import deal_afresh, deal_orphans
+from recovery.dealing import deal_afresh, deal_by_speed, deal_orphans
 
 NAMES = tuple(f"w{i}" for i in range(12))
 
@@ -100,3 +100,18 @@ def test_orphans_make_no_worker_longer_than_any_deal_that_keeps_what_is_owned(ow
 
 def test_orphans_go_to_the_least_loaded_and_then_to_the_lowest_rank() -> None:
     assert deal_orphans(("a", "a", "b", "c", "c", "c"), ("a", "b")) == ("a", "a", "b", "b", "a", "b")
+
+
+@given(st.lists(st.sampled_from([0.25, 0.5, 1.0, 2.0]), min_size=1, max_size=4), st.integers(1, 9))
+def test_by_speed_the_last_one_ends_as_early_as_can_be(found: list[float], slots: int) -> None:
+    speeds = dict(zip(NAMES, found, strict=False))
+    names = tuple(speeds)
+    dealt = deal_by_speed(slots, speeds)
+    assert len(dealt) == slots and set(dealt) <= set(names)
+
+    def ends(owners: tuple[str, ...]) -> float:
+        return max(owners.count(name) / speeds[name] for name in names)
+
+    counts = (c for c in itertools.product(range(slots + 1), repeat=len(names)) if sum(c) == slots)
+    best = min(max(count / speed for count, speed in zip(c, found, strict=True)) for c in counts)
+    assert ends(dealt) == best

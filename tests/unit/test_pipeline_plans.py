@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 from elastic.domain import LayerMove, LayerProfile, Member, Plan, Stage
 from elastic.pipeline.actions import Schedule
 from elastic.pipeline.moves import fill, handovers, moves
-from recovery.pipelines import Layout, Model, NoLayout, held_in, lay_out, rerouted
+from recovery.dealing import deal_afresh
+from recovery.pipelines import Layout, Model, NoLayout, as_it_is, held_in, lay_out, rerouted
 
 MIB = 1 << 20
 Held = dict[int, range]
@@ -54,7 +56,8 @@ def check(layout: Layout, model: Model, ranks: int) -> None:
     for number, stage in enumerate(stages):
         visits = Counter(route[number] for route in layout.routes)
         loads = [visits[rank] for rank in stage.ranks]
-        assert sum(loads) == len(layout.routes) == model.slots and max(loads) - min(loads) <= 1
+        assert sum(loads) == len(layout.routes) == model.slots
+        assert layout.dealing or max(loads) - min(loads) <= 1
     assert Plan(owners=layout.owners, stages=stages, routes=layout.flat_routes).all_routes() == layout.routes
 
 
@@ -146,6 +149,33 @@ def test_slots_are_dealt_anew_and_stages_stay(model: Model, data: st.DataObject)
     check(layout, model, ranks)
     assert layout.stages == stages and layout.moved_bytes == 0
     assert layout.reason.startswith(f"b is lost; {len(stages)} stage(s) of layers 0-{stages[0].last - 1}")
+
+
+def test_a_slow_one_of_a_stage_gets_fewer_slots() -> None:
+    """Where its layers cannot go elsewhere, since another worker holds the same."""
+    model, stages = model_of([1.0] * 4, slots=9), (Stage(0, 2, (0, 1)), Stage(2, 4, (2, 3)))
+    layout = rerouted(model, stages, "measured anew", {0: 0.5})
+    loads = Counter(route[0] for route in layout.routes)
+    assert (loads[0], loads[1]) == (3, 6) and layout.dealing == "slots are dealt by speed"
+    even = as_it_is(model, stages, rerouted(model, stages, "even").routes, {0: 0.5})
+    assert layout.prediction.step_s < 0.85 * even.step_s
+
+
+def test_of_two_ways_to_deal_slots_the_one_that_is_simulated_faster_is_taken() -> None:
+    """A narrow stage at the end: what a wide one before it does at once only queues up, but costs nothing."""
+    for seconds, widths in itertools.product(([4.0, 1.0], [1.0, 4.0], [1.0, 1.0]), ((2, 1), (1, 2), (3, 2), (2, 3))):
+        model = model_of(seconds, slots=6)
+        first = tuple(range(widths[0]))
+        stages = (Stage(0, 1, first), Stage(1, 2, tuple(range(widths[0], sum(widths)))))
+        layout = rerouted(model, stages, "b is lost")
+        narrow = min(widths)
+        ways = [
+            tuple(zip(*(deal_afresh(6, 2, stage.ranks[:width]) for stage in stages), strict=True))
+            for width in (max(widths), narrow)
+        ]
+        best_s = min(as_it_is(model, stages, routes, {}).step_s for routes in ways)
+        assert layout.prediction.step_s <= best_s * 1.02
+        assert bool(layout.dealing) == (len({rank for route in layout.routes for rank in route}) < sum(widths))
 
 
 @pytest.mark.parametrize(
