@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=0, help="[30; with --quick 6]")
     parser.add_argument("--block", type=int, default=0, help="steps in a block [10; with --quick 6]")
     parser.add_argument("--slots", type=int, default=8, help="micro-batches in a step")
-    parser.add_argument("--batch", type=int, default=1, help="windows in a micro-batch")
+    parser.add_argument("--batch", type=int, default=4, help="windows of 64 tokens in a micro-batch [4]")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6, help="transformer layers")
     return main_of(parser, measure, tabulate)

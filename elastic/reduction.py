@@ -81,6 +81,8 @@ class Reducer:
         bucket_bytes: the size of the pieces that are exchanged as wholes.
         shared: whether other workers of this node read the sums instead of receiving them; alike on all of them.
         on_progress: called for each gradient that comes.
+        in_place: autograd adds to the partial sums by itself, without a call for each gradient, once a slot has shown
+            that each gradient comes in one piece. Then no exchange can begin inside a backward (`arm`).
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Reducer:
         bucket_bytes: int = BUCKET_BYTES,
         shared: bool = False,
         on_progress: Callable[[], None] | None = None,
+        in_place: bool = False,
     ) -> None:
         self._layout = Layout(parameters, extras, bucket_bytes, shared=shared)
         self._neighbours = Neighbours()
@@ -117,6 +120,8 @@ class Reducer:
         # Parameters whose gradient comes in several pieces: they stay in `p.grad` until the end of the slot.
         self._piecewise: set[int] = set()
         self._has_seen_a_slot = False
+        self._in_place = in_place
+        self._is_adding = False  # the sum itself is in `p.grad` during the present slot
         # The exchange of the present step.
         self._exchange: Exchange | None = None
         self._lanes: list[Lane] = []
@@ -183,6 +188,10 @@ class Reducer:
         self.weigh(weight)
         self._taken = [_Taken.NOT_YET] * len(self._parameters)
         self._forget_grads()
+        if self._into is not None and self._in_place and not self._hooks and all(self._into.present):
+            self._is_adding = True
+            for parameter, view in zip(self._parameters, self._into.memory.views, strict=True):
+                parameter.grad = view
 
     def weigh(self, weight: float | None) -> None:
         """Multiply the gradients of the present slot by a weight, from now on; None is as good as 1."""
@@ -195,7 +204,7 @@ class Reducer:
 
     def arm(self) -> None:
         """Let the exchange of the step begin inside the next backward pass, if that is the last one here."""
-        if self._slot is None or self._size() == 1:
+        if self._slot is None or self._in_place or self._size() == 1:
             return
         # Before a first slot was seen nobody knows which gradients come in pieces.
         if self._has_seen_a_slot and self._sums.is_whole_after(self._slot):
@@ -219,7 +228,8 @@ class Reducer:
         partial, slot = self._into, self._slot
         if partial is None or slot is None:
             raise RuntimeError("There is no slot to end.")
-        self._take_leftovers(partial)
+        if not self._is_adding:
+            self._take_leftovers(partial)
         failure, self._failure = self._failure, None
         if failure is not None:
             raise failure
@@ -228,6 +238,8 @@ class Reducer:
                 raise ValueError(f"extras of {tuple(extras.shape)} where {self._layout.extras} belong")
             partial.add_extras(extras)
         self._has_seen_a_slot = True
+        if self._in_place and self._hooks and not self._piecewise and _Taken.NOT_YET not in self._taken:
+            self._take_hooks_off()
         self._leave_slot()
         if self._tainted and not self._started:
             self._tainted = False
@@ -253,6 +265,7 @@ class Reducer:
         partial = self._into
         if partial is None:
             return
+        self._tainted |= self._is_adding
         for index, taken in enumerate(self._taken):
             if taken is not _Taken.NOT_YET:
                 self._piecewise.add(index)
@@ -319,8 +332,14 @@ class Reducer:
 
     def close(self) -> None:
         """Take the hooks off the parameters."""
-        for hook in self._hooks + self._weight_hooks:
+        self._take_hooks_off()
+        for hook in self._weight_hooks:
             hook.remove()
+
+    def _take_hooks_off(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     # Gradients as they come ---------------------------------------------------------------------------------
 
@@ -344,6 +363,8 @@ class Reducer:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             return
+        if gradient.is_sparse:
+            self._in_place = False  # its pieces are added up in an order of their own
         taken = self._taken[index]
         if taken is not _Taken.NOT_YET:
             self._piecewise.add(index)
@@ -467,7 +488,7 @@ class Reducer:
 
     def _leave_slot(self) -> None:
         self._into = self._slot = self._weight = self._failure = None
-        self._is_armed = False
+        self._is_armed = self._is_adding = False
         self._forget_grads()
 
     def _forget_grads(self) -> None:

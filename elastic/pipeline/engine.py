@@ -503,6 +503,7 @@ class PipelineEngine(Engine):
             extras=buffers.extras + measures.EXTRAS,
             shared=self.coordinator.settings.shares_memory,
             on_progress=self.beat,
+            in_place=True,
         )
         parts = self.parts
         executor = Executor(

@@ -199,8 +199,9 @@ def reduce_random_cases(
         owners, replicas, empty = random_case(seed, size)
         parameters = parameters_of()
         reducer = Reducer(
-            parameters, replicas=replicas, extras=EXTRAS, bucket_bytes=100 + 50 * (seed % 4), shared=shared
-        )
+            parameters, replicas=replicas, extras=EXTRAS, bucket_bytes=100 + 50 * (seed % 4), shared=shared,
+            in_place=seed % 2 == 0,
+        )  # fmt: skip
         reducer.plan(group, owners, empty)
         compute_all(reducer, parameters)
         finish(reducer, 3.0)
@@ -224,7 +225,7 @@ def train_a_model(
     model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.LayerNorm(16), nn.Linear(16, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.05)
     reducer = Reducer(
-        list(model.parameters()), replicas=4, reduction=reduction, bucket_bytes=256, shared=shared
+        list(model.parameters()), replicas=4, reduction=reduction, bucket_bytes=256, shared=shared, in_place=size == 1
     )
     group = connect(store, rank, size, neighbours=neighbours_of(rank, size, shared))
     reducer.plan(group, BY_WORLD[size])
@@ -503,6 +504,32 @@ def test_gradients_are_summed_however_they_came(
 ) -> None:
     parameters = reduce_alone(alone, 4, user)
     assert bits_of_gradients(parameters) == bits(expected(parameters, 4, 1, 1.0))
+
+
+def test_once_all_come_in_one_piece_autograd_adds_in_place(alone: Group) -> None:
+    parameters = parameters_of()
+    gradients = [[torch.randn(shape) for shape in SHAPES] for _ in range(6)]
+    reducer = Reducer(parameters, replicas=2, in_place=True)
+    reducer.plan(alone, (0,) * 6)
+    calls: list[int] = []
+    for slot in range(6):
+        reducer.begin_slot(slot)
+        calls.append(sum(parameter.grad is not None for parameter in parameters))
+        back_propagate(parameters, gradients[slot])
+        reducer.end_slot()
+        if slot == 4:  # a slot that breaks off takes its sum with it
+            reducer.begin_slot(5)
+            back_propagate(parameters, gradients[0])
+            reducer.discard_slot()
+            assert reducer.remaining_slots() == (3, 4, 5)
+            for again in (3, 4):
+                reducer.begin_slot(again)
+                back_propagate(parameters, gradients[again])
+                reducer.end_slot()
+    assert calls == [0, len(SHAPES), len(SHAPES), 0, len(SHAPES), len(SHAPES)]
+    finish(reducer, 1.0)
+    right = [plain_fold([each[index] for each in gradients], 2, frozenset()) for index in range(len(SHAPES))]
+    assert bits_of_gradients(parameters) == bits(right)
 
 
 def in_pieces(slot: int, parameters: Sequence[nn.Parameter]) -> tuple[Gradients, Gradients]:
