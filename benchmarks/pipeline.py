@@ -64,8 +64,8 @@ def run_job(arguments: argparse.Namespace, folder: Path, rounds: int) -> None:
 
 def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], bool]:
     """Run the job; returns the report, and whether both sides computed the same."""
-    rounds = arguments.rounds or (6 if arguments.quick else 30)
-    arguments.block = arguments.block or (6 if arguments.quick else 10)
+    rounds = arguments.rounds or (5 if arguments.quick else 20)
+    arguments.block = arguments.block or 4
     reporter.say(f"{rounds} rounds of 3 blocks of {arguments.block} steps of {arguments.slots} micro-batches")
     run_job(arguments, folder, rounds)
     found, cuts = read_rounds(folder)
@@ -104,10 +104,10 @@ def tabulate(report: dict[str, Any]) -> Table:
 
 def main() -> int:
     parser = command(__doc__)
-    parser.add_argument("--rounds", type=int, default=0, help="[30; with --quick 6]")
-    parser.add_argument("--block", type=int, default=0, help="steps in a block [10; with --quick 6]")
+    parser.add_argument("--rounds", type=int, default=0, help="[20; with --quick 5]")
+    parser.add_argument("--block", type=int, default=0, help="steps in a block [4]")
     parser.add_argument("--slots", type=int, default=8, help="micro-batches in a step")
-    parser.add_argument("--batch", type=int, default=4, help="windows of 64 tokens in a micro-batch [4]")
+    parser.add_argument("--batch", type=int, default=8, help="windows of 64 tokens in a micro-batch [8]")
     parser.add_argument("--dim", type=int, default=256)
     parser.add_argument("--layers", type=int, default=6, help="transformer layers")
     return main_of(parser, measure, tabulate)
