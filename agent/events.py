@@ -101,6 +101,7 @@ class Looked:
     waits: bool = False
     stable: int = NO_STEP
     compute_s: float = 0.0
+    gradient_norm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,6 +328,7 @@ class AgentMachine:
             waits=look.waits and look.process_state not in STOPPED,
             stable=look.stable,
             compute_s=look.compute_s,
+            gradient_norm=look.gradient_norm,
         )
         if worker.end_reason:
             return

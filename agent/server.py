@@ -343,6 +343,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 shown.waits,
                 self.snapshots.stable,
                 shown.compute_s,
+                shown.gradient_norm,
             )
         )
 

@@ -6,14 +6,15 @@ becomes of it by `commits.py`. Here is only what all of them do alike. Nothing h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
 from controller.endings import end_job
 from controller.events import Persist
 from controller.job import Job
 from controller.layouts import layout_for
 from controller.state import Attempt, Node, Suspicion
-from elastic.domain import Abandon, Member, PlanKind, PlanNode, Prepare
+from elastic.domain import Abandon, Blend, Member, PlanKind, PlanNode, Prepare, Rebuilt
 from elastic.snapshots import SnapshotId
 from recovery.pipelines import NoLayout
 from recovery.plan import Candidate, make_plan
@@ -28,6 +29,7 @@ def open_generation(
     *,
     leavers: Iterable[Member] = (),
     snapshot: SnapshotId | None = None,
+    blends: Sequence[Blend] = (),
 ) -> None:
     """Make the plan of the next generation, write it down, and have everybody concerned prepare for it.
 
@@ -35,11 +37,13 @@ def open_generation(
 
     `members` are in order of rank; `leavers` are members of the world before, who leave with this switch; `snapshot` is
     what the members read the state from, where nobody holds it.
+    `blends` are layers of a pipeline that nobody holds, to be made from what the members hold of the newest committed world.
     """
     assert job.spec is not None
-    before = job.attempt.plan if job.attempt is not None and job.membership_from_attempt() else job.plan
+    may_differ = job.attempt is not None and job.membership_from_attempt() and not blends
+    before = job.attempt.plan if job.attempt is not None and may_differ else job.plan
     continued = before if kind is not PlanKind.FOUND and snapshot is None else None
-    layout = layout_for(job, kind, members, continued)
+    layout = layout_for(job, kind, members, continued, is_cut_anew=bool(blends))
     if isinstance(layout, NoLayout):
         tell_of_no_layout(job, layout, now)
         return
@@ -57,6 +61,8 @@ def open_generation(
         layout=layout,
         nodes=[site_of(node) for node in nodes],
         redundancy=(job.settings.data_shards, job.settings.parity_shards),
+        blends=blends,
+        rebuilt=_rebuilt(job, blends, snapshot),
     )
     job.attempt = Attempt(
         plan,
@@ -74,6 +80,14 @@ def open_generation(
     )
     for worker_id in sorted(job.attempt.participants):
         job.tell(job.workers[worker_id], Prepare(plan))
+
+
+def _rebuilt(job: Job, blends: Sequence[Blend], snapshot: SnapshotId | None) -> tuple[Rebuilt, ...]:
+    """The layers that the next world has been made with from others, the newest time each."""
+    newest = math.inf if snapshot is None else snapshot.step
+    found = {each.layer: each for each in job.rebuilt if each.step < newest}
+    found |= {blend.layer: Rebuilt(blend.layer, job.step_committed) for blend in blends}
+    return tuple(found[layer] for layer in sorted(found))
 
 
 def tell_of_no_layout(job: Job, found: NoLayout, now: float) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from controller.approximating import tell_of_approximation
 from controller.attempts import abandon_switch, suspect
 from controller.events import Persist
 from controller.job import Job
@@ -62,9 +63,20 @@ def _holders(job: Job, attempt: Attempt) -> list[Prepared]:
     if job.spec.shard_optimizer and plan.kind is PlanKind.FENCE and not _need_no_optimizer(job, plan, reports):
         return []  # after a fault a part of it is nowhere, or of another step
     holders = [worker for worker, report in _reports(attempt).items() if _holds_state(job, plan, report)]
+    if plan.blends:
+        return _if_of_one_step(job, attempt)
     if plan.kind is PlanKind.FENCE and not is_whole(job, plan, holders):
         return []
     return [attempt.prepared[worker] for worker in holders]
+
+
+def _if_of_one_step(job: Job, attempt: Attempt) -> list[Prepared]:
+    """What the old members said, if all can go on after the same step: layers are made from those of several workers."""
+    assert job.plan is not None
+    reports = [report for worker, report in _reports(attempt).items() if worker in job.plan.workers()]
+    restore = _restore_step(job, reports)
+    can = all(report.has_state and restore in (report.committed, report.voted) for report in reports)
+    return reports if can else []
 
 
 def _need_no_optimizer(job: Job, plan: Plan, reports: list[Prepared]) -> bool:
@@ -104,15 +116,15 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
     joiners = tuple(m.rank for m in plan.members if m.worker in given)
     attempt.committed = True
     attempt.deadline = float("inf")
-    job.plan, job.leavers, job.joiners = plan, attempt.leavers, given
+    before, job.plan, job.leavers, job.joiners = job.plan, plan, attempt.leavers, given
     for member in plan.members:
         job.workers[member.worker].state = "member"
         job.workers[member.worker].holds_state = reports[member.worker].has_state and member.worker not in given
     job.note_world(plan)
-    note_committed(job, plan)
+    note_committed(job, before, plan)
     redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
     if snapshot is not None:
-        redone = job.step_committed - restore + 1
+        redone = max(job.step_committed - restore + 1, 0)  # a first world may begin with a checkpoint
         job.restores += plan.kind is PlanKind.FENCE
         job.step_committed, job.restoring = restore, None  # what came after it is lost
         for worker in job.known(plan.members):
@@ -140,10 +152,11 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
         )
     )
     _tell_of_gaps(job, plan)
-    # Whoever has seen the verdict knows whether it ends the loop, and all others do what it said, if from an older step on.
-    stop = any(report.stopping for report in holders or reports.values())
+    tell_of_approximation(job, plan, restore)
+    # Whoever has seen the verdict that ends the loop knows after which step, and so do all others from now on.
+    stop_after = max(report.stop_after for report in reports.values())
     captured_in = snapshot.generation if snapshot is not None else 0
-    command = Commit(plan.generation, restore, joiners, stop, captured_in, restores_per_s(job, now))
+    command = Commit(plan.generation, restore, joiners, stop_after, captured_in, restores_per_s(job, now))
     for worker_id in sorted(attempt.participants):
         job.tell(job.workers[worker_id], command)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from controller.approximating import rebuild
 from controller.attempts import abandon_switch, open_generation
 from controller.endings import end_job
 from controller.founding import found_anew
@@ -42,6 +43,11 @@ def fence(job: Job, reason: str, now: float, *, loss: bool, joining: Iterable[st
         return
     members = _seats(job, survivors)
     if not members or not is_whole(job, job.plan, [w for w in members if job.workers[w].holds_state]):
+        if job.settings.approximate and not job.settings.snapshot_every:  # else something exact is looked for first
+            obstacle = rebuild(job, reason, now, joining)
+            if not obstacle:
+                return
+            reason = f"{reason}; {obstacle}"
         state_lost(job, reason, now)
         return
     open_generation(job, PlanKind.FENCE, [*members, *joining], reason, now)

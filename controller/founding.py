@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from controller.approximating import may_found
 from controller.attempts import open_generation, tell_of_no_layout
 from controller.endings import end_job
 from controller.events import Persist
@@ -61,6 +62,8 @@ def _found(job: Job, ready: list[Worker], now: float) -> None:
     for worker in order[fixed.seats :]:
         admit_joiner(job, worker)  # more have come since the numbers were fixed
     order = order[: fixed.seats]
+    if not may_found(job, [worker.id for worker in order], now):
+        return
     for worker in order:
         # Whoever was told to join has not kept its initial weights, and is given the state by the others.
         worker.holds_state = worker.state == "registered"
@@ -118,6 +121,7 @@ def _admission(job: Job, *, joins: bool) -> Admitted:
         committed=job.step_committed if joins else 0,
         joins_running_world=joins,
         snapshot_every=job.settings.snapshot_every,
+        measures_norms=job.settings.approximate,
     )
 
 

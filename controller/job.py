@@ -14,7 +14,18 @@ from dataclasses import KW_ONLY, dataclass, field
 from controller.events import ControllerEffect, Persist, ToAgent
 from controller.incidents import IncidentBook, describe
 from controller.state import Attempt, JobSettings, Node, Probing, Restoring, Saving, Standstill, Suspicion, Worker
-from elastic.domain import NO_STEP, Failed, Incident, KillWorker, Member, Plan, ToWorker, TrainingSpec, WorkerCommand
+from elastic.domain import (
+    NO_STEP,
+    Failed,
+    Incident,
+    KillWorker,
+    Member,
+    Plan,
+    Rebuilt,
+    ToWorker,
+    TrainingSpec,
+    WorkerCommand,
+)
 from monitoring.goodput import StepClock
 from monitoring.stragglers import ComputeClock, Rental
 from recovery.pipelines import Layout, NoLayout
@@ -57,6 +68,8 @@ class Job:
     rental: Rental = field(default_factory=Rental)  # since when layers lie where they cost more than they need
     unsettled: int = 0  # generation of the newest switch whose layers may be on their way; 0 once it has committed a step
     layouts: dict[tuple[int, tuple[tuple[int, float], ...]], Layout | NoLayout] = field(default_factory=dict)  # planned ahead
+    rebuilt: tuple[Rebuilt, ...] = ()  # layers that were made from others, and when
+    approximations: list[str] = field(default_factory=list)  # how, in words
     no_layout: str = ""  # why a pipeline could not be cut for the workers that there were
     protection_gaps: tuple[str, ...] = ()  # in what the newest one's protection falls short of what was asked for
     vulnerable_since: float | None = None  # since when the present world has no stable snapshot of its own

@@ -12,6 +12,7 @@ from controller.job import Job
 from elastic.digests import digest_of_parts
 from elastic.domain import Leaving, Plan, PlanKind, Stage, TrainingSpec
 from elastic.pipeline.actions import Schedule
+from elastic.pipeline.moves import handovers
 from recovery.pipelines import Layout, Model, NoLayout, held_in, lay_out, rerouted
 
 LAYOUTS_KEPT = 64
@@ -29,18 +30,21 @@ def model_of(spec: TrainingSpec) -> Model:
     )
 
 
-def layout_for(job: Job, kind: PlanKind, names: Sequence[str], before: Plan | None) -> Layout | NoLayout | None:
+def layout_for(
+    job: Job, kind: PlanKind, names: Sequence[str], before: Plan | None, *, is_cut_anew: bool = False
+) -> Layout | NoLayout | None:
     """Return how a pipeline is cut among the members of the next world, in order of rank; None where there is no pipeline.
 
-    `before` is the world whose interrupted step a FENCE continues, and from which a SWITCH moves layers.
+    `before` is the world whose interrupted step a FENCE continues, and from which a SWITCH moves layers, or a FENCE that has
+    lost some and is cut anew.
     """
     assert job.spec is not None
     if not job.spec.is_pipeline:
         return None
     model, speeds = model_of(job.spec), speeds_by_rank(job, names)
-    if kind is PlanKind.FENCE and before is not None:
+    if kind is PlanKind.FENCE and before is not None and not is_cut_anew:
         return rerouted(model, _kept_stages(before, names), "stages stay as they are", speeds)
-    if before is not None and kind is PlanKind.SWITCH:
+    if before is not None and (kind is PlanKind.SWITCH or is_cut_anew):
         return lay_out(model, len(names), held_in(before, names), speeds)
     return _anew(job, names)
 
@@ -104,13 +108,20 @@ def is_whole(job: Job, plan: Plan, holders: Iterable[str]) -> bool:
     return all(any(plan.members[rank].worker in names for rank in stage.ranks) for stage in plan.stages)
 
 
-def note_committed(job: Job, plan: Plan) -> None:
-    """A generation was committed: layers may be on their way from now on, and whoever gets some holds nothing yet."""
+def note_plan(job: Job, before: Plan | None, plan: Plan) -> None:
+    """A generation follows another: layers may be on their way from now on, or made from others."""
+    handed = handovers(before, plan) if before is not None and plan.kind is PlanKind.SWITCH else ()
+    job.unsettled = plan.generation if handed or plan.moves or plan.blends else 0
+    job.rebuilt = plan.rebuilt
+
+
+def note_committed(job: Job, before: Plan | None, plan: Plan) -> None:
+    """A generation was committed just now: whoever gets some of its layers holds nothing yet."""
     job.no_layout = ""
-    job.unsettled = plan.generation if plan.moves else 0
-    for move in plan.moves:
-        for rank in move.targets:
-            job.workers[plan.members[rank].worker].holds_state = False
+    note_plan(job, before, plan)
+    for member in plan.members:
+        if plan.is_given_layers(member.rank):
+            job.workers[member.worker].holds_state = False
 
 
 def note_resumed(job: Job, generation: int) -> None:

@@ -19,6 +19,7 @@ from controller.events import Persist
 from controller.fencing import fence
 from controller.founding import admit_joiner, found_if_complete
 from controller.job import Job
+from controller.layouts import note_plan
 from controller.places import fill_places
 from controller.redundancy import world_began
 from controller.restoring import state_lost
@@ -58,15 +59,17 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 opened[plan.generation] = plan, tuple(m for m in before if m.worker in data["leavers"])
                 job.newest_generation = max(job.newest_generation, plan.generation)
             case "generation-committed":
-                job.plan, job.leavers = opened[data["generation"]]
+                older, (job.plan, job.leavers) = job.plan, opened[data["generation"]]
                 job.note_world(job.plan)
-                job.unsettled = job.plan.generation if job.plan.moves else 0  # whether they have arrived nobody has written down
+                note_plan(job, older, job.plan)  # whether its layers have arrived nobody has written down
                 job.joiners = frozenset(job.plan.members[rank].worker for rank in data["joiner_ranks"])
                 if data.get("snapshot_generation"):
                     job.restores += job.plan.kind is PlanKind.FENCE
                     job.step_committed = data["restore_step"]  # what came after it is lost
                 job.step_committed = max(job.step_committed, data["restore_step"])
                 world_began(job, data["restore_step"], now)  # whether it has a safe snapshot by now is looked at anew
+            case "approximated":
+                job.approximations.append(data["words"])
             case "generation-adopted":
                 job.leavers = ()
                 job.protected_after = data["step"]

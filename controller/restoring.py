@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 
+from controller.approximating import rebuild
 from controller.attempts import open_generation, site_of
 from controller.endings import end_job
 from controller.events import Persist, ToAgent
@@ -194,6 +195,8 @@ def _choose(job: Job, restoring: Restoring, now: float) -> None:
         return
     if choice.snapshot is not None:
         _decide(job, restoring, choice, choice.snapshot, "", now)
+    elif job.settings.approximate and not rebuild(job, f"{restoring.reason}; {choice.reason}", now):
+        return
     elif choice.rung is Rung.CHECKPOINT:
         restoring.passed_over = choice.reason
         look_for_checkpoint(job, restoring)

@@ -39,6 +39,8 @@ class JobSettings:
         checkpoint_target: Directory, or an address of fsspec, for checkpoints; empty for none.
         checkpoint_every: Steps from one checkpoint to the next; 0: only when asked.
         checkpoint_keep: How many of them stay.
+        approximate: Whether lost stages may be made from their neighbours, where nothing exact can be had.
+        norm_exponent: To which gradient norms are raised where they weigh neighbours.
         token: What agents must show; empty where none is required.
     """
 
@@ -56,6 +58,8 @@ class JobSettings:
     checkpoint_target: str = ""
     checkpoint_every: int = 0
     checkpoint_keep: int = 2
+    approximate: bool = False
+    norm_exponent: float = 1.0
     token: str = field(default="", repr=False)
 
     @property

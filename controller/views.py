@@ -60,4 +60,5 @@ def status(job: Job, now: float) -> StatusReply:
         save_fault=job.save_fault,
         is_vulnerable=job.vulnerable_since is not None and not job.outcome,
         vulnerable_s=vulnerable_s(job, now),
+        approximations=tuple(job.approximations),
     )

@@ -29,7 +29,8 @@ class LayerProfile:
     """What one layer of a pipeline costs: seconds and bytes for one slot, bytes of state whatever the slots.
 
     `state_bytes` are those of parameters, gradients and what an optimizer like Adam holds; `activation_bytes` what is kept
-    between a forward and its backward; `output_bytes` what goes on to the next layer.
+    between a forward and its backward; `output_bytes` what goes on to the next layer. `form` is alike for layers whose tensors
+    have the same names, shapes and dtypes, and 0 for those without any.
     """
 
     forward_s: float = 0.0
@@ -37,6 +38,7 @@ class LayerProfile:
     state_bytes: int = 0
     activation_bytes: int = 0
     output_bytes: int = 0
+    form: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class Prepared:
     committed: int = 0
     voted: int = 0
     has_state: bool = False
-    stopping: bool = False
+    stop_after: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,6 +228,23 @@ class LayerMove:
 
 
 @dataclass(frozen=True, slots=True)
+class Blend:
+    """A layer that nobody has any more, as the weighted average of others."""
+
+    layer: int = 0
+    sources: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuilt:
+    """A layer that was made so, and the newest step then."""
+
+    layer: int = 0
+    step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Who owns what in one generation, and why."""
 
@@ -245,6 +264,8 @@ class Plan:
     routes: tuple[int, ...] = ()
     moves: tuple[LayerMove, ...] = ()
     predicted_s: float = 0.0
+    blends: tuple[Blend, ...] = ()
+    rebuilt: tuple[Rebuilt, ...] = ()
 
     @property
     def slots(self) -> int:
@@ -261,6 +282,16 @@ class Plan:
         """The layers of a pipeline that a rank holds."""
         stage = self.stages[self.stage_of(rank)]
         return range(stage.first, stage.last)
+
+    def holders_of(self, layer: int) -> tuple[int, ...]:
+        """The ranks that hold a layer of a pipeline."""
+        return next(stage.ranks for stage in self.stages if stage.first <= layer < stage.last)
+
+    def is_given_layers(self, rank: int) -> bool:
+        """Whether a rank has yet to be given some of its layers, or to make them from others."""
+        if any(rank in move.targets for move in self.moves):
+            return True
+        return bool(self.blends) and any(blend.layer in self.layers_of(rank) for blend in self.blends)
 
     def route(self, slot: int) -> tuple[int, ...]:
         """The rank that runs a slot at each stage, in order."""
@@ -295,6 +326,7 @@ class Admitted:
     committed: int = 0
     joins_running_world: bool = False
     snapshot_every: int = 0
+    measures_norms: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +339,7 @@ class Commit:
     generation: int = 0
     restore_step: int = 0
     joiner_ranks: tuple[int, ...] = ()
-    stop: bool = False
+    stop_after: int = 0
     snapshot_generation: int = 0
     restores_per_s: float = 0.0
 
@@ -349,6 +381,7 @@ class WorkerStatus:
     waits: bool = False
     stable: int = NO_STEP
     compute_s: float = 0.0
+    gradient_norm: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -636,6 +669,7 @@ class StatusReply:
     save_fault: str = ""
     is_vulnerable: bool = False
     vulnerable_s: float = 0.0
+    approximations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -360,7 +360,8 @@ class Engine(abc.ABC):
                     committed = True
                 case EnterWorld():
                     self._enter(answer)
-                    return committed
+                    if not self.coordinator.machine.broken:  # else what it was to be handed has been lost on the way
+                        return committed
                 case HandOver(plan):
                     self._hand_over(plan)
                 case GoOn():
@@ -441,6 +442,10 @@ class Engine(abc.ABC):
     def _leave_loop(self) -> None:
         """User code has left the loop, perhaps in the middle of a step, which then never happened."""
 
+    @abc.abstractmethod
+    def _entered_after_loop(self) -> None:
+        """A world was entered that continues after the last step: give nobody anything but what all have to make."""
+
     def close(self) -> None:
         """The training loop is over here: say so, and wait until it is over for all."""
         self._leave_loop()
@@ -459,6 +464,11 @@ class Engine(abc.ABC):
                     self._hand_over(plan)
                 case EnterWorld(snapshot=None):
                     self._enter(answer)
+                    self._entered_after_loop()
+                case EnterWorld(snapshot=snapshot) if snapshot is not None and snapshot.step == self.committed:
+                    self._enter(answer)  # the loop stays ended, but this worker may hold other parts from now on
+                    self._read_state(snapshot)
+                    self.coordinator.feed(self._loop_ended())
                 case EnterWorld():
                     self.coordinator.end_process("its loop has ended, and the world goes back to a step before that")
                 case _:

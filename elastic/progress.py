@@ -20,6 +20,7 @@ _LOSS_OFFSET = 8 * len(_FIELDS)
 _BUSY_OFFSET = _LOSS_OFFSET + 8
 _WAITS_OFFSET = _BUSY_OFFSET + 8
 _COMPUTE_OFFSET = _WAITS_OFFSET + 8
+_NORM_OFFSET = _COMPUTE_OFFSET + 8
 _UNSIGNED = struct.Struct("<Q")
 _DOUBLE = struct.Struct("<d")
 
@@ -34,6 +35,7 @@ class Progress:
         waits: Whether the main thread waits for others (in a reduction, a verdict, a regroup), so that it is not to
             blame for making no progress.
         compute_s: What the newest step took in forwards and backwards; 0 where that is not measured.
+        gradient_norm: Of the newest step's gradient of the stage; 0 where that is not measured.
     """
 
     progress: int
@@ -44,6 +46,7 @@ class Progress:
     busy_until_s: float
     waits: bool
     compute_s: float = 0.0
+    gradient_norm: float = 0.0
 
 
 class ProgressPage:
@@ -91,6 +94,10 @@ class ProgressPage:
         """Show what the newest step took in forwards and backwards."""
         _DOUBLE.pack_into(self._map, _COMPUTE_OFFSET, seconds)
 
+    def reduced(self, gradient_norm: float) -> None:
+        """Show the norm of the newest step's gradient."""
+        _DOUBLE.pack_into(self._map, _NORM_OFFSET, gradient_norm)
+
     def read(self) -> Progress:
         """Return what the page shows now."""
         values = {name: _UNSIGNED.unpack_from(self._map, offset)[0] for name, offset in _OFFSET.items()}
@@ -103,6 +110,7 @@ class ProgressPage:
             busy_until_s=_DOUBLE.unpack_from(self._map, _BUSY_OFFSET)[0],
             waits=bool(_UNSIGNED.unpack_from(self._map, _WAITS_OFFSET)[0]),
             compute_s=_DOUBLE.unpack_from(self._map, _COMPUTE_OFFSET)[0],
+            gradient_norm=_DOUBLE.unpack_from(self._map, _NORM_OFFSET)[0],
         )
 
     def close(self) -> None:

@@ -320,7 +320,7 @@ class WorkerMachine:
         self.left: Leaving | None = None
         self.resumed_in = 0
         self.holds_parts = False  # of the state, that not every other worker has
-        self.stopping = False  # a verdict has said that all leave the loop
+        self.stop_after = 0  # the step whose verdict has said that all leave the loop after it
         self.concluding = False  # this worker is to run what must run once after the loop
         self.finished = ""
 
@@ -345,8 +345,8 @@ class WorkerMachine:
                 return [Send(Warm()), *self._report_if_ready()]
             case AskVote(step):
                 return self._ask_vote(step)
-            case AskCommit(_, next_generation, stop):
-                return self._ask_commit(next_generation, stop)
+            case AskCommit(step, next_generation, stop):
+                return self._ask_commit(step, next_generation, stop)
             case Applied(step):
                 return self._applied(step)
             case StateSpoilt(reason):
@@ -383,7 +383,7 @@ class WorkerMachine:
                 if self.pending is None or self.pending.generation != generation or self.order is not None:
                     return []
                 self.order = command
-                self.stopping |= command.stop
+                self.stop_after = command.stop_after or self.stop_after
                 return [WakeMain()]
             case Abandon(generation):
                 if self.pending is None or self.pending.generation != generation or self.order is not None:
@@ -444,9 +444,14 @@ class WorkerMachine:
         if plan.kind is PlanKind.SWITCH and self.world is None and not self.warmed:
             return []  # its first slot would be a slow one, and its peers would wait for it
         self.pending_reported = True
-        return [Send(Prepared(plan.generation, self.committed, self.voted, self.has_state, self.stopping))]
+        return [Send(Prepared(plan.generation, self.committed, self.voted, self.has_state, self.stop_after))]
 
     # -- the main thread's side ------------------------------------------------------------------------------------
+
+    @property
+    def stopping(self) -> bool:
+        """Whether all leave the loop now: a verdict has said so after the newest step, or an older one."""
+        return 0 < self.stop_after <= self.committed
 
     @property
     def must_switch(self) -> bool:
@@ -464,11 +469,11 @@ class WorkerMachine:
             ready = self.pending.generation
         return [MayVote(self.world.generation, ready)]
 
-    def _ask_commit(self, next_generation: int, stop: bool) -> list[Effect]:
+    def _ask_commit(self, step: int, next_generation: int, stop: bool) -> list[Effect]:
         if self.word is not Word.OPEN or self.world is None:
             return [MustRegroup(self.broken or "sealed")]
         self.word = Word.COMMITTING
-        self.stopping |= stop
+        self.stop_after = step if stop else self.stop_after
         if next_generation > self.world.generation:
             self.switch_decided = next_generation
         return [MayCommit()]
@@ -554,7 +559,7 @@ class WorkerMachine:
         if plan.kind is PlanKind.SWITCH and self.world is not None:
             # A slower peer may still be reading the verdict from the old group; the next commit proves that none is.
             self.retired = self.world.generation
-        if plan.kind is PlanKind.SWITCH and rank is not None and any(rank in move.targets for move in plan.moves):
+        if rank is not None and plan.is_given_layers(rank):
             self.has_state = False  # it has yet to be given some of what is its own from now on
         self._forget_pending()
         self.word, self.broken, self.switch_decided = Word.OPEN, "", 0

@@ -354,6 +354,9 @@ class ReplicaEngine(Engine):
 
     # -- the end -----------------------------------------------------------------------------------------------------
 
+    def _entered_after_loop(self) -> None:
+        return
+
     def _leave_loop(self) -> None:
         if self.slot is not None and not self.committed_in_slot:
             self.slot = None

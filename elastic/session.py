@@ -347,7 +347,7 @@ class Session:
                 **self._common_spec(loader, spec, mode),
             )
         )
-        if self._settings.agent and not admitted.snapshot_every and self.is_main:
+        if self._settings.agent and not admitted.snapshot_every and not admitted.measures_norms and self.is_main:
             _warn(
                 "session.pipeline(): no snapshots are taken, so that the loss of a worker whose stage nobody else holds goes "
                 "back to a checkpoint, or ends the job; start it with --snapshot-every"
@@ -378,6 +378,7 @@ class Session:
             record=self._sample_record(),
             memory=self._snapshot_memory(),
             snapshot_every=admitted.snapshot_every,
+            measures_norms=admitted.measures_norms,
         )
         engine.committed = admitted.committed
         engine.on_commit, engine.on_end = self._callbacks, self._on_end

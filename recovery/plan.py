@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from elastic.domain import Member, Plan, PlanKind, PlanNode
+from elastic.domain import Blend, Member, Plan, PlanKind, PlanNode, Rebuilt
 from elastic.pipeline.moves import moves
 from recovery.dealing import deal_afresh, deal_orphans
 from recovery.pipelines import Layout
@@ -36,12 +36,15 @@ def make_plan(
     nodes: Sequence[PlanNode] = (),
     redundancy: tuple[int, int] = (0, 0),
     layout: Layout | None = None,
+    blends: Sequence[Blend] = (),
+    rebuilt: Sequence[Rebuilt] = (),
 ) -> Plan:
     """Return the plan of a world with these members, ranks in the order given.
 
     `before` is the world that is continued; the owners of one that a FENCE continues keep their slots, since they may have
     finished some of the interrupted step. All other worlds begin at a boundary and are dealt afresh. `layout` is how a
-    pipeline is cut. `nodes` are those of the members, and
+    pipeline is cut, `blends` how lost layers of it are made from others, `rebuilt` which were not long ago. `nodes` are those
+    of the members, and
     `redundancy` the data and parity shards that snapshots of this world are protected with; none if there are too few
     nodes for it. Raises ValueError without members or
     with more members than slots, which the caller must have prevented.
@@ -91,8 +94,12 @@ def make_plan(
         routes=layout.flat_routes,
         predicted_s=layout.prediction.step_s,
         reason=f"{reason}; {layout.reason}",
+        blends=tuple(blends),
+        rebuilt=tuple(rebuilt),
     )
-    return replace(plan, moves=moves(before, plan)) if kind is PlanKind.SWITCH and before is not None else plan
+    if before is None or not (blends or kind is PlanKind.SWITCH):
+        return plan
+    return replace(plan, moves=moves(before, plan, is_loss=bool(blends)))
 
 
 def protection_groups(plan: Plan) -> tuple[ProtectionGroup, ...]:

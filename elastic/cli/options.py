@@ -146,6 +146,10 @@ job_settings = together(
                  help="How many checkpoints stay."),
     click.option("--redundancy", type=Redundancy(), default="off", show_default=True,
                  help="Erasure code over the nodes' snapshots: K data and M parity shards; any M nodes may be lost."),
+    click.option("--approximate-recovery", is_flag=True,
+                 help="Of a pipeline: where nothing exact can be had, make a lost stage from its neighbours and go on."),
+    click.option("--norm-exponent", type=click.FloatRange(0, 8), default=1.0, show_default=True,
+                 help="To which gradient norms are raised where they weigh the neighbours of a lost stage."),
 )  # fmt: skip
 
 snapshot_memory = click.option(

@@ -89,6 +89,8 @@ def status(controller: str, as_json: bool) -> None:
     console = Console()
     console.print(headline(reply))
     console.print(nodes_table(reply))
+    for words in reply.approximations:
+        console.print(f"[yellow]approximate[/yellow]  {escape(words)}", soft_wrap=True)
     if reply.incidents:
         console.print(incidents_table(reply))
 

@@ -73,6 +73,8 @@ def run(
     join_timeout: float,
     snapshot_every: int,
     redundancy: tuple[int, int],
+    approximate_recovery: bool,
+    norm_exponent: float,
     checkpoint_dir: str,
     checkpoint_every: int,
     checkpoint_keep: int,
@@ -98,6 +100,8 @@ def run(
         join_timeout=join_timeout,
         snapshot_every=snapshot_every,
         redundancy=redundancy,
+        approximate_recovery=approximate_recovery,
+        norm_exponent=norm_exponent,
         checkpoint_dir=checkpoint_dir,
         checkpoint_every=checkpoint_every,
         checkpoint_keep=checkpoint_keep,
@@ -311,6 +315,8 @@ def _summary_table(summary: dict[str, Any]) -> Table:
     table.add_row("seconds", f"{summary['elapsed_s']:.1f}")
     table.add_row("goodput", f"{100 * summary['goodput']:.1f} %")
     table.add_row("incidents", str(summary["incidents_total"]))
+    for words in summary["approximations"]:
+        table.add_row("approximate", words)
     table.add_row("digest", summary["digest"] or "-")
     return table
 

@@ -23,7 +23,7 @@ from elastic.capture import Capturer, restore
 from elastic.checksum import crc32
 from elastic.control import Coordinator
 from elastic.digests import joined_digests
-from elastic.domain import LayerMove, Plan, PlanKind, Stage
+from elastic.domain import Blend, LayerMove, Plan, PlanKind, Stage
 from elastic.encoding import flat_bytes, raw_view
 from elastic.engine import LOSS, Engine, Slot
 from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
@@ -48,6 +48,8 @@ from elastic.transfer import receive_state, serve_state
 
 TAG = 1 << 27
 """Above the tags of activations, and below a verdict's."""
+HASTE, HASTE_STEPS = 0.1, 50
+"""A layer that was made from others learns by a tenth faster (CheckFree), at first, and so many steps later no more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,17 +106,19 @@ class PipelineEngine(Engine):
         record: SampleRecord | None,
         memory: SnapshotMemory | None = None,
         snapshot_every: int = 0,
+        measures_norms: bool = False,
     ) -> None:
         super().__init__(coordinator, sampler, page=page, record=record, memory=memory)
         self.parts = parts
         self.layers = parts.layers
         self.batch: Callable[[int, int, tuple[int, ...]], Batch] | None = None
         self.norm = float("nan")
-        self._replicas, self._reduction = replicas, reduction
+        self._replicas, self._reduction, self._measures_norms = replicas, reduction, measures_norms
         self._stage: _Stage | None = None
         self._common = {**parts.stateful, "elastic.measures": self.measures}
         self._travel = Travel(self.layers)
         self._transfers: list[LayerMove] = []
+        self._blends: Sequence[Blend] = ()
         self._actions: Sequence[Action] = ()
         self._made_for: object = None
         self._part: GroupPart | None = None
@@ -429,8 +433,10 @@ class PipelineEngine(Engine):
         reach_inside(FailPoint.APPLYING)
         if commit:
             self._clip(parameters)
+            if self._measures_norms and self._page is not None:
+                self._page.reduced(norm_of(parameters))
             for number in stage.numbers:
-                self.layers[number].step()
+                self.layers[number].step(self._haste(number, step))
             slots = sum(1 for size in self.sampler.sizes(step) if size)
             stage.buffers.commit(reduced.extras[: stage.buffers.extras], slots)
         else:
@@ -440,6 +446,14 @@ class PipelineEngine(Engine):
             self.layers[number].schedule()
         self._gradients, self._tied_presence = {}, {}
         self._is_computed = False
+
+    def _haste(self, number: int, step: int) -> float:
+        """By how much faster a layer learns that was made from others not long ago."""
+        assert self.plan is not None
+        since = max((each.step for each in self.plan.rebuilt if each.layer == number), default=None)
+        if since is None or step <= since:
+            return 1.0
+        return 1.0 + HASTE * max(0.0, 1.0 - (step - since - 1) / HASTE_STEPS)
 
     def _clip(self, parameters: Sequence[nn.Parameter]) -> None:
         """Scale the gradient if its norm over the whole model is too large, as `clip_grad_norm_` does."""
@@ -522,16 +536,25 @@ class PipelineEngine(Engine):
         if fault := census(plan, len(self.layers)):
             raise ProtocolError(f"the plan of generation {plan.generation} cannot be: {fault}; a fault of the runtime")
         own = plan.layers_of(world.rank)
-        self._transfers, self._is_computed, self._is_compared = [], False, False
-        if self._has_left:
-            return
+        self._transfers, self._blends, self._is_computed, self._is_compared = [], (), False, False
         self._lose_state()
+        if self._has_left and world.snapshot is None and not plan.blends:
+            return
+        self._blends = plan.blends
+        if plan.blends:
+            if world.rank in joiners:
+                self._drop_stage()
+                self.layers.keep(())
+            self._transfers = list(plan.moves)  # survivors hold what they held
+            return
         if before is not None and plan.kind is PlanKind.SWITCH and world.rank not in joiners:
             assert group is not None
             self._travel.move(group, handovers(before, plan), self.committed, self._copies())
         else:
             if world.snapshot is not None or world.rank in joiners:
                 self._drop_stage()
+            elif before is not None and (missing := set(own) - {layer.number for layer in self.layers.held}):
+                raise ProtocolError(f"layers {sorted(missing)} are nowhere to be had in generation {plan.generation}")
             self.layers.hold(own)
             self.layers.keep(own)
         # In a first world nobody needs to be given layers: all were born with the same.
@@ -567,12 +590,13 @@ class PipelineEngine(Engine):
         return received
 
     def _must_settle(self) -> bool:
-        return bool(self._transfers)
+        return bool(self._transfers or self._blends)
 
     def _settle_state(self, joins: bool) -> None:
         assert self.plan is not None and self.group is not None
         transfers, self._transfers = self._transfers, []
-        if transfers:
+        blends, self._blends = self._blends, ()
+        if transfers or blends:
             reach_inside(FailPoint.LAYERS_MOVING)
         # A fence continues a step, and needs all; whoever comes in by one is told apart by what it has.
         follows = self.plan.kind is PlanKind.SWITCH
@@ -580,9 +604,11 @@ class PipelineEngine(Engine):
         took = self._travel.move(self.group, transfers, self.committed, self._copies(), part)
         if follows:
             self._travel.follow(self.group, transfers, self.committed)
+        took |= self._travel.blend(self.group, blends, self.plan, self.committed)
         own = self.plan.layers_of(self.rank)
         if took or [layer.number for layer in self.layers.held] != list(own):
             self._drop_stage()
+            self.layers.hold(own)
             self.layers.keep(own)
         if took and not joins and not follows:
             self.coordinator.feed(StateReceived(self.committed))
@@ -598,7 +624,7 @@ class PipelineEngine(Engine):
 
     def evaluate(self, batch: Batch) -> float:
         """Return a batch's loss, everywhere; NaN where the world broke."""
-        if self.plan is None and not self._settle():
+        if (self.plan is None and not self._settle()) or self._blends:
             return float("nan")
         stage = self._stage_now()
         assert self.plan is not None and self.group is not None
@@ -621,6 +647,8 @@ class PipelineEngine(Engine):
         """Return the tensors of all layers, on the CPU. Raises CollectiveAborted."""
         if self.plan is None:
             self._settle()
+        if self._blends:
+            raise CollectiveAborted("A stage is lost, and made from others before the next step: ask again after it.")
         self._stage_now()
         assert self.plan is not None and self.group is not None
         group = self.group
@@ -670,9 +698,25 @@ class PipelineEngine(Engine):
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def _leave_loop(self) -> None:
+        self._make_lost_layers()
         self._has_left = True
         self._lose_state()
         self._announce()
+
+    def _entered_after_loop(self) -> None:
+        if self._blends:
+            self._make_lost_layers()
+            self.coordinator.feed(self._loop_ended())
+
+    def _make_lost_layers(self) -> None:
+        """After the last step nobody begins another one, so all do it when they leave, or have left."""
+        if not self._blends:
+            return
+        try:
+            with self._waiting():
+                self._settle_state(False)
+        except (CollectiveAborted, TransferError) as error:
+            self.coordinator.end_process(f"a lost stage could not be made from others: {error}")
 
     def _loop_ended(self) -> LoopEnded:
         """Of a stage the digest of each layer; the controller puts them together."""
@@ -691,3 +735,9 @@ class PipelineEngine(Engine):
         if self.plan is None:
             return []
         return [s for s in range(self.plan.slots) if self.rank in (self.plan.route(s)[0], self.plan.route(s)[-1])]
+
+
+def norm_of(parameters: Sequence[nn.Parameter]) -> float:
+    """The L2 norm of all gradients together."""
+    norms = [torch.linalg.vector_norm(p.grad).double() for p in parameters if p.grad is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

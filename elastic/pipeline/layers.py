@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import enum
+import itertools
+import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -84,6 +86,13 @@ class Layer:
         """The layer in words, for errors."""
         return f"layer {self.number} ({type(self.module).__name__})"
 
+    @property
+    def form(self) -> int:
+        """Alike for layers whose tensors have the same names, shapes and dtypes; 0 where there is none."""
+        tensors = itertools.chain(self.module.named_parameters(), self.module.named_buffers())
+        described = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+        return (zlib.crc32(repr(described).encode()) or 1) if described else 0
+
     def hold(self, device: torch.device) -> None:
         """Have memory for the layer: the initial values if it was never released, otherwise whatever was there."""
         if self.is_held:
@@ -121,10 +130,32 @@ class Layer:
                 "for each layer, and must take all of the list and nothing else"
             )
 
-    def step(self) -> None:
-        """Update the parameters from their gradients."""
-        if self.optimizer is not None:
+    def step(self, factor: float = 1.0) -> None:
+        """Update the parameters from their gradients, with the learning rates times a factor."""
+        if self.optimizer is None:
+            return
+        if factor == 1.0:
             self.optimizer.step()
+            return
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * factor
+        self.optimizer.step()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def forget_optimizer(self) -> None:
+        """What the optimizer has learnt belongs to other parameters."""
+        if self.optimizer is not None:
+            self.optimizer.state.clear()
+
+    def state(self) -> TrainingState:
+        """The state of this layer alone, under names that a like layer's have, too."""
+        return TrainingState(
+            {MODEL: self.module},
+            {"optimizer": self.optimizer} if self.optimizer is not None else {},
+            {"scheduler": self.scheduler} if self.scheduler is not None else {},
+        )
 
     def schedule(self) -> None:
         """The step is over."""

@@ -27,19 +27,24 @@ def handovers(before: Plan, after: Plan) -> tuple[LayerMove, ...]:
     return _joined(moves)
 
 
-def moves(before: Plan, after: Plan) -> tuple[LayerMove, ...]:
-    """Return what the members of the new world give to each other, in ranks of that world."""
+def moves(before: Plan, after: Plan, *, is_loss: bool = False) -> tuple[LayerMove, ...]:
+    """Return what the members of the new world give to each other, in ranks of that world.
+
+    After a loss those who are gone have handed over nothing, and layers that nobody has any more are in no move.
+    """
     staying = _staying(before, after)
     holders: dict[int, set[int]] = {}
     for old, new in staying.items():
         for layer in before.layers_of(old):
             holders.setdefault(layer, set()).add(new)
-    for move in handovers(before, after):
+    for move in () if is_loss else handovers(before, after):
         for layer in range(move.first, move.last):
             holders.setdefault(layer, set()).update(staying[old] for old in move.targets)
     found = []
     for stage in after.stages:
         for layer in range(stage.first, stage.last):
+            if is_loss and layer not in holders:
+                continue
             targets = tuple(rank for rank in stage.ranks if rank not in holders[layer])
             if targets:
                 found.append(LayerMove(layer, layer + 1, tuple(sorted(holders[layer])), targets))

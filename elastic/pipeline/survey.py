@@ -224,6 +224,7 @@ class _Pass:
                     state_bytes=STATE_FACTOR * own,
                     activation_bytes=self.activation_bytes[number],
                     output_bytes=sum(spec.size_bytes for spec in boundaries[number]),
+                    form=self._layers[number].form,
                 )
             )
         return Survey(boundaries, frozenset(self.clones), tuple(profiles))

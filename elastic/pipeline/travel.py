@@ -15,10 +15,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from elastic.domain import LayerMove
+from elastic.domain import Blend, LayerMove, Plan
 from elastic.failpoints import FailPoint, reach_inside
 from elastic.group import Group
-from elastic.pipeline.layers import MODEL, Layers, Part
+from elastic.pipeline.layers import MODEL, Layer, Layers, Part
 from elastic.state import TrainingState
 from elastic.transfer import receive_state, serve_state
 
@@ -67,6 +67,37 @@ class Travel:
         errands = self._errands(group, moves, copies, part)
         _run(group, errands, step)
         return any(group.rank in errand.move.targets for errand in errands)
+
+    def blend(self, group: Group, blends: Iterable[Blend], plan: Plan, step: int) -> bool:
+        """Make lost layers from others, whose holders give them to whoever needs them; returns whether any are made here.
+
+        All who make a layer get the same bits. It begins with the schedule of its sources, and without the state of an
+        optimizer. Raises as `move`.
+        """
+        made = False
+        for blend in blends:
+            makers = plan.holders_of(blend.layer)
+            total: list[Tensor] = []
+            for source, weight in zip(blend.sources, blend.weights, strict=True):
+                holders = plan.holders_of(source)
+                takers = [rank for rank in makers if rank not in holders]
+                if group.rank in makers:
+                    self._layers.hold([blend.layer])
+                    target = self._layers[blend.layer]
+                    if group.rank in holders:
+                        _copy(self._layers[source].state(), target.state())
+                if group.rank in holders and takers:
+                    serve_state(group, self._layers[source].state(), holders, takers, step)
+                elif group.rank in takers:
+                    receive_state(group, target.state(), holders, step)
+                if group.rank in makers:
+                    total = _added(total, _model_of(target), weight)
+            if group.rank in makers:
+                for tensor, value in zip(_model_of(target), total, strict=True):
+                    tensor.copy_(value)
+                target.forget_optimizer()
+                made = True
+        return made
 
     def follow(self, group: Group, moves: Iterable[LayerMove], step: int) -> None:
         """Begin to give and take the state of the optimizers of layers that have moved."""
@@ -117,3 +148,21 @@ def _run(group: Group, errands: Sequence[_Errand], step: int) -> None:
             receive_state(group, errand.state, move.sources, step)
         else:
             serve_state(group, errand.state, move.sources, move.targets, step)
+
+
+def _model_of(layer: Layer) -> list[Tensor]:
+    """A layer's parameters and buffers, as live tensors."""
+    return TrainingState({MODEL: layer.module}, {}, {}).tensors()
+
+
+def _copy(source: TrainingState, target: TrainingState) -> None:
+    entries, tensors = source.described_tensors()
+    for place, tensor in zip(target.adopt(entries, source.small()), tensors, strict=True):
+        place.copy_(tensor)
+
+
+def _added(total: list[Tensor], values: list[Tensor], weight: float) -> list[Tensor]:
+    """Weighted sums in float64; what is no floating-point number is that of the first source."""
+    if not total:
+        return [v.double() * weight if v.is_floating_point() else v.clone() for v in values]
+    return [t + v.double() * weight if v.is_floating_point() else t for t, v in zip(total, values, strict=True)]

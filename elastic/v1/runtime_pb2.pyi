@@ -151,6 +151,7 @@ class LayerProfile(_message.Message):
     STATE_BYTES_FIELD_NUMBER: _builtins.int
     ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
     OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
+    FORM_FIELD_NUMBER: _builtins.int
     forward_s: _builtins.float
     """Of one slot."""
     backward_s: _builtins.float
@@ -160,6 +161,8 @@ class LayerProfile(_message.Message):
     """Kept between the forward and the backward of one slot."""
     output_bytes: _builtins.int
     """Sent to the next layer for one slot, if that is another worker's."""
+    form: _builtins.int
+    """Alike for layers whose tensors have the same names, shapes and dtypes; 0: it has none."""
     def __init__(
         self,
         *,
@@ -168,10 +171,11 @@ class LayerProfile(_message.Message):
         state_bytes: _builtins.int = ...,
         activation_bytes: _builtins.int = ...,
         output_bytes: _builtins.int = ...,
+        form: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "backward_s", b"backward_s", "forward_s", b"forward_s", "output_bytes", b"output_bytes", "state_bytes", b"state_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "backward_s", b"backward_s", "form", b"form", "forward_s", b"forward_s", "output_bytes", b"output_bytes", "state_bytes", b"state_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -224,7 +228,7 @@ class Prepared(_message.Message):
     COMMITTED_FIELD_NUMBER: _builtins.int
     VOTED_FIELD_NUMBER: _builtins.int
     HAS_STATE_FIELD_NUMBER: _builtins.int
-    STOPPING_FIELD_NUMBER: _builtins.int
+    STOP_AFTER_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     committed: _builtins.int
     """Steps committed by this worker."""
@@ -232,8 +236,8 @@ class Prepared(_message.Message):
     """Last step for which this worker holds the whole reduced gradient."""
     has_state: _builtins.bool
     """False: it joins and must be given the state."""
-    stopping: _builtins.bool
-    """The verdict on `committed` said that all leave the loop after it."""
+    stop_after: _builtins.int
+    """The step whose verdict said that all leave the loop after it; 0: none has."""
     def __init__(
         self,
         *,
@@ -241,11 +245,11 @@ class Prepared(_message.Message):
         committed: _builtins.int = ...,
         voted: _builtins.int = ...,
         has_state: _builtins.bool = ...,
-        stopping: _builtins.bool = ...,
+        stop_after: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "generation", b"generation", "has_state", b"has_state", "stopping", b"stopping", "voted", b"voted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "generation", b"generation", "has_state", b"has_state", "stop_after", b"stop_after", "voted", b"voted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -597,6 +601,8 @@ class Plan(_message.Message):
     ROUTES_FIELD_NUMBER: _builtins.int
     MOVES_FIELD_NUMBER: _builtins.int
     PREDICTED_S_FIELD_NUMBER: _builtins.int
+    BLENDS_FIELD_NUMBER: _builtins.int
+    REBUILT_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     kind: Global___PlanKind.ValueType
     virtual_replicas: _builtins.int
@@ -637,6 +643,14 @@ class Plan(_message.Message):
     def moves(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerMove]:
         """Of a pipeline: what members give to each other before the first step of a SWITCH."""
 
+    @_builtins.property
+    def blends(self) -> _containers.RepeatedCompositeFieldContainer[Global___Blend]:
+        """Of a pipeline: layers that are lost, and made from others after the moves of a FENCE."""
+
+    @_builtins.property
+    def rebuilt(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rebuilt]:
+        """Of a pipeline: layers that were made so not long ago, and still learn faster."""
+
     def __init__(
         self,
         *,
@@ -656,14 +670,74 @@ class Plan(_message.Message):
         routes: _abc.Iterable[_builtins.int] | None = ...,
         moves: _abc.Iterable[Global___LayerMove] | None = ...,
         predicted_s: _builtins.float = ...,
+        blends: _abc.Iterable[Global___Blend] | None = ...,
+        rebuilt: _abc.Iterable[Global___Rebuilt] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_shards", b"data_shards", "generation", b"generation", "kind", b"kind", "members", b"members", "moves", b"moves", "nodes", b"nodes", "owners", b"owners", "parity_shards", b"parity_shards", "predicted_s", b"predicted_s", "prepare_timeout_ms", b"prepare_timeout_ms", "reason", b"reason", "routes", b"routes", "stages", b"stages", "store_address", b"store_address", "store_node", b"store_node", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blends", b"blends", "data_shards", b"data_shards", "generation", b"generation", "kind", b"kind", "members", b"members", "moves", b"moves", "nodes", b"nodes", "owners", b"owners", "parity_shards", b"parity_shards", "predicted_s", b"predicted_s", "prepare_timeout_ms", b"prepare_timeout_ms", "reason", b"reason", "rebuilt", b"rebuilt", "routes", b"routes", "stages", b"stages", "store_address", b"store_address", "store_node", b"store_node", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class Blend(_message.Message):
+    """A layer that nobody has any more, as the weighted average of others."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    SOURCES_FIELD_NUMBER: _builtins.int
+    WEIGHTS_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    @_builtins.property
+    def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """Other layers."""
+
+    @_builtins.property
+    def weights(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of each source; in all 1."""
+
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        sources: _abc.Iterable[_builtins.int] | None = ...,
+        weights: _abc.Iterable[_builtins.float] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "sources", b"sources", "weights", b"weights"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Blend: _TypeAlias = Blend  # noqa: Y015
+
+@_typing.final
+class Rebuilt(_message.Message):
+    """A layer that was made so."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    step: _builtins.int
+    """The newest step then."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "step", b"step"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Rebuilt: _TypeAlias = Rebuilt  # noqa: Y015
 
 @_typing.final
 class LayerMove(_message.Message):
@@ -746,6 +820,7 @@ class Admitted(_message.Message):
     COMMITTED_FIELD_NUMBER: _builtins.int
     JOINS_RUNNING_WORLD_FIELD_NUMBER: _builtins.int
     SNAPSHOT_EVERY_FIELD_NUMBER: _builtins.int
+    MEASURES_NORMS_FIELD_NUMBER: _builtins.int
     slots: _builtins.int
     virtual_replicas: _builtins.int
     reduction: _builtins.str
@@ -756,6 +831,8 @@ class Admitted(_message.Message):
     """True: run a throwaway slot, say Warm, wait to be taken in."""
     snapshot_every: _builtins.int
     """Steps from one snapshot to the next; 0: none are taken, -1: as often as is cheap."""
+    measures_norms: _builtins.bool
+    """Show the norm of each step's gradient."""
     def __init__(
         self,
         *,
@@ -766,10 +843,11 @@ class Admitted(_message.Message):
         committed: _builtins.int = ...,
         joins_running_world: _builtins.bool = ...,
         snapshot_every: _builtins.int = ...,
+        measures_norms: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "joins_running_world", b"joins_running_world", "reduction", b"reduction", "seed", b"seed", "slots", b"slots", "snapshot_every", b"snapshot_every", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "joins_running_world", b"joins_running_world", "measures_norms", b"measures_norms", "reduction", b"reduction", "seed", b"seed", "slots", b"slots", "snapshot_every", b"snapshot_every", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -804,14 +882,14 @@ class Commit(_message.Message):
     GENERATION_FIELD_NUMBER: _builtins.int
     RESTORE_STEP_FIELD_NUMBER: _builtins.int
     JOINER_RANKS_FIELD_NUMBER: _builtins.int
-    STOP_FIELD_NUMBER: _builtins.int
+    STOP_AFTER_FIELD_NUMBER: _builtins.int
     SNAPSHOT_GENERATION_FIELD_NUMBER: _builtins.int
     RESTORES_PER_S_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     restore_step: _builtins.int
     """FENCE and FOUND: everyone continues after this step. SWITCH: unused."""
-    stop: _builtins.bool
-    """All leave the loop after `restore_step`, as its verdict said to some."""
+    stop_after: _builtins.int
+    """All leave the loop after this step, as its verdict said to some; 0: no verdict has."""
     snapshot_generation: _builtins.int
     """Not 0: all read the state of `restore_step`, captured in that generation, from their agents."""
     restores_per_s: _builtins.float
@@ -826,13 +904,13 @@ class Commit(_message.Message):
         generation: _builtins.int = ...,
         restore_step: _builtins.int = ...,
         joiner_ranks: _abc.Iterable[_builtins.int] | None = ...,
-        stop: _builtins.bool = ...,
+        stop_after: _builtins.int = ...,
         snapshot_generation: _builtins.int = ...,
         restores_per_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joiner_ranks", b"joiner_ranks", "restore_step", b"restore_step", "restores_per_s", b"restores_per_s", "snapshot_generation", b"snapshot_generation", "stop", b"stop"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joiner_ranks", b"joiner_ranks", "restore_step", b"restore_step", "restores_per_s", b"restores_per_s", "snapshot_generation", b"snapshot_generation", "stop_after", b"stop_after"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -965,6 +1043,7 @@ class WorkerStatus(_message.Message):
     WAITS_FIELD_NUMBER: _builtins.int
     STABLE_FIELD_NUMBER: _builtins.int
     COMPUTE_S_FIELD_NUMBER: _builtins.int
+    GRADIENT_NORM_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     local_rank: _builtins.int
     pid: _builtins.int
@@ -986,6 +1065,8 @@ class WorkerStatus(_message.Message):
     """Newest step whose snapshot the whole world holds, as this worker knows; -1: none."""
     compute_s: _builtins.float
     """What its newest step took it in forwards and backwards; 0: not measured."""
+    gradient_norm: _builtins.float
+    """L2, of its stage's newest gradient; 0: not measured."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerMessage]:
         """Hello only: what the controller may have missed."""
@@ -1007,10 +1088,11 @@ class WorkerStatus(_message.Message):
         waits: _builtins.bool = ...,
         stable: _builtins.int = ...,
         compute_s: _builtins.float = ...,
+        gradient_norm: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "compute_s", b"compute_s", "exit_reason", b"exit_reason", "exited", b"exited", "generation", b"generation", "local_rank", b"local_rank", "loss", b"loss", "messages", b"messages", "pid", b"pid", "progress", b"progress", "samples", b"samples", "stable", b"stable", "waits", b"waits", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "compute_s", b"compute_s", "exit_reason", b"exit_reason", "exited", b"exited", "generation", b"generation", "gradient_norm", b"gradient_norm", "local_rank", b"local_rank", "loss", b"loss", "messages", b"messages", "pid", b"pid", "progress", b"progress", "samples", b"samples", "stable", b"stable", "waits", b"waits", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2317,6 +2399,7 @@ class StatusReply(_message.Message):
     SAVE_FAULT_FIELD_NUMBER: _builtins.int
     IS_VULNERABLE_FIELD_NUMBER: _builtins.int
     VULNERABLE_S_FIELD_NUMBER: _builtins.int
+    APPROXIMATIONS_FIELD_NUMBER: _builtins.int
     job: _builtins.str
     state: _builtins.str
     """founding, running, recovering, ending, succeeded, failed, stopped"""
@@ -2353,6 +2436,10 @@ class StatusReply(_message.Message):
     def incidents(self) -> _containers.RepeatedCompositeFieldContainer[Global___Incident]:
         """The newest 200."""
 
+    @_builtins.property
+    def approximations(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Of lost stages that were made from others: after which step, what from what."""
+
     def __init__(
         self,
         *,
@@ -2380,10 +2467,11 @@ class StatusReply(_message.Message):
         save_fault: _builtins.str = ...,
         is_vulnerable: _builtins.bool = ...,
         vulnerable_s: _builtins.float = ...,
+        approximations: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["controller_pid", b"controller_pid", "digest", b"digest", "elapsed_s", b"elapsed_s", "generation", b"generation", "incidents", b"incidents", "incidents_total", b"incidents_total", "is_vulnerable", b"is_vulnerable", "job", b"job", "loss", b"loss", "nodes", b"nodes", "productive_s", b"productive_s", "reason", b"reason", "reduction", b"reduction", "samples", b"samples", "save_fault", b"save_fault", "saved", b"saved", "slots", b"slots", "stable", b"stable", "state", b"state", "step", b"step", "step_s", b"step_s", "virtual_replicas", b"virtual_replicas", "vulnerable_s", b"vulnerable_s", "world_size", b"world_size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approximations", b"approximations", "controller_pid", b"controller_pid", "digest", b"digest", "elapsed_s", b"elapsed_s", "generation", b"generation", "incidents", b"incidents", "incidents_total", b"incidents_total", "is_vulnerable", b"is_vulnerable", "job", b"job", "loss", b"loss", "nodes", b"nodes", "productive_s", b"productive_s", "reason", b"reason", "reduction", b"reduction", "samples", b"samples", "save_fault", b"save_fault", "saved", b"saved", "slots", b"slots", "stable", b"stable", "state", b"state", "step", b"step", "step_s", b"step_s", "virtual_replicas", b"virtual_replicas", "vulnerable_s", b"vulnerable_s", "world_size", b"world_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

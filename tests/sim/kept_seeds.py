@@ -12,4 +12,7 @@ KEPT_SEEDS: dict[int, str] = {
     51414: "a first world that never read its checkpoint was taken for one that holds the state of step 0",
     53250: "a node that came back could not read what another one had already assembled",
     416: "a controller that was stopped took what it had heard before for a standstill, and its last worker for an early leaver",
+    39392: "a leaver died before it had handed its layers over, and the survivor went on with memory that nobody had written",
+    10637: "a fence that waited for nodes left those who came out of the world in which lost layers are made from others",
+    52744: "a stage died as its neighbours left the loop: those who had left did not help the others to make its layers",
 }

@@ -112,9 +112,9 @@ class Capturer:
 
     def capture(self, step: int, generation: int, index: int, count: int) -> bool:
         free = self._free(generation, self._stable)
+        if not free or self._random.random() < MISSES:
+            return False  # what was free has become stable with this very verdict, or its memory is still being made
         number = min(free, key=lambda n: (shot.snapshot.step if (shot := self._buffers[n]) is not None else -1, n))
-        if self._random.random() < MISSES:
-            return False  # its memory is still being made
         self._buffers[number] = Shot(SnapshotId(step, generation), index, self.digest)
         return True
 

@@ -134,10 +134,16 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
     if Random(f"alone {seed}").random() < 0.25:
         scenario = replace(scenario, spec=replace(scenario.spec, shard_optimizer=True))
     elif (layers := Random(f"pipeline, draw 12 {seed}")).random() < 0.25:
-        costs = tuple(LayerProfile(layers.uniform(0.5, 2), layers.uniform(1, 3), 2**20, 2**16, 2**10) for _ in range(12))
+        costs = tuple(
+            LayerProfile(layers.uniform(0.5, 2), layers.uniform(1, 3), 2**20, 2**16, 2**10, form)
+            for form in (1, *[2] * 10, 3)
+        )
         spec = replace(scenario.spec, layers=costs, schedule="1f1b", stages=layers.choice((0, 0, 2, 3)))
         scenario = replace(scenario, spec=spec, steps=layers.choice((scenario.steps, scenario.steps, 80)))
-    if memory.random() < 0.25:
+        if not spec.stages and nodes * nproc > 2 and layers.random() < 0.6:
+            without = replace(scenario.settings, approximate=True, snapshot_every=layers.choice((0, 0, 1)))
+            scenario = replace(scenario, settings=without, steps=80)
+    if memory.random() < 0.25 and (scenario.settings.snapshot_every or not scenario.settings.approximate):
         scenario = _with_durable_tier(scenario, memory)
     faults = draw_faults(random)
     scenario = replace(scenario, faults=faults, quiet_at_s=random.uniform(8.0, 14.0) if faults else 0.0)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from elastic.digests import joined_digests
-from elastic.domain import Failed, LayerMove, Plan, PlanKind, StartWorker
+from elastic.domain import Blend, Failed, LayerMove, Plan, PlanKind, StartWorker
 from elastic.pipeline.moves import fill, handovers
 from elastic.protocol import (
     Answer,
@@ -144,6 +144,7 @@ class Worker(Process):
         # Of a pipeline: the layers that are held, and of which state; every worker is born with all of them.
         self.layers: dict[int, int] = dict.fromkeys(range(len(world.scenario.spec.layers)), self.digest)
         self.moves: tuple[LayerMove, ...] = ()
+        self.blends: tuple[Blend, ...] = ()
         self.capturer = Capturer(parent.memory, self.id, world.scenario.buffers, self.random)
         self.snapshotter = Snapshotter()
         self.finishes_by_order = False  # what it writes was decided by a newer generation
@@ -285,6 +286,8 @@ class Worker(Process):
                 self.slots_done[remaining[0]] = (self.committed + 1, remaining[0], self.digest)
             if not self._remaining() and (yield from self._commit_step()):
                 return 0
+        if self.blends and not (yield from self._settle_layers(False)):
+            return FENCED_EXIT_CODE
         self.has_left = True
         self.world.moment("left the loop", self)
         self.feed(LoopEnded(self._final_digest(), self.committed, scenario.concludes))
@@ -300,6 +303,14 @@ class Worker(Process):
                     self.feed(HasConcluded())
                 case EnterWorld(snapshot=None):
                     yield from self._enter(answer)  # a loop that has ended gives the state to nobody
+                    if self.blends:
+                        if not (yield from self._settle_layers(False)):
+                            return FENCED_EXIT_CODE
+                        self.feed(LoopEnded(self._final_digest(), self.committed, scenario.concludes))
+                case EnterWorld(snapshot=snapshot) if snapshot is not None and snapshot.step == self.committed:
+                    yield from self._enter(answer)
+                    yield from self._restore(snapshot)
+                    self.feed(LoopEnded(self._final_digest(), self.committed, scenario.concludes))
                 case EnterWorld():
                     return FENCED_EXIT_CODE  # it cannot go back
                 case HandOver(plan):
@@ -360,7 +371,8 @@ class Worker(Process):
                 case EnterWorld():
                     yield from self._enter(answer)
                     yield Sleep(self._moment_s())
-                    return committed
+                    if not self.machine.broken:
+                        return committed
                 case HandOver(plan):
                     yield from self._hand_over(plan)
                 case GoOn():
@@ -390,8 +402,12 @@ class Worker(Process):
     def _take_layers(self, world: EnterWorld, before: Plan | None) -> Main:
         plan = world.plan
         self.slots_done = {}  # what is in flight belongs to several workers
-        self.moves, self.settles, self.follows = (), False, False
-        if self.has_left:
+        self.moves, self.blends, self.settles, self.follows = (), (), False, False
+        if self.has_left and world.snapshot is None and not plan.blends:
+            return
+        if plan.blends:
+            self.layers = {} if self.rank in self.donate else self.layers
+            self.moves, self.blends, self.settles = plan.moves, plan.blends, True
             return
         if plan.kind is PlanKind.FOUND and world.snapshot is None:
             self.layers = dict.fromkeys(range(len(self.world.scenario.spec.layers)), self.world.scenario.initial_digest)
@@ -443,6 +459,13 @@ class Worker(Process):
             self.feed(CollectiveBroke(held.reason))
             return False
         took = self._take_moved(moves, held, self.plan)
+        blends, self.blends = self.blends, ()
+        for blend in blends:
+            if {layers.get(source) for source in blend.sources for layers in held.values()} - {None} != {self.digest}:
+                raise Violation(f"layer {blend.layer} is made from {blend.sources}, and held is {held}")
+            if blend.layer in self.plan.layers_of(self.rank):
+                self.layers[blend.layer] = self.digest
+                took = True
         self._keep_own_layers()
         if self.plan.kind is PlanKind.SWITCH:
             self.follows, self.takes = True, took and not joins

@@ -1,0 +1,97 @@
+"""Going on after the loss of a stage that nobody else holds, with layers made from those of its neighbours (CheckFree).
+
+    a stage lost, no snapshot to be had -> blends (`recovery/approximation.py`) -> FENCE of the survivors: the newest step is
+    redone, layers move among them, lost ones are made from others -> the ledger says which, from what
+
+Only a job that allows it (`--approximate-recovery`) comes here, and only where nothing exact is newer than a checkpoint.
+Nothing here decides what layers are made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from controller.attempts import open_generation
+from controller.endings import end_job
+from controller.events import Persist
+from controller.job import Job
+from controller.layouts import layout_for
+from elastic.domain import Blend, Plan, PlanKind, Stage
+from recovery.approximation import NoBlend, blends_for, check_stages
+from recovery.pipelines import Layout, NoLayout
+
+
+def may_found(job: Job, names: Sequence[str], now: float) -> bool:
+    """Whether a first world of these members can do what was asked for; ends the job with the reason if not."""
+    if not job.settings.approximate:
+        return True
+    assert job.spec is not None
+    if not job.spec.is_pipeline:
+        fault = "it is for pipelines (session.pipeline), and here each worker holds the whole model: leave it out"
+    else:
+        layout = layout_for(job, PlanKind.FOUND, names, None)
+        if not isinstance(layout, Layout):
+            return True  # that is told elsewhere
+        fault = check_stages(job.spec.layers, layout.stages)
+        fault = f"{fault}: use more workers, give stages= in session.pipeline(), or leave it out" if fault else ""
+    if fault:
+        end_job(job, "failed", f"--approximate-recovery: {fault}", now)
+    return not fault
+
+
+def rebuild(job: Job, reason: str, now: float, joining: Iterable[str] = ()) -> str:
+    """Open a world of those who are left and of `joining`, with what is lost made from what is held.
+
+    Returns "", or why that cannot be.
+    """
+    assert job.spec is not None
+    plan = job.plan
+    if plan is None or not job.spec.is_pipeline:
+        return "the job is no pipeline"
+    survivors = [worker for worker in job.known(plan.members) if worker.alive]
+    if job.unsettled or not all(worker.holds_state for worker in survivors):
+        return "layers were on their way"
+    if any(worker.leaving for worker in survivors):
+        return "the training loop has ended"
+    here = {worker.id for worker in survivors}
+    lost = [number for number, stage in enumerate(plan.stages) if not _held(plan, stage, here)]
+    norms = {
+        number: max(job.workers[plan.members[rank].worker].status.gradient_norm for rank in stage.ranks)
+        for number, stage in enumerate(plan.stages)
+        if number not in lost
+    }
+    blends = blends_for(job.spec.layers, plan.stages, lost, norms, job.settings.norm_exponent)
+    if isinstance(blends, NoBlend):
+        return blends.reason
+    names = [*(worker.id for worker in survivors), *joining]
+    layout = layout_for(job, PlanKind.FENCE, names, plan, is_cut_anew=True)
+    if isinstance(layout, NoLayout):
+        return layout.reason
+    job.restoring = job.suspicion = None
+    open_generation(job, PlanKind.FENCE, names, f"{reason}; {sentence(blends)}", now, blends=blends)
+    return ""
+
+
+def _held(plan: Plan, stage: Stage, here: set[str]) -> bool:
+    return any(plan.members[rank].worker in here for rank in stage.ranks)
+
+
+def tell_of_approximation(job: Job, plan: Plan, step: int) -> None:
+    """A world with layers that were made from others is committed: nobody may train on them without knowing."""
+    if plan.blends:
+        words = f"after step {step} {sentence(plan.blends)}"
+        job.approximations.append(words)
+        data = {"words": words, "step": step, "generation": plan.generation, "blends": plan.blends}
+        job.emit(Persist("approximated", words, data))
+
+
+def sentence(blends: Sequence[Blend]) -> str:
+    """Return in words what is made from what."""
+    if not blends:
+        return "no layer with a state is lost"
+    made = (
+        f"{blend.layer} = "
+        + " + ".join(f"{weight:.3f} x {source}" for source, weight in zip(blend.sources, blend.weights, strict=True))
+        for blend in blends
+    )
+    return f"lost layers are made from others, approximately: {'; '.join(made)}"

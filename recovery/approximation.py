@@ -1,0 +1,106 @@
+"""Layers that nobody has any more, from those of the neighbouring stages: CheckFree (arXiv 2506.15461, section 4).
+
+A lost stage between two that live becomes their average, layer by layer, each weighted by the norm of its stage's newest
+gradient: whoever is less converged counts for more. Stages need not have as many layers: one at half the depth of its stage is
+made from those at half the depth of theirs. Of several lost stages in a row each is interpolated between the nearest ones
+that live. What is made so is not what was lost; who may take it, and who is told, is `controller/approximating.py`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from elastic.domain import Blend, LayerProfile, Stage
+
+STAGES_MIN = 3
+"""With fewer there is no stage between two others."""
+
+
+@dataclass(frozen=True, slots=True)
+class NoBlend:
+    """A layer cannot be made from others; `reason` says which one, in words."""
+
+    reason: str
+
+
+def aligned(position: int, count: int, other: int) -> int:
+    """Return the position, among `other` layers, at the same relative depth as `position` among `count`.
+
+    The middle of a layer counts: of two layers onto four, 0 and 1 become 1 and 3; onto one, both become 0.
+    """
+    return min(int((position + 0.5) / count * other), other - 1)
+
+
+def blends_for(
+    layers: Sequence[LayerProfile],
+    stages: Sequence[Stage],
+    lost: Collection[int],
+    norms: Mapping[int, float],
+    exponent: float = 1.0,
+) -> tuple[Blend, ...] | NoBlend:
+    """Return how each layer of the lost stages is made from layers of others.
+
+    Args:
+        layers: of the whole model; two are alike if their `form` is. stages: of the world that has lost some of them.
+        lost: numbers of those stages. norms: of each stage's newest gradient (L2); one that is missing, zero or not finite
+            makes all of a layer's sources count alike.
+        exponent: to which norms are raised: 0 for a plain mean, 1 as published, 2 for squares.
+    """
+    found: list[Blend] = []
+    alive = [number for number in range(len(stages)) if number not in lost]
+    for number in sorted(lost):
+        below = max((other for other in alive if other < number), default=None)
+        above = min((other for other in alive if other > number), default=None)
+        if below is None or above is None:
+            place = "first" if below is None else "last"
+            return NoBlend(f"the {place} stage has one neighbour only, and an average needs two")
+        stage = stages[number]
+        # Of a run of losses the nearer neighbour counts for more (in the middle both alike).
+        nearness = {below: float(above - number), above: float(number - below)}
+        for layer in range(stage.first, stage.last):
+            if not layers[layer].form:
+                continue  # nothing that could be lost
+            sources = {
+                other: like
+                for other in (below, above)
+                if (like := _like(layers, stage, layer, stages[other])) is not None
+            }
+            if not sources:
+                return NoBlend(
+                    f"layer {layer} has no like in the neighbouring stages (layers {stages[below].first} to "
+                    f"{stages[below].last - 1} and {stages[above].first} to {stages[above].last - 1})"
+                )
+            found.append(Blend(layer, tuple(sources.values()), _weights(sources, nearness, norms, exponent)))
+    return tuple(found)
+
+
+def check_stages(layers: Sequence[LayerProfile], stages: Sequence[Stage]) -> str:
+    """Return "" if each stage between the first and the last could be made from its neighbours, else why not."""
+    if len(stages) < STAGES_MIN:
+        return f"there are {len(stages)} stage(s), and only a stage between two others can be made from them"
+    for number in range(1, len(stages) - 1):
+        found = blends_for(layers, stages, (number,), {})
+        if isinstance(found, NoBlend):
+            return found.reason
+    return ""
+
+
+def _like(layers: Sequence[LayerProfile], stage: Stage, layer: int, other: Stage) -> int | None:
+    """The layer of another stage, of the same form, that is nearest to the same relative depth."""
+    wanted = other.first + aligned(layer - stage.first, stage.last - stage.first, other.last - other.first)
+    alike = [each for each in range(other.first, other.last) if layers[each].form == layers[layer].form]
+    return min(alike, key=lambda each: (abs(each - wanted), each), default=None)
+
+
+def _weights(
+    sources: Mapping[int, int], nearness: Mapping[int, float], norms: Mapping[int, float], exponent: float
+) -> tuple[float, ...]:
+    """What each source counts, in all 1."""
+    known = [norms.get(number, 0.0) for number in sources]
+    is_usable = all(math.isfinite(norm) and norm > 0 for norm in known)
+    weights = [
+        nearness[number] * (norm**exponent if is_usable else 1.0) for number, norm in zip(sources, known, strict=True)
+    ]
+    return tuple(weight / sum(weights) for weight in weights)
