@@ -40,22 +40,21 @@ import itertools
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 
 from benchmarks.logs import read_events
 from benchmarks.report import Reporter, command, main_of
+from controller.layouts import model_of
 from elastic.cli.people import People
 from elastic.domain import LayerProfile, Plan, PlanKind, PlanReply, Stage, TrainingSpec
-from elastic.pipeline.actions import Schedule, make_actions
 from elastic.pipeline.moves import handovers
 from examples.cluster import Cluster, ClusterError, run_undisturbed
-from recovery.pipelines import Layout, Model, NoLayout, lay_out
-from recovery.simulation import simulate
+from recovery.pipelines import Layout, Model, NoLayout, as_it_is, lay_out
 
 NODES = 4
 SCRIPT = ("-m", "benchmarks.train_waits")
@@ -81,6 +80,9 @@ STEPS_AHEAD = 8
 """How far before the last step its number is written down."""
 START_S, CHANGE_S = 120.0, 90.0
 PLANNED_LAYERS, PLANNED_STAGES, PLANNED_SLOTS = 96, 16, 32
+
+Found = TypeVar("Found")
+"""What comes of taking a job through something."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,19 +200,22 @@ def bytes_moved(transition: Transition) -> int:
     return total
 
 
-def step_over_best(plan: Plan, spec: TrainingSpec) -> float:
-    """Return the simulated step of a plan over that of the best of all cuts into as many stages for the same workers."""
+def simulated_steps_s(plan: Plan, spec: TrainingSpec, speeds: dict[int, float]) -> tuple[float, float]:
+    """Return the simulated step of a plan, and that of the best of all cuts into as many stages for the same workers.
+
+    `speeds` are those of the ranks, 1.0 where there is none.
+    """
+    model = model_of(spec)
 
     def step_s(cuts: tuple[int, ...]) -> float:
         ends = zip(itertools.pairwise(cuts), plan.stages, strict=True)
         stages = [Stage(first, last, stage.ranks) for (first, last), stage in ends]
-        actions = make_actions(stages, plan.all_routes(), Schedule(spec.schedule))
-        return simulate(stages, actions, spec.layers).step_s
+        return as_it_is(model, stages, plan.all_routes(), speeds).step_s
 
     count = len(spec.layers)
     inner = itertools.combinations(range(1, count), len(plan.stages) - 1)
     best_s = min(step_s((0, *between, count)) for between in inner)
-    return step_s((0, *(stage.last for stage in plan.stages))) / best_s
+    return step_s((0, *(stage.last for stage in plan.stages))), best_s
 
 
 def measure(transition: Transition, commits: list[Commit]) -> dict[str, float]:
@@ -220,13 +225,14 @@ def measure(transition: Transition, commits: list[Commit]) -> dict[str, float]:
     if len(earlier) < 2 or len(world) <= UNDER_WAY_STEPS:
         raise ClusterError(f"{transition.name}: too few steps were committed before or after it to say anything")
     around = [c for c in commits if earlier[-1].step <= c.step <= world[UNDER_WAY_STEPS - 1].step]
+    simulated_s, best_s = simulated_steps_s(transition.after, transition.spec, {})
     step_before_s, step_after_s = median_step_s(earlier), median_step_s(world[UNDER_WAY_STEPS - 1 :])
     stall_s = max(b.clock_s - a.clock_s for a, b in itertools.pairwise(around)) - step_before_s
     return {
         "stall_s": stall_s,
         "stall_steps": stall_s / step_before_s,
         "bytes_moved": bytes_moved(transition),
-        "step_over_best": step_over_best(transition.after, transition.spec),
+        "step_over_best": simulated_s / best_s,
         "predicted_over_actual": transition.after.predicted_s / step_after_s,
         "step_before_s": step_before_s,
         "step_after_s": step_after_s,
@@ -267,40 +273,53 @@ def _layout(found: Layout | NoLayout) -> Layout:
 
 
 def run_job(
-    folder: Path, script: list[str], rounds: int, seed: int, reporter: Reporter
-) -> tuple[list[Transition], dict[str, Any]]:
-    """Run the job through its transitions; returns them, and its summary."""
+    folder: Path, script: list[str], options: Sequence[str], through: Callable[[Cluster, People], Found]
+) -> tuple[Found, dict[str, Any]]:
+    """Run a job, take it through something and end it; returns what came of that, and the job's summary.
+
+    Args:
+        folder: for everything; the workers' logs are in `steps`. script: of the pipeline. options: of the controller.
+        through: is given the cluster, whose controller runs, and a connection to it.
+    """
     folder.mkdir()
     until = folder / "until"
     script = [*script, "--log", str(folder / "steps"), "--until", str(until)]
-    reporter.say(f"starting {NODES} nodes")
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(
-            Cluster(folder, script, nodes_min=1, nodes_max=NODES, controller_options=CONTROLLER_OPTIONS)
-        )
+        cluster = stack.enter_context(Cluster(folder, script, nodes_min=1, nodes_max=NODES, controller_options=options))
         cluster.start_controller()
         people = People(f"127.0.0.1:{(folder / 'controller.port').read_text().strip()}")
         stack.callback(people.close)
-        changing = Changing(cluster, people, random.Random(f"{seed} nodes"), reporter)
-        changing.start()
-        transitions = changing.rounds(rounds)
+        found = through(cluster, people)
         partial = until.with_suffix(".part")
         partial.write_text(str(cluster.status().step + STEPS_AHEAD))
         partial.replace(until)
         if cluster.wait_for_end(CHANGE_S) != 0:
             raise ClusterError(f"the job failed{cluster.last_words()}")
-        return transitions, cluster.summary()
+        return found, cluster.summary()
+
+
+def is_as_alone(folder: Path, script: list[str], summary: dict[str, Any], reporter: Reporter) -> bool:
+    """Return whether a job's digest is that of one worker that trains as many steps undisturbed and without waits."""
+    reporter.say(f"training {summary['step']} steps undisturbed, for the digest")
+    alone = [*script, *WITHOUT_WAITS, "--log", str(folder / "steps"), "--steps", str(summary["step"])]
+    undisturbed = run_undisturbed(folder, alone, 1, START_S + summary["step"])
+    return bool(summary["digest"]) and summary["digest"] == undisturbed["digest"]
 
 
 def measure_all(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], bool]:
     """Run both jobs and time the planner; returns the report, and whether the digests are equal."""
     rounds = arguments.rounds or (1 if arguments.quick else 5)
     script = [*SCRIPT, "--uneven", str(arguments.uneven)]
-    transitions, summary = run_job(folder / "job", script, rounds, arguments.seed, reporter)
-    reporter.say(f"training {summary['step']} steps undisturbed, for the digest")
-    alone = [*script, *WITHOUT_WAITS, "--log", str(folder / "alone" / "steps"), "--steps", str(summary["step"])]
-    undisturbed = run_undisturbed(folder / "alone", alone, 1, START_S + summary["step"])
-    is_equal = bool(summary["digest"]) and summary["digest"] == undisturbed["digest"]
+    dice = random.Random(f"{arguments.seed} nodes")
+
+    def through(cluster: Cluster, people: People) -> list[Transition]:
+        changing = Changing(cluster, people, dice, reporter)
+        changing.start()
+        return changing.rounds(rounds)
+
+    reporter.say(f"starting {NODES} nodes")
+    transitions, summary = run_job(folder / "job", script, CONTROLLER_OPTIONS, through)
+    is_equal = is_as_alone(folder / "alone", script, summary, reporter)
     commits = read_commits(folder / "job" / "steps")
     numbers: dict[str, list[dict[str, float]]] = {}
     for transition in transitions:
