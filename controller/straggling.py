@@ -14,7 +14,7 @@ from controller.job import Job
 from controller.layouts import model_of, speeds_by_rank
 from controller.state import Worker
 from elastic.domain import Plan, WorkerStatus
-from monitoring.stragglers import ComputeClock, speeds
+from monitoring.stragglers import SEEN_STEPS, ComputeClock, speeds
 from recovery.pipelines import Layout, as_it_is, held_in, lay_out
 
 GAIN_MIN = 0.10
@@ -35,7 +35,10 @@ def worth_moving(job: Job) -> str:
     plan, spec = job.plan, job.spec
     if plan is None or spec is None or not spec.is_pipeline or job.unsettled or len(plan.stages) < 2:
         return ""
-    if not job.rental.looks(job.step_committed) or not _measure(job, plan):
+    if not job.rental.measures(job.step_committed):
+        return ""
+    is_news = _measure(job, plan)
+    if is_news is None or not job.rental.looks(job.step_committed, is_news=is_news):
         return ""
     names = [member.worker for member in plan.members]
     model, found = model_of(spec), speeds_by_rank(job, names)
@@ -46,7 +49,7 @@ def worth_moving(job: Job) -> str:
         job.rental.end()
         return ""
     cost_s = other.moved_bytes / BYTES_PER_S + other.prediction.step_s
-    if not job.rental.is_due(job.step_committed, gain_s, cost_s):
+    if not job.rental.is_due(job.step_committed, gain_s, cost_s, SEEN_STEPS):
         return ""
     job.rental.buy()
     slow = ", ".join(f"{names[rank]} at {100 * speed:.0f} %" for rank, speed in sorted(found.items()))
@@ -55,14 +58,14 @@ def worth_moving(job: Job) -> str:
     return f"{what} ({slow or 'all alike'}): steps are {share:.0f} % longer than they need be"
 
 
-def _measure(job: Job, plan: Plan) -> bool:
-    """Measure the members' speeds, if all have computed long enough in this world; returns whether they have."""
+def _measure(job: Job, plan: Plan) -> bool | None:
+    """Measure the members' speeds; returns whether others are slow than before, None where some have not computed long enough."""
     measured = {}
     for member in plan.members:
         clock = job.computing.get(member.worker)
         seconds = clock.median_s(plan.generation) if clock is not None else None
         if seconds is None:
-            return False
+            return None
         measured[member.rank] = seconds
     assert job.spec is not None
     layers = job.spec.layers
@@ -78,7 +81,8 @@ def _measure(job: Job, plan: Plan) -> bool:
             job.speeds[member.worker] = round(found[member.rank], 2)
         else:
             job.speeds.pop(member.worker, None)
-    if job.speeds.keys() != before.keys():
+    is_news = job.speeds.keys() != before.keys()
+    if is_news:
         slow = ", ".join(f"{name} {100 * speed:.0f} %" for name, speed in sorted(job.speeds.items()))
         job.emit(Persist("speeds-changed", f"speeds beside the usual one: {slow or 'all alike'}", {"speeds": dict(job.speeds)}))
-    return True
+    return is_news

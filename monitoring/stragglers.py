@@ -12,10 +12,12 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-WINDOW_STEPS = 12
-"""So many steps in a row are looked at; the median of them counts."""
+WINDOW_STEPS = 11
+"""So many steps in a row are looked at; the median of them counts. Odd, so that it is no mean of a slow one and another."""
+SEEN_STEPS = WINDOW_STEPS // 2 + 1
+"""For so many steps, at least, what the median shows has been so when it is first seen."""
 LOOK_STEPS = 4
-"""So often it is looked whether anything is to be gained, in steps."""
+"""So often it is looked whether anything is to be gained, in steps; and at once when others are slow than before."""
 BOUGHT_MAX = 10
 UNREMARKABLE = 1.25
 """A worker that takes less than this times as long as its peers, or more than its inverse, is as fast as they."""
@@ -67,25 +69,38 @@ class Rental:
 
     Attributes:
         since_step: since when it has been paid; None while there is nothing to be gained.
-        looked_step: at which that was last looked at.
+        measured_step, looked_step: at which speeds were last measured, and at which that was last looked at.
         bought: how often it was; each time it costs twice as much, so that noise is not followed for ever.
     """
 
     since_step: int | None = None
+    measured_step: int = 0
     looked_step: int = 0
     bought: int = 0
 
-    def looks(self, step: int) -> bool:
-        """Whether enough steps have passed for another look."""
-        if 0 <= step - self.looked_step < LOOK_STEPS:
+    def measures(self, step: int) -> bool:
+        """Whether there is another step to be measured."""
+        if step == self.measured_step:
+            return False
+        self.measured_step = step
+        return True
+
+    def looks(self, step: int, *, is_news: bool = False) -> bool:
+        """Whether enough steps have passed for another look, or there is news."""
+        if not is_news and 0 <= step - self.looked_step < LOOK_STEPS:
             return False
         self.looked_step = step
         return True
 
-    def is_due(self, step: int, gain_s: float, cost_s: float) -> bool:
-        """Whether the loss since it was first seen has reached the cost. `gain_s` is what each step could save."""
+    def is_due(self, step: int, gain_s: float, cost_s: float, seen_steps: int = 0) -> bool:
+        """Whether the loss has reached the cost.
+
+        Args:
+            step: the newest. gain_s: what each step could save. cost_s: of buying.
+            seen_steps: for how many steps there had been a loss already when it was first seen.
+        """
         if self.since_step is None:
-            self.since_step = step
+            self.since_step = step - seen_steps
         return (step - self.since_step) * gain_s >= cost_s * (1 << min(self.bought, BOUGHT_MAX))
 
     def buy(self) -> None:

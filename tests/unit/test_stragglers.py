@@ -41,7 +41,17 @@ def test_layers_move_once_waiting_has_cost_as_much() -> None:
     assert not rental.is_due(200, gain_s=0.1, cost_s=1.0)
 
 
+def test_what_was_lost_before_it_was_seen_counts() -> None:
+    rental = Rental()
+    assert not rental.is_due(100, 0.1, 1.0, seen_steps=6)
+    assert not rental.is_due(103, 0.1, 1.0, seen_steps=6)
+    assert rental.is_due(104, 0.1, 1.0, seen_steps=6)
+
+
 def test_it_is_looked_at_every_few_steps_and_after_the_job_went_back() -> None:
     rental = Rental()
     assert [step for step in range(4, 17) if rental.looks(step)] == [4, 8, 12, 16]
     assert rental.looks(3), "the job went back"
+    assert not rental.looks(4)
+    assert rental.looks(4, is_news=True), "others are slow"
+    assert [rental.measures(step) for step in (4, 4, 5, 3)] == [True, False, True, True], "each step once"
