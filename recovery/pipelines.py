@@ -1,9 +1,9 @@
 """Decide how a pipeline is cut: which layers and which workers make up each stage, and every slot's way through them.
 
 After a loss that leaves each stage a worker, nothing moves: slots are re-routed to the others of the stage, or re-dealt to the
-replicas that are whole, or by speed, whichever the simulator finds faster. Otherwise candidates (the best cut, the
-nearly best one that moves least, the present one) are run in the simulator, and the fastest is taken; of two that are as
-fast, the one that moves fewer bytes. What does not fit, also while layers are on their way, is no candidate.
+replicas that are whole, or by speed, whichever the simulator finds faster. Otherwise candidates (the best cut, one nearly as
+good that moves least, one that a slot passes soonest, the present one) are run in the simulator, and the fastest is taken; of
+two that are as fast, the one that moves fewer bytes. What does not fit, also while layers are on their way, is no candidate.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from recovery.simulation import Link, Prediction, simulate
 
 NEARLY = 0.02
 """By how much a plan may be slower than the best one, if it moves fewer bytes."""
+SOONER = 0.10
+"""By how much the slowest stage of a candidate may be slower, if a slot passes all of them sooner."""
 WIDTHS_MAX = 8
 """So many ways of giving some stages one worker more than others are tried."""
 FINALISTS = 6
@@ -228,10 +230,18 @@ def _cuts(costs: Costs, rooms: Sequence[StageRoom], members: Sequence[Sequence[i
             if layer not in held.get(rank, range(0))
         )
 
+    paces = [room.power / len(ranks) for room, ranks in zip(rooms, members, strict=True)]
+
+    def passing(number: int, first: int, last: int) -> float:
+        return costs.seconds(first, last) / paces[number]
+
     best = partition(costs, rooms)
     if best is None:
         return []
     found = [best]
+    if len(set(paces)) > 1:  # the fewer layers on the slow, the sooner the first slot is through, and the last one back
+        soonest = partition(costs, rooms, passing, SOONER)
+        found += [soonest] if soonest is not None else []
     if held:
         nearly = partition(costs, rooms, moved, NEARLY)
         present = _present(members, held, costs.count)
