@@ -51,7 +51,7 @@ def worth_moving(job: Job) -> str:
     cost_s = other.moved_bytes / BYTES_PER_S + other.prediction.step_s
     if not job.rental.is_due(job.step_committed, gain_s, cost_s, SEEN_STEPS):
         return ""
-    job.rental.buy()
+    job.rental.buy(job.step_committed)
     slow = ", ".join(f"{names[rank]} at {100 * speed:.0f} %" for rank, speed in sorted(found.items()))
     share = 100 * gain_s / present_s
     what = "slots are re-dealt" if other.stages == plan.stages else "layers move"

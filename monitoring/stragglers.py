@@ -2,7 +2,7 @@
 
 What a worker computes in a step is known from the plan, so the expected time of its layers and slots is divided out first;
 what is left is compared with the median of its peers. A worker is slow only if it has been so over a whole window of steps,
-and relieved only once what it has cost equals what the move costs (ski rental); each move makes the next one dearer.
+and relieved only once what it has cost equals what the move costs (ski rental); each move makes those soon after it dearer.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ SEEN_STEPS = WINDOW_STEPS // 2 + 1
 LOOK_STEPS = 4
 """So often it is looked whether anything is to be gained, in steps; and at once when others are slow than before."""
 BOUGHT_MAX = 10
+CALM_STEPS = 100
+"""After so many steps without a move one of those before is forgotten."""
 UNREMARKABLE = 1.25
 """A worker that takes less than this times as long as its peers, or more than its inverse, is as fast as they."""
 
@@ -70,13 +72,15 @@ class Rental:
     Attributes:
         since_step: since when it has been paid; None while there is nothing to be gained.
         measured_step, looked_step: at which speeds were last measured, and at which that was last looked at.
-        bought: how often it was; each time it costs twice as much, so that noise is not followed for ever.
+        bought: how often it was of late; each time it costs twice as much, so that noise is not followed for ever.
+        bought_step: when it was the last time.
     """
 
     since_step: int | None = None
     measured_step: int = 0
     looked_step: int = 0
     bought: int = 0
+    bought_step: int = 0
 
     def measures(self, step: int) -> bool:
         """Whether there is another step to be measured."""
@@ -101,12 +105,15 @@ class Rental:
         """
         if self.since_step is None:
             self.since_step = step - seen_steps
-        return (step - self.since_step) * gain_s >= cost_s * (1 << min(self.bought, BOUGHT_MAX))
+        return (step - self.since_step) * gain_s >= cost_s * (1 << min(self._remembered(step), BOUGHT_MAX))
 
-    def buy(self) -> None:
+    def buy(self, step: int) -> None:
         """It is bought."""
-        self.bought += 1
+        self.bought, self.bought_step = self._remembered(step) + 1, step
         self.since_step = None
+
+    def _remembered(self, step: int) -> int:
+        return max(0, self.bought - max(0, step - self.bought_step) // CALM_STEPS)
 
     def end(self) -> None:
         """There is nothing to be gained any more."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from monitoring.stragglers import WINDOW_STEPS, ComputeClock, Rental, speeds
+from monitoring.stragglers import CALM_STEPS, WINDOW_STEPS, ComputeClock, Rental, speeds
 
 
 def test_a_worker_is_measured_over_a_whole_window_of_one_world() -> None:
@@ -33,12 +33,23 @@ def test_layers_move_once_waiting_has_cost_as_much() -> None:
     assert not rental.is_due(100, gain_s=0.1, cost_s=1.0)
     assert not rental.is_due(109, gain_s=0.1, cost_s=1.0)
     assert rental.is_due(110, gain_s=0.1, cost_s=1.0)
-    rental.buy()
+    rental.buy(110)
     assert not rental.is_due(120, gain_s=0.1, cost_s=1.0), "it begins anew"
     assert not rental.is_due(135, gain_s=0.1, cost_s=1.0), "and the second time costs twice as much"
     assert rental.is_due(140, gain_s=0.1, cost_s=1.0)
     rental.end()
     assert not rental.is_due(200, gain_s=0.1, cost_s=1.0)
+
+
+def test_moves_of_long_ago_are_forgotten() -> None:
+    rental = Rental()
+    for step in (10, 20, 30):
+        rental.buy(step)
+    assert not rental.is_due(80, gain_s=0.1, cost_s=1.0)
+    assert not rental.is_due(129, gain_s=0.1, cost_s=1.0), "three times: eight times as dear"
+    assert rental.is_due(130, gain_s=0.1, cost_s=1.0), "two are left: four times"
+    rental.buy(30 + 3 * CALM_STEPS)
+    assert (rental.bought, rental.bought_step) == (1, 30 + 3 * CALM_STEPS)
 
 
 def test_what_was_lost_before_it_was_seen_counts() -> None:
