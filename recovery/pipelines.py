@@ -23,6 +23,8 @@ NEARLY = 0.02
 """By how much a plan may be slower than the best one, if it moves fewer bytes."""
 SOONER = 0.10
 """By how much the slowest stage of a candidate may be slower, if a slot passes all of them sooner."""
+LATER = 0.05
+"""By how much more a layer counts in each later stage: of cuts that a slot passes as soon, short last stages are faster."""
 WIDTHS_MAX = 8
 """So many ways of giving some stages one worker more than others are tried."""
 FINALISTS = 6
@@ -233,7 +235,7 @@ def _cuts(costs: Costs, rooms: Sequence[StageRoom], members: Sequence[Sequence[i
     paces = [room.power / len(ranks) for room, ranks in zip(rooms, members, strict=True)]
 
     def passing(number: int, first: int, last: int) -> float:
-        return costs.seconds(first, last) / paces[number]
+        return costs.seconds(first, last) / paces[number] * (1 + LATER * number)
 
     best = partition(costs, rooms)
     if best is None:

@@ -144,7 +144,7 @@ def test_a_slow_rank_gets_fewer_layers() -> None:
 @pytest.mark.parametrize("slow", range(4))
 def test_with_a_slow_rank_no_cut_is_much_faster_than_the_one_taken(slow: int) -> None:
     """Many have a slowest stage that is as slow; a slot passes some of them sooner."""
-    model, speeds = model_of([1.0] * 12), {slow: 0.5}
+    model, speeds = model_of([1.0 + 0.01 * (number % 3) for number in range(12)]), {slow: 0.5}
     layout = laid_out(model, 4, {rank: range(3 * rank, 3 * rank + 3) for rank in range(4)}, speeds)
 
     def step_s(cuts: Iterable[int]) -> float:
