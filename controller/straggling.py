@@ -60,13 +60,13 @@ def worth_moving(job: Job) -> str:
 
 def _measure(job: Job, plan: Plan) -> bool | None:
     """Measure the members' speeds; returns whether others are slow than before, None where some have not computed long enough."""
-    measured = {}
+    measured, newest = {}, {}
     for member in plan.members:
         clock = job.computing.get(member.worker)
         seconds = clock.median_s(plan.generation) if clock is not None else None
-        if seconds is None:
+        if clock is None or seconds is None:
             return None
-        measured[member.rank] = seconds
+        measured[member.rank], newest[member.rank] = seconds, clock.newest_s()
     assert job.spec is not None
     layers = job.spec.layers
     expected = {}
@@ -75,10 +75,11 @@ def _measure(job: Job, plan: Plan) -> bool | None:
         for rank in stage.ranks:
             expected[rank] = each * sum(rank in plan.route(slot) for slot in range(plan.slots))
     found = speeds(measured, expected)
+    of_late = speeds(newest, expected)
     before = dict(job.speeds)
     for member in plan.members:
         if member.rank in found:
-            job.speeds[member.worker] = round(found[member.rank], 2)
+            job.speeds[member.worker] = round(of_late.get(member.rank, found[member.rank]), 2)
         else:
             job.speeds.pop(member.worker, None)
     is_news = job.speeds.keys() != before.keys()

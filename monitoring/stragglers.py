@@ -50,6 +50,10 @@ class ComputeClock:
             return None
         return statistics.median(self.seconds)
 
+    def newest_s(self) -> float:
+        """The median of the newest steps: what a worker takes that has become slow, once the window shows it."""
+        return statistics.median(list(self.seconds)[-SEEN_STEPS:])
+
 
 def speeds(measured_s: Mapping[int, float], expected_s: Mapping[int, float]) -> dict[int, float]:
     """Return the speed of each rank beside that of the median one; those that are unremarkable are left out.

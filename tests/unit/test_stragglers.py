@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from monitoring.stragglers import CALM_STEPS, WINDOW_STEPS, ComputeClock, Rental, speeds
+from monitoring.stragglers import CALM_STEPS, SEEN_STEPS, WINDOW_STEPS, ComputeClock, Rental, speeds
 
 
 def test_a_worker_is_measured_over_a_whole_window_of_one_world() -> None:
@@ -16,7 +16,10 @@ def test_a_worker_is_measured_over_a_whole_window_of_one_world() -> None:
     assert clock.median_s(1) is None
     clock.note(1, WINDOW_STEPS, 50.0)
     assert clock.median_s(1) == 2.0, "one slow step is noise"
-    clock.note(2, WINDOW_STEPS + 1, 1.0)
+    for step in range(1, SEEN_STEPS):
+        clock.note(1, WINDOW_STEPS + step, 3.0 if step == 1 else 4.0)
+    assert (clock.median_s(1), clock.newest_s()) == (3.0, 4.0), "it became slow in the midst of a step"
+    clock.note(2, 2 * WINDOW_STEPS, 1.0)
     assert clock.median_s(1) is None and clock.median_s(2) is None, "another world, another share of the work"
 
 
