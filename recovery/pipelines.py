@@ -25,6 +25,8 @@ SOONER = 0.10
 """By how much the slowest stage of a candidate may be slower, if a slot passes all of them sooner."""
 LATER = 0.05
 """By how much more a layer counts in each later stage: of cuts that a slot passes as soon, short last stages are faster."""
+LEAST = 0.2
+"""So much of an average stage a slow worker keeps for that, at least: of one that computes next to nothing no speed is known."""
 WIDTHS_MAX = 8
 """So many ways of giving some stages one worker more than others are tried."""
 FINALISTS = 6
@@ -234,7 +236,11 @@ def _cuts(costs: Costs, rooms: Sequence[StageRoom], members: Sequence[Sequence[i
 
     paces = [room.power / len(ranks) for room, ranks in zip(rooms, members, strict=True)]
 
+    least_s = LEAST * costs.seconds(0, costs.count) / len(rooms)
+
     def passing(number: int, first: int, last: int) -> float:
+        if costs.seconds(first, last) < least_s:
+            return math.inf
         return costs.seconds(first, last) / paces[number] * (1 + LATER * number)
 
     best = partition(costs, rooms)

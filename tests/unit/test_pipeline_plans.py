@@ -155,6 +155,12 @@ def test_with_a_slow_rank_no_cut_is_much_faster_than_the_one_taken(slow: int) ->
     assert layout.prediction.step_s <= 1.03 * best_s
 
 
+def test_a_slow_rank_keeps_enough_for_its_speed_to_be_measured() -> None:
+    model = model_of([0.01, *([1.0] * 12), 0.01])
+    held = {0: range(0, 4), 1: range(4, 7), 2: range(7, 10), 3: range(10, 14)}
+    assert cuts_of(laid_out(model, 4, held, {3: 0.5})) == [0, 5, 9, 12, 14], "not the last layer alone"
+
+
 @given(models(), st.data())
 def test_slots_are_dealt_anew_and_stages_stay(model: Model, data: st.DataObject) -> None:
     ranks = data.draw(st.integers(1, 8))
