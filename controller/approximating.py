@@ -16,8 +16,8 @@ from controller.endings import end_job
 from controller.events import Persist
 from controller.job import Job
 from controller.layouts import layout_for
-from elastic.domain import Blend, Plan, PlanKind, Stage
-from recovery.approximation import NoBlend, blends_for, check_stages
+from elastic.domain import Plan, PlanKind, Stage
+from recovery.approximation import NoBlend, blends_for, check_stages, sentence
 from recovery.pipelines import Layout, NoLayout
 
 
@@ -55,11 +55,7 @@ def rebuild(job: Job, reason: str, now: float, joining: Iterable[str] = ()) -> s
         return "the training loop has ended"
     here = {worker.id for worker in survivors}
     lost = [number for number, stage in enumerate(plan.stages) if not _held(plan, stage, here)]
-    norms = {
-        number: max(job.workers[plan.members[rank].worker].status.gradient_norm for rank in stage.ranks)
-        for number, stage in enumerate(plan.stages)
-        if number not in lost
-    }
+    norms = dict(enumerate(stage_norms(job, plan)))
     blends = blends_for(job.spec.layers, plan.stages, lost, norms, job.settings.norm_exponent)
     if isinstance(blends, NoBlend):
         return blends.reason
@@ -70,6 +66,12 @@ def rebuild(job: Job, reason: str, now: float, joining: Iterable[str] = ()) -> s
     job.restoring = job.suspicion = None
     open_generation(job, PlanKind.FENCE, names, f"{reason}; {sentence(blends)}", now, blends=blends)
     return ""
+
+
+def stage_norms(job: Job, plan: Plan) -> list[float]:
+    """The norm of each stage's newest gradient, as far as its members have shown it; else 0."""
+    known = {worker.id: worker.status.gradient_norm for worker in job.known(plan.members)}
+    return [max(known.get(plan.members[rank].worker, 0.0) for rank in stage.ranks) for stage in plan.stages]
 
 
 def _held(plan: Plan, stage: Stage, here: set[str]) -> bool:
@@ -83,15 +85,3 @@ def tell_of_approximation(job: Job, plan: Plan, step: int) -> None:
         job.approximations.append(words)
         data = {"words": words, "step": step, "generation": plan.generation, "blends": plan.blends}
         job.emit(Persist("approximated", words, data))
-
-
-def sentence(blends: Sequence[Blend]) -> str:
-    """Return in words what is made from what."""
-    if not blends:
-        return "no layer with a state is lost"
-    made = (
-        f"{blend.layer} = "
-        + " + ".join(f"{weight:.3f} x {source}" for source, weight in zip(blend.sources, blend.weights, strict=True))
-        for blend in blends
-    )
-    return f"lost layers are made from others, approximately: {'; '.join(made)}"

@@ -39,8 +39,8 @@ from controller.events import (
 from controller.ledger import Ledger
 from controller.machine import ControllerMachine
 from controller.state import JobSettings
-from controller.views import status
-from elastic.domain import NO_STEP, AgentHello, Commit, ControllerMessage, Event, PlanReply, ToWorker
+from controller.views import present_plan, status
+from elastic.domain import NO_STEP, AgentHello, Commit, ControllerMessage, Event, ToWorker
 from elastic.failpoints import FailPoint, reach
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -255,9 +255,10 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
     async def Plan(self, request: runtime_pb2.PlanRequest, context: channels.Context) -> runtime_pb2.PlanReply:
         """What `elastic plan` begins with."""
         machine = self.machine
-        if machine.spec is None or not machine.spec.is_pipeline or machine.plan is None:
+        present = present_plan(machine)
+        if present is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this job has no pipeline that is cut by now")
-        reply: runtime_pb2.PlanReply = to_proto(PlanReply(machine.spec, machine.plan, machine.steps_here.median_s()))
+        reply: runtime_pb2.PlanReply = to_proto(present)
         return reply
 
     async def Drain(

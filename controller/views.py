@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from controller.approximating import stage_norms
 from controller.job import Job
 from controller.redundancy import vulnerable_s
 from controller.saving import stable_step
 from controller.state import natural
-from elastic.domain import NodeView, StatusReply, WorkerView
+from elastic.domain import NodeView, PlanReply, StatusReply, WorkerView
 from monitoring.goodput import Goodput
 
 
@@ -61,4 +62,20 @@ def status(job: Job, now: float) -> StatusReply:
         is_vulnerable=job.vulnerable_since is not None and not job.outcome,
         vulnerable_s=vulnerable_s(job, now),
         approximations=tuple(job.approximations),
+    )
+
+
+def present_plan(job: Job) -> PlanReply | None:
+    """How the job's pipeline is cut; None where there is none by now."""
+    if job.spec is None or not job.spec.is_pipeline or job.plan is None:
+        return None
+    return PlanReply(
+        spec=job.spec,
+        plan=job.plan,
+        step_s=job.steps_here.median_s(),
+        takes_snapshots=bool(job.settings.snapshot_every),
+        keeps_checkpoints=bool(job.settings.checkpoint_target),
+        approximates=job.settings.approximate,
+        norm_exponent=job.settings.norm_exponent,
+        norms=tuple(stage_norms(job, job.plan)),
     )

@@ -674,11 +674,16 @@ class StatusReply:
 
 @dataclass(frozen=True, slots=True)
 class PlanReply:
-    """How a pipeline is cut at present, and what its steps have taken of late."""
+    """How a pipeline is cut at present, what its steps have taken of late, and what there is for a loss."""
 
     spec: TrainingSpec = field(default_factory=TrainingSpec)
     plan: Plan = field(default_factory=Plan)
     step_s: float = 0.0
+    takes_snapshots: bool = False
+    keeps_checkpoints: bool = False
+    approximates: bool = False
+    norm_exponent: float = 1.0
+    norms: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

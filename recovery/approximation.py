@@ -87,6 +87,18 @@ def check_stages(layers: Sequence[LayerProfile], stages: Sequence[Stage]) -> str
     return ""
 
 
+def sentence(blends: Sequence[Blend]) -> str:
+    """Return in words what is made from what."""
+    if not blends:
+        return "no layer with a state is lost"
+    made = (
+        f"{blend.layer} = "
+        + " + ".join(f"{weight:.3f} x {source}" for source, weight in zip(blend.sources, blend.weights, strict=True))
+        for blend in blends
+    )
+    return f"lost layers are made from others, approximately: {'; '.join(made)}"
+
+
 def _like(layers: Sequence[LayerProfile], stage: Stage, layer: int, other: Stage) -> int | None:
     """The layer of another stage, of the same form, that is nearest to the same relative depth."""
     wanted = other.first + aligned(layer - stage.first, stage.last - stage.first, other.last - other.first)

@@ -26,6 +26,7 @@ class Rung(StrEnum):
     LIVE_REPLICA = "live replica"
     OWN_SNAPSHOT = "own snapshot"
     ERASURE_DECODE = "erasure decode"
+    NEIGHBOUR_AVERAGE = "neighbour average"
     CHECKPOINT = "checkpoint"
     STOP = "stop"
 

@@ -1,9 +1,11 @@
 """A program that plans pipelines for `elastic plan`: one question as JSON on its input, one answer on its output.
 
-    {"model": {...}, "workers": N, "held": {rank: [first, last]}, "speeds": {rank: speed}, "nodes": {node: [rank, ...]}}
+    {"model": {...}, "workers": N, "held": {rank: [first, last]}, "speeds": {rank: speed}, "nodes": {node: [rank, ...]},
+     "recovery": {"snapshots": bool, "parity": M, "checkpoints": bool, "approximates": bool, "norms": [...], ...}}
 
 The answer has the layout with every worker's actions, the candidates that it was chosen from, and what would follow the
-loss of each node. It plans as the controller does, and nothing that it says is carried out.
+loss of each node: the rung of the recovery ladder, what it costs, and why none before it. It plans as the controller does,
+and nothing that it says is carried out.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 
 from elastic.domain import LayerProfile, Stage
 from elastic.pipeline.actions import Schedule, make_actions
+from recovery.approximation import NoBlend, blends_for, sentence
+from recovery.ladder import Rung
 from recovery.pipelines import Layout, Model, NoLayout, best_of, candidates_for, lay_out, rerouted
 from recovery.simulation import Link
 
@@ -37,7 +41,10 @@ def answer(question: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "layout": _plain(model, layout),
         "candidates": [_brief(each) | {"is_chosen": each is layout} for each in candidates],
-        "losses": [_loss(model, layout, node, ranks, speeds) for node, ranks in question.get("nodes", {}).items()],
+        "losses": [
+            _loss(model, layout, node, ranks, speeds, question.get("recovery", {}))
+            for node, ranks in question.get("nodes", {}).items()
+        ],
     }
 
 
@@ -76,22 +83,52 @@ def _plain(model: Model, layout: Layout) -> dict[str, Any]:
     }
 
 
-def _loss(model: Model, layout: Layout, node: str, ranks: list[int], speeds: Mapping[int, float]) -> dict[str, Any]:
+def _loss(
+    model: Model,
+    layout: Layout,
+    node: str,
+    ranks: list[int],
+    speeds: Mapping[int, float],
+    recovery: Mapping[str, Any],
+) -> dict[str, Any]:
     """What would follow the loss of a node with these ranks."""
     left = [rank for stage in layout.stages for rank in stage.ranks if rank not in ranks]
     number = {rank: place for place, rank in enumerate(sorted(left))}
     stages = [Stage(s.first, s.last, tuple(number[r] for r in s.ranks if r in number)) for s in layout.stages]
     slower = {number[rank]: speed for rank, speed in speeds.items() if rank in number}
-    if left and all(stage.ranks for stage in stages):
-        after: Layout | NoLayout = rerouted(model, stages, "its slots go to the others of its stage", slower)
-        how = "live replica"
-    elif left:
-        after, how = lay_out(model, len(left), None, slower), "snapshot"
-    else:
-        after, how = NoLayout("no worker would be left"), "stop"
-    if isinstance(after, NoLayout):
-        return {"node": node, "rung": how, "error": after.reason}
-    return {"node": node, "rung": how, **_brief(after)}
+    lost = [place for place, stage in enumerate(stages) if not stage.ranks]
+    rung, costs, passed_over = _rung(model, layout, lost, recovery)
+    after: Layout | NoLayout = NoLayout("the job ends")
+    if rung is Rung.LIVE_REPLICA:
+        after = rerouted(model, stages, "its slots go to the others of its stage", slower)
+    elif rung is not Rung.STOP:
+        after = lay_out(model, len(left), None, slower) if left else NoLayout("it needs a worker first")
+    told = {"node": node, "rung": rung.value, "costs": costs, "passed_over": passed_over}
+    return told | ({"error": after.reason} if isinstance(after, NoLayout) else _brief(after))
+
+
+def _rung(
+    model: Model, layout: Layout, lost: list[int], recovery: Mapping[str, Any]
+) -> tuple[Rung, str, list[str]]:
+    """The rung that a loss of these stages leads to, what it costs, and why none before it."""
+    if not lost:
+        return Rung.LIVE_REPLICA, "the interrupted step is done again", []
+    gone = ", ".join(str(place) for place in lost)
+    passed_over = [f"{Rung.LIVE_REPLICA.value} (nobody else holds stage {gone})"]
+    if recovery.get("parity"):
+        return Rung.ERASURE_DECODE, "one committed step or two are done again", passed_over
+    without = "no parity of it is kept (--redundancy)" if recovery.get("snapshots") else "none are taken (--snapshot-every)"
+    passed_over.append(f"snapshots ({without})")
+    exponent = recovery.get("norm_exponent", 1.0)
+    blends = blends_for(model.layers, layout.stages, lost, dict(enumerate(recovery.get("norms", ()))), exponent)
+    if recovery.get("approximates") and not isinstance(blends, NoBlend):
+        return Rung.NEIGHBOUR_AVERAGE, f"nothing is done again, but {sentence(blends)}", passed_over
+    reason = blends.reason if recovery.get("approximates") and isinstance(blends, NoBlend) else "not allowed"
+    passed_over.append(f"{Rung.NEIGHBOUR_AVERAGE.value} ({reason})")
+    if recovery.get("checkpoints"):
+        return Rung.CHECKPOINT, "all steps since the newest one are done again", passed_over
+    passed_over.append(f"{Rung.CHECKPOINT.value} (none are written)")
+    return Rung.STOP, "everything is done again, from step 0", passed_over
 
 
 def main() -> int:

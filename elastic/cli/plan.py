@@ -152,6 +152,14 @@ def question_of(reply: PlanReply) -> Question:
             "schedule": spec.schedule,
         },
         "workers": reply.plan.world_size,
+        "recovery": {
+            "snapshots": reply.takes_snapshots,
+            "parity": reply.plan.parity_shards,
+            "checkpoints": reply.keeps_checkpoints,
+            "approximates": reply.approximates,
+            "norm_exponent": reply.norm_exponent,
+            "norms": reply.norms,
+        },
         **_nodes_of(reply, reply.plan.world_size),
     }
 
@@ -290,7 +298,8 @@ def losses_table(answer: Mapping[str, Any]) -> Table:
     table = Table("lost node", "state comes from", "step ms", "what then", title="if a node is lost")
     for loss in answer["losses"]:
         step = f"{1000 * loss['step_s']:.1f}" if "step_s" in loss else "-"
-        table.add_row(loss["node"], loss["rung"], step, loss.get("reason") or loss.get("error", ""))
+        what = [loss["costs"], *([f"not from: {'; '.join(loss['passed_over'])}"] if loss["passed_over"] else [])]
+        table.add_row(loss["node"], loss["rung"], step, ". ".join([*what, loss.get("reason") or loss.get("error", "")]))
     return table
 
 

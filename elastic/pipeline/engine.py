@@ -33,7 +33,7 @@ from elastic.memory import SnapshotMemory
 from elastic.payload import Section
 from elastic.pipeline.actions import Action, Schedule, make_actions
 from elastic.pipeline.executor import Batch, Deeds, Executor
-from elastic.pipeline.layers import MODEL, Layers, Part, Use
+from elastic.pipeline.layers import MODEL, Layers, Part, Use, haste, norm_of
 from elastic.pipeline.moves import census, fill, handovers
 from elastic.pipeline.survey import Survey
 from elastic.pipeline.travel import Travel
@@ -48,9 +48,6 @@ from elastic.transfer import receive_state, serve_state
 
 TAG = 1 << 27
 """Above the tags of activations, and below a verdict's."""
-HASTE, HASTE_STEPS = 0.1, 50
-"""A layer that was made from others learns by a tenth faster (CheckFree), at first, and so many steps later no more."""
-
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -448,12 +445,10 @@ class PipelineEngine(Engine):
         self._is_computed = False
 
     def _haste(self, number: int, step: int) -> float:
-        """By how much faster a layer learns that was made from others not long ago."""
+        """By how much faster a layer of this plan learns."""
         assert self.plan is not None
-        since = max((each.step for each in self.plan.rebuilt if each.layer == number), default=None)
-        if since is None or step <= since:
-            return 1.0
-        return 1.0 + HASTE * max(0.0, 1.0 - (step - since - 1) / HASTE_STEPS)
+        since = next((each.step for each in self.plan.rebuilt if each.layer == number), None)
+        return 1.0 if since is None else haste(step, since)
 
     def _clip(self, parameters: Sequence[nn.Parameter]) -> None:
         """Scale the gradient if its norm over the whole model is too large, as `clip_grad_norm_` does."""
@@ -735,9 +730,3 @@ class PipelineEngine(Engine):
         if self.plan is None:
             return []
         return [s for s in range(self.plan.slots) if self.rank in (self.plan.route(s)[0], self.plan.route(s)[-1])]
-
-
-def norm_of(parameters: Sequence[nn.Parameter]) -> float:
-    """The L2 norm of all gradients together."""
-    norms = [torch.linalg.vector_norm(p.grad).double() for p in parameters if p.grad is not None]
-    return float(torch.linalg.vector_norm(torch.stack(norms))) if norms else 0.0

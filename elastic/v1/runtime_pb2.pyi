@@ -2558,24 +2558,45 @@ class PlanReply(_message.Message):
     SPEC_FIELD_NUMBER: _builtins.int
     PLAN_FIELD_NUMBER: _builtins.int
     STEP_S_FIELD_NUMBER: _builtins.int
+    TAKES_SNAPSHOTS_FIELD_NUMBER: _builtins.int
+    KEEPS_CHECKPOINTS_FIELD_NUMBER: _builtins.int
+    APPROXIMATES_FIELD_NUMBER: _builtins.int
+    NORM_EXPONENT_FIELD_NUMBER: _builtins.int
+    NORMS_FIELD_NUMBER: _builtins.int
     step_s: _builtins.float
     """What a step has taken of late, beside `plan.predicted_s`; 0: not known."""
+    takes_snapshots: _builtins.bool
+    """In the nodes' memory."""
+    keeps_checkpoints: _builtins.bool
+    approximates: _builtins.bool
+    """Lost stages may be made from their neighbours."""
+    norm_exponent: _builtins.float
+    """To which gradient norms are raised where they weigh neighbours."""
     @_builtins.property
     def spec(self) -> Global___TrainingSpec:
         """With what its layers cost."""
 
     @_builtins.property
     def plan(self) -> Global___Plan: ...
+    @_builtins.property
+    def norms(self) -> _containers.RepeatedScalarFieldContainer[_builtins.float]:
+        """Of each stage's newest gradient; 0: not measured."""
+
     def __init__(
         self,
         *,
         spec: Global___TrainingSpec | None = ...,
         plan: Global___Plan | None = ...,
         step_s: _builtins.float = ...,
+        takes_snapshots: _builtins.bool = ...,
+        keeps_checkpoints: _builtins.bool = ...,
+        approximates: _builtins.bool = ...,
+        norm_exponent: _builtins.float = ...,
+        norms: _abc.Iterable[_builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan", "spec", b"spec", "step_s", b"step_s"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["approximates", b"approximates", "keeps_checkpoints", b"keeps_checkpoints", "norm_exponent", b"norm_exponent", "norms", b"norms", "plan", b"plan", "spec", b"spec", "step_s", b"step_s", "takes_snapshots", b"takes_snapshots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

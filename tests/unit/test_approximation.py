@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from elastic.domain import Blend, LayerProfile, Stage
 from recovery.approximation import NoBlend, aligned, blends_for, check_stages
+from recovery.planner import answer
 
 BLOCK, EMBED, HEAD = 7, 3, 5
 
@@ -105,3 +106,26 @@ def test_weights_are_positive_and_add_up_to_one(data: st.DataObject) -> None:
     for blend in found:
         assert len(blend.sources) == 2 and sum(blend.weights) == pytest.approx(1.0) and min(blend.weights) > 0
         assert not set(blend.sources) & lost and blend.sources[0] < blend.layer < blend.sources[1]
+
+
+def losses(**recovery: object) -> dict[str, dict[str, object]]:
+    costs = {"forward_s": 1.0, "backward_s": 2.0, "state_bytes": 8}
+    layers = [costs | {"form": form} for form in (EMBED, BLOCK, BLOCK, BLOCK, HEAD)]
+    question = {"model": {"layers": layers, "slots": 4}, "workers": 5, "nodes": {"a": [0], "b": [2]}, "recovery": recovery}
+    return {loss["node"]: loss for loss in answer(question)["losses"]}
+
+
+def test_the_rung_that_a_loss_leads_to_is_explained_with_all_that_are_passed_over() -> None:
+    nothing = losses()["b"]
+    assert nothing["rung"] == "stop" and nothing["costs"] == "everything is done again, from step 0"
+    assert nothing["passed_over"] == [
+        "live replica (nobody else holds stage 2)",
+        "snapshots (none are taken (--snapshot-every))",
+        "neighbour average (not allowed)",
+        "checkpoint (none are written)",
+    ]
+    allowed = losses(snapshots=True, checkpoints=True, approximates=True, norms=[1.0, 3.0, 1.0, 1.0, 1.0])
+    assert allowed["b"]["rung"] == "neighbour average" and "2 = 0.750 x 1 + 0.250 x 3" in str(allowed["b"]["costs"])
+    assert "snapshots (no parity of it is kept (--redundancy))" in str(allowed["b"]["passed_over"])
+    assert allowed["a"]["rung"] == "checkpoint" and "the first stage has one neighbour only" in str(allowed["a"]["passed_over"])
+    assert losses(snapshots=True, parity=1)["a"]["rung"] == "erasure decode"
