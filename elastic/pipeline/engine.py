@@ -33,9 +33,10 @@ from elastic.memory import SnapshotMemory
 from elastic.payload import Section
 from elastic.pipeline.actions import Action, Schedule, make_actions
 from elastic.pipeline.executor import Batch, Deeds, Executor
-from elastic.pipeline.layers import MODEL, Layers, Part, Use, haste, norm_of
+from elastic.pipeline.layers import MODEL, Layers, Part, haste, norm_of
 from elastic.pipeline.moves import census, fill, handovers
 from elastic.pipeline.survey import Survey
+from elastic.pipeline.ties import Ties
 from elastic.pipeline.travel import Travel
 from elastic.progress import ProgressPage
 from elastic.protocol import CollectiveBroke, EnterWorld, LoopEnded, StateReceived
@@ -124,8 +125,7 @@ class PipelineEngine(Engine):
         self._is_planned = self._is_computed = False
         self._has_left = False  # the loop, for good: nothing moves any more
         self._is_compared = False  # with the others of the stage, in this world
-        self._gradients: dict[int, Tensor] = {}  # of tied parameters held here: the sum over all uses
-        self._tied_presence: dict[int, bool] = {}
+        self._ties = Ties(self.layers)
         self._totals = torch.zeros(0)  # the norm of each parameter's gradient
         self._measured = torch.zeros(measures.EXTRAS, dtype=torch.float64)
         self._capturer: Capturer | None = None
@@ -277,7 +277,10 @@ class PipelineEngine(Engine):
             self._compare(stage)
             self._is_compared = True
         reduced = stage.reducer.finish(self._divisor())
-        self._add_up_ties(stage)
+        assert self.plan is not None and self.group is not None
+        output = dict(zip(stage.parameters, stage.reducer.output(), strict=True))
+        present = dict(zip(stage.parameters, stage.reducer.presence_after_reduction(), strict=True))
+        self._ties.add_up(self.group, self.plan, output, present)
         finite = self._exchange_summaries(stage, reduced)
         return Reduced(finite, reduced.complete, reduced.extras)
 
@@ -285,77 +288,13 @@ class PipelineEngine(Engine):
         sizes = [size for size in self.sampler.sizes(self.step) if size]
         return float(len(sizes) if len(set(sizes)) == 1 else sum(sizes))
 
-    def _add_up_ties(self, stage: _Stage) -> None:
-        """Exchange the gradients of parameters that several layers use, and add them in the order of the layers."""
-        assert self.plan is not None and self.group is not None
-        self._gradients, self._tied_presence = {}, {}
-        output = dict(zip(stage.parameters, stage.reducer.output(), strict=True))
-        present = dict(zip(stage.parameters, stage.reducer.presence_after_reduction(), strict=True))
-        arriving: list[list[tuple[int, Tensor, Work | None]]] = []
-        for tie, uses in enumerate(self.layers.uses):
-            numbers = [self.layers.number_of(use) for use in uses]
-            mine = [number for number in numbers if number in output]
-            if not mine:
-                continue
-            parts: list[tuple[int, Tensor, Work | None]] = []
-            for place, (use, number) in enumerate(zip(uses, numbers, strict=True)):
-                tag = TAG + 64 * (tie + 1) + place
-                if number in output:
-                    flat = output[number].reshape(-1)
-                    message = torch.cat([flat, torch.full((1,), float(present[number]), dtype=flat.dtype)]).cpu()
-                    parts.append((number, message, None))
-                    for rank in self._readers_of(uses, use.layer):
-                        self.group.post(message, rank, tag)
-                else:
-                    ranks = self._stage_with(use.layer).ranks
-                    source = ranks[self._position() % len(ranks)]
-                    like = output[mine[0]]
-                    message = torch.empty(like.numel() + 1, dtype=like.dtype)
-                    parts.append((number, message, self.group.take(message, source, tag)))
-            arriving.append(parts)
-        for parts in arriving:
-            total: Tensor | None = None
-            is_present = False
-            for _, message, work in parts:
-                if work is not None:
-                    work.wait()
-                is_present |= bool(message[-1] > 0)
-                total = message[:-1] if total is None else torch.add(total, message[:-1])
-            assert total is not None
-            for number, _, work in parts:
-                if work is None:
-                    self._gradients[number] = total.clone().to(output[number].device).view(output[number].shape)
-                self._tied_presence[number] = is_present
-
-    def _stage_with(self, layer: int) -> Stage:
-        """The stage that a layer is in."""
-        assert self.plan is not None
-        return next(stage for stage in self.plan.stages if stage.first <= layer < stage.last)
-
-    def _position(self) -> int:
-        """This worker's place among the ranks of its stage."""
-        assert self.plan is not None
-        return self.plan.stages[self.plan.stage_of(self.rank)].ranks.index(self.rank)
-
-    def _readers_of(self, uses: Sequence[Use], layer: int) -> list[int]:
-        """The ranks that take what this one has of a use: each of another stage with a use asks one of ours."""
-        assert self.plan is not None
-        readers = []
-        mine = self._stage_with(layer)
-        for other in self.plan.stages:
-            if other is mine or not any(other.first <= use.layer < other.last for use in uses):
-                continue
-            width = len(mine.ranks)
-            readers += [rank for place, rank in enumerate(other.ranks) if place % width == self._position()]
-        return readers
-
     def _exchange_summaries(self, stage: _Stage, reduced: Reduced) -> bool:
         """Have what each stage knows of the whole step: whether its gradient is finite, its norms, the loss.
 
         All ranks of a stage know the same, and its first one tells it to the others.
         """
         assert self.plan is not None and self.group is not None
-        finite = reduced.finite and all(bool(each.isfinite().all()) for each in self._gradients.values())
+        finite = reduced.finite and all(bool(each.isfinite().all()) for each in self._ties.gradients.values())
         parts: list[Tensor] = []
         works = []
         mine = self.plan.stage_of(self.rank)
@@ -386,7 +325,7 @@ class PipelineEngine(Engine):
         if self.parts.max_norm:
             later = {self.layers.number_of(use) for uses in self.layers.uses for use in uses[1:]}
             pairs = zip(stage.parameters, stage.reducer.output(), strict=True)
-            totals = [self._gradients.get(number, gradient) for number, gradient in pairs]
+            totals = [self._ties.gradients.get(number, gradient) for number, gradient in pairs]
             found = torch.stack(torch._foreach_norm(totals)).tolist() if totals else []  # one look at the device
             norms = [
                 0.0 if number in later else norm for number, norm in zip(stage.parameters, found, strict=True)
@@ -405,7 +344,7 @@ class PipelineEngine(Engine):
         presence = [False] * self.layers.count_of_parameters
         for number, flag in zip(self._stage_now().parameters, flags, strict=True):
             presence[number] = flag
-        for number, flag in self._tied_presence.items():
+        for number, flag in self._ties.presence.items():
             presence[number] |= flag
         return presence
 
@@ -425,8 +364,8 @@ class PipelineEngine(Engine):
         stage.reducer.install([tied.get(number, presence[number]) for number in stage.parameters])
         parameters = [p for number in stage.numbers for p in self.layers[number].parameters()]
         for number, parameter in zip(stage.parameters, parameters, strict=True):
-            if number in self._gradients and parameter.grad is not None:
-                parameter.grad = self._gradients[number]
+            if number in self._ties.gradients and parameter.grad is not None:
+                parameter.grad = self._ties.gradients[number]
         reach_inside(FailPoint.APPLYING)
         if commit:
             self._clip(parameters)
@@ -441,7 +380,7 @@ class PipelineEngine(Engine):
         self.measures.commit(self._measured)
         for number in stage.numbers:
             self.layers[number].schedule()
-        self._gradients, self._tied_presence = {}, {}
+        self._ties.forget()
         self._is_computed = False
 
     def _haste(self, number: int, step: int) -> float:
