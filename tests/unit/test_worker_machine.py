@@ -369,3 +369,22 @@ def test_the_end_of_the_loop() -> None:
 def test_a_vote_out_of_order_ends_the_worker() -> None:
     (effect,) = feed(founder(committed=1), AskVote(3))
     assert isinstance(effect, Exit) and "a fault of the runtime" in effect.reason
+
+
+def test_a_stop_is_of_one_step_and_waits_until_that_is_done_again() -> None:
+    machine = founder(6)
+    feed(machine, AskVote(7), AskCommit(7, 1, True))
+    assert not machine.stopping, "the step is not over"
+    feed(machine, Applied(7))
+    assert machine.stopping
+    # All go back to step 6: whoever is left has to do step 7 again before it leaves.
+    feed(machine, Heard(Prepare(plan(2, PlanKind.FENCE, "a", "c"))))
+    (prepared,) = [e.message for e in feed(machine, GroupStands(2)) if isinstance(e, Send)]
+    assert isinstance(prepared, Prepared) and prepared.stop_after == 7
+    feed(machine, Heard(Commit(2, 6, (0, 1), stop_after=7, snapshot_generation=1)), AskWorld(), StateReceived(6))
+    assert not machine.stopping
+    newcomer = WorkerMachine("c")
+    feed(newcomer, Heard(Admitted(joins_running_world=True)), Heard(Prepare(plan(2, PlanKind.FENCE, "a", "c"))), GroupStands(2))
+    feed(newcomer, Heard(Commit(2, 6, (0, 1), stop_after=7, snapshot_generation=1)), AskWorld(), StateReceived(6))
+    feed(newcomer, AskVote(7), AskCommit(7, 2, False), Applied(7))
+    assert newcomer.stopping
