@@ -60,20 +60,20 @@ def worth_moving(job: Job) -> str:
 
 def _measure(job: Job, plan: Plan) -> bool | None:
     """Measure the members' speeds; returns whether others are slow than before, None where some have not computed long enough."""
-    measured, newest = {}, {}
-    for member in plan.members:
-        clock = job.computing.get(member.worker)
-        seconds = clock.median_s(plan.generation) if clock is not None else None
-        if clock is None or seconds is None:
-            return None
-        measured[member.rank], newest[member.rank] = seconds, clock.newest_s()
     assert job.spec is not None
     layers = job.spec.layers
-    expected = {}
+    measured, newest, expected = {}, {}, {}
     for stage in plan.stages:
         each = sum(layer.forward_s + layer.backward_s for layer in layers[stage.first : stage.last])
         for rank in stage.ranks:
-            expected[rank] = each * sum(rank in plan.route(slot) for slot in range(plan.slots))
+            expected_s = each * sum(rank in plan.route(slot) for slot in range(plan.slots))
+            if not expected_s:
+                continue  # it has no slot, or next to nothing to compute
+            clock = job.computing.get(plan.members[rank].worker)
+            seconds = clock.median_s(plan.generation) if clock is not None else None
+            if clock is None or seconds is None:
+                return None
+            measured[rank], newest[rank], expected[rank] = seconds, clock.newest_s(), expected_s
     found = speeds(measured, expected)
     of_late = speeds(newest, expected)
     before = dict(job.speeds)

@@ -235,7 +235,6 @@ def _cuts(costs: Costs, rooms: Sequence[StageRoom], members: Sequence[Sequence[i
         )
 
     paces = [room.power / len(ranks) for room, ranks in zip(rooms, members, strict=True)]
-
     least_s = LEAST * costs.seconds(0, costs.count) / len(rooms)
 
     def passing(number: int, first: int, last: int) -> float:
@@ -306,15 +305,15 @@ def _ways(
     model: Model, stages: Sequence[Stage], speeds: Mapping[int, float]
 ) -> list[tuple[str, tuple[tuple[int, ...], ...]]]:
     """How slots may be dealt, in words, with the routes: evenly first, and whatever else might be faster."""
-    even = [_dealt(model, stage.ranks) for stage in stages]
-    ways = [("", even)]
-    if any(len({speeds.get(rank, 1.0) for rank in stage.ranks}) > 1 for stage in stages):
-        by_speed = [
-            deal_by_speed(model.slots, {rank: speeds.get(rank, 1.0) for rank in stage.ranks}) for stage in stages
-        ]
-        ways.append(("slots are dealt by speed", by_speed))
+    ways = [("", [_dealt(model, stage.ranks) for stage in stages])]
     widths = [len(stage.ranks) for stage in stages]
-    if 1 < max(widths) != min(widths):
+    is_uneven = 1 < max(widths) != min(widths)
+    paces = [{rank: speeds.get(rank, 1.0) for rank in stage.ranks} for stage in stages]
+    differ = any(len(set(pace.values())) > 1 for pace in paces)
+    if differ or is_uneven:
+        words = "slots are dealt by speed" if differ else "slots are dealt in turns"
+        ways.append((words, [deal_by_speed(model.slots, pace) for pace in paces]))
+    if is_uneven:
         whole = [_dealt(model, stage.ranks[: min(widths)]) for stage in stages]
         ways.append((f"slots are dealt to {min(widths)} whole replica(s)", whole))
     return [(words, tuple(zip(*dealt, strict=True))) for words, dealt in ways]

@@ -113,6 +113,7 @@ class PipelineEngine(Engine):
         self.norm = float("nan")
         self._replicas, self._reduction, self._measures_norms = replicas, reduction, measures_norms
         self._stage: _Stage | None = None
+        self.measures.give(LOSS, float("nan"))  # whoever has no slot agrees with the others on what is measured
         self._common = {**parts.stateful, "elastic.measures": self.measures}
         self._travel = Travel(self.layers)
         self._transfers: list[LayerMove] = []
