@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 
 TRAINED = ("--epochs", 3)
 STEPS = 3 * 51
-BUSY_S = 60.0
+BUSY_S = 30.0
 RECOVERIES = 25
 COMPILING_S = 150.0  # several processes compile at once, on a busy machine
 

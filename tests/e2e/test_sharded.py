@@ -135,8 +135,8 @@ def test_without_snapshots_a_lost_worker_ends_the_job_with_the_reason(job: Job) 
 LONG = ("--epochs", 18, "--model-only")
 PACE_MS = 350
 PAIRS = tuple(itertools.combinations("abcdef", 2))
-"""All that there are; the test takes each node twice, and each way of losing two twice."""
-TESTED_PAIRS = tuple(tuple(pair) for pair in ("ab", "cd", "ef", "af", "bc", "de"))
+"""All that there are; the test takes each node once, and each way of losing two once."""
+TESTED_PAIRS = tuple(tuple(pair) for pair in ("ab", "cd", "ef"))
 
 
 def start_six(job: Job, *options: object) -> Status:
