@@ -149,8 +149,8 @@ def test_a_death_at_any_place_of_a_step(job: Job) -> None:
 def test_deaths_while_layers_move(job: Job) -> None:
     """A worker that joins takes layers over; somebody dies on the way, and another one before all are told of the next."""
     job.fail_points.mkdir()
-    train = ("--epochs", 8)
-    held = (*train, *job.held, "--pause-ms", 120)
+    train = ("--epochs", 10)
+    held = (*train, *job.held, "--pause-ms", 250)
     job.controller("--nnodes", "1:6", "--join-timeout", 5, "--snapshot-every", 1, "--max-restarts", 9)
     for node in "abc":
         job.agent(node, 1, train=held, script=SCRIPT)
