@@ -35,6 +35,7 @@ from recovery.ladder import Holding, Restore, Rung, SnapshotWorld, choose_restor
 from recovery.plan import protection_groups
 
 FAILURES_MAX = 5  # searches in a row whose choice no agent could assemble
+REFUSALS_MAX = 2  # so often all may refuse a snapshot that they said they hold, before an older one is taken
 
 
 def state_lost(job: Job, reason: str, now: float) -> None:
@@ -182,6 +183,7 @@ def _choose(job: Job, restoring: Restoring, now: float) -> None:
         Holding(node.id, SnapshotId(held.step, held.generation), held.slices, held.parity)
         for node in here
         for held in restoring.found.get(node.incarnation, ())
+        if job.refused.get(SnapshotId(held.step, held.generation), 0) < REFUSALS_MAX
     ]
     saved = job.saved_step if job.settings.checkpoint_target and job.saved_step != NO_STEP else None
     choice = choose_restore(holdings, _worlds(job), committed=job.step_committed, checkpoint_step=saved)
@@ -308,6 +310,8 @@ def _open_if_ready(job: Job, restoring: Restoring, choice: Restore, now: float) 
     here = [node for node in _here(job) if node.state == "attached"]
     if here and all(node.incarnation in restoring.refusals for node in here):
         job.failed_searches += 1
+        if restoring.snapshot is not None:
+            job.refused[restoring.snapshot] = job.refused.get(restoring.snapshot, 0) + 1
         state_lost(job, "; ".join(restoring.refusals.values()), now)
         return
     able = [node for node in here if node.incarnation not in restoring.refusals]
