@@ -40,8 +40,9 @@ def open_generation(
     `blends` are layers of a pipeline that nobody holds, to be made from what the members hold of the newest committed world.
     """
     assert job.spec is not None
-    may_differ = job.attempt is not None and job.membership_from_attempt() and not blends
-    before = job.attempt.plan if job.attempt is not None and may_differ else job.plan
+    # What blends are made from lies as the newest committed world says, whatever has been opened since.
+    is_opened = job.attempt is not None and job.membership_from_attempt()
+    before = job.attempt.plan if job.attempt is not None and is_opened and not blends else job.plan
     continued = before if kind is not PlanKind.FOUND and snapshot is None else None
     layout = layout_for(job, kind, members, continued, is_cut_anew=bool(blends))
     if isinstance(layout, NoLayout):

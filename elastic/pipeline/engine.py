@@ -153,14 +153,9 @@ class PipelineEngine(Engine):
         assert self.plan is not None
         self.committed_in_slot = False
         self._stage_now()
-        if not self._travel.is_under_way:
-            self._capture()
-        return True
-
-    def _capture(self) -> None:
-        """The state as of the newest step is all here."""
-        assert self.plan is not None
+        # In a world that has just been entered nothing is due, so that what is still to follow is not captured.
         self.snapshots.step_ended(self.committed, self.plan.generation, time.monotonic())
+        return True
 
     def run_step(self) -> bool:
         """Compute and commit the step in progress, in as many worlds as it takes.
@@ -228,7 +223,6 @@ class PipelineEngine(Engine):
             self.coordinator.end_process(str(error))
         if self._travel.takes:
             self.coordinator.feed(StateReceived(self.committed))
-        self._capture()
 
     def _compare(self, stage: _Stage) -> None:
         """Before the first vote in a world: all who hold this stage hold the same, bit by bit. Raises CollectiveAborted."""

@@ -3,8 +3,8 @@
     between two steps     parameters, buffers        both sides in `move`
     during the next one   state of the optimizers    on a thread, from `follow` on; `arrive` waits for it before the vote
 
-So a step does not wait for two thirds of the bytes. Until the state has arrived nothing may be updated or captured: those who
-give it have not voted either, and cannot have changed it. This file must never decide who gives what to whom.
+So a step does not wait for two thirds of the bytes. Until the state has arrived nothing may be updated: those who give it have
+not voted either, and cannot have changed it. This file must never decide who gives what to whom.
 """
 
 from __future__ import annotations

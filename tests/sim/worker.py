@@ -273,8 +273,7 @@ class Worker(Process):
                 return 0
             if self._is_over():
                 break
-            if not self.follows:
-                self._capture()
+            self._capture()
             remaining = self._remaining()
             if remaining:
                 yield Sleep(self.speed.slot_s * self.random.uniform(0.8, 1.2))
@@ -485,7 +484,6 @@ class Worker(Process):
         self.follows = False
         if self.takes:
             self.feed(StateReceived(self.committed))
-        self._capture()
         return None
 
     def _keep_own_layers(self) -> None:
