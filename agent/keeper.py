@@ -318,7 +318,7 @@ class Keeper:
             return parity.answer(request.stripe, request.offset, request.length)
         if request.kind in (Kind.TABLE, Kind.TABLES) and request.sender != self._node:
             self._handle(PeerAsked(request.sender, snapshot))
-        standing = self._machine.standing(snapshot)
+        standing = self._machine.standing(snapshot, to_restore=request.kind is Kind.TABLES)
         if standing is not Standing.READY:
             return Answer.of(_STATUS[standing], standing.value.encode())
         if request.kind is Kind.SHARD:

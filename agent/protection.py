@@ -272,8 +272,13 @@ class ProtectionMachine:
 
     # -- what others may ask ---------------------------------------------------------------------------------------
 
-    def standing(self, snapshot: SnapshotId) -> Standing:
-        """Whether this node has all its slices of a snapshot, or ever will."""
+    def standing(self, snapshot: SnapshotId, *, to_restore: bool = False) -> Standing:
+        """Whether this node has all its slices of a snapshot, or ever will.
+
+        Args:
+            to_restore: the asker was told that this node's agent holds them, so that they are on their way to the keeper
+                even if their world is over: none of them are too late but those that the agent lets go of.
+        """
         kept = self._kept.get(snapshot)
         if kept is not None and self._is_complete(kept):
             return Standing.READY
@@ -282,8 +287,8 @@ class ProtectionMachine:
             other.id.generation == snapshot.generation and other.id.step > snapshot.step and self._is_complete(other)
             for other in self._kept.values()
         )
-        is_over = is_past or snapshot.generation < self._newest() or snapshot.step < self.before_step
-        return Standing.GONE if is_over else Standing.NOT_YET
+        is_over = (is_past or snapshot.generation < self._newest()) and not to_restore
+        return Standing.GONE if is_over or snapshot.step < self.before_step else Standing.NOT_YET
 
     def table(self, snapshot: SnapshotId) -> Table:
         """This node's own table of a snapshot that is ready."""
@@ -334,7 +339,8 @@ class ProtectionMachine:
 
     def _enter(self, world: World) -> None:
         if world.generation < self._newest():
-            return  # fenced
+            self.worlds.setdefault(world.generation, world)  # to give what was captured in it: nothing of it is protected
+            return
         before = self.worlds.get(world.generation)
         is_new = before is None
         self.worlds[world.generation] = world

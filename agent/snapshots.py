@@ -90,12 +90,14 @@ class NodeSnapshots:
         self._keeper: KeeperProcess | None = None
         self._starting = asyncio.Lock()
         self._parity_bytes = 0  # what the keeper may take
-        self._entered = Plan()  # what the keeper was told last
+        self._entered = Plan()  # the newest world that the keeper was told of
+        self._peers: Mapping[str, str] = {}  # where it was told that the others listen
         self._told: set[tuple[SnapshotId, int]] = set()  # slices that it was told of
         self._covered: set[SnapshotId] = set()  # of which all parity that this node holds is complete
         self._forgotten = NO_STEP
         self._weak_at = -math.inf  # when it was said that a snapshot is not protected
         self._restored: SnapshotId | None = None  # what the job goes back to, until a newer one is stable
+        self._offered_at: int | None = None  # what was stable when the controller was told what is here
         self._tasks: set[asyncio.Task[None]] = set()
         self._following: asyncio.Task[None] | None = None
 
@@ -146,7 +148,7 @@ class NodeSnapshots:
         plan = self._plans.get(generation)
         if plan is None or generation <= self._plan.generation:
             return
-        self._plan = plan
+        self._plan, self._offered_at = plan, None
         if self._following is not None:
             self._following.cancel()
             self._following = None
@@ -158,9 +160,11 @@ class NodeSnapshots:
         stable = self.stable
         if self._restored is not None and self._restored.step < stable:
             self._restored = None
-        self._memory.forget_before(
-            stable, None if stable == NO_STEP else self._plan.generation, but=self._restored
-        )
+        # What was offered may be chosen, until a world has what it needs or the last one turns out to go on.
+        if self._offered_at is None or stable > self._offered_at:
+            self._memory.forget_before(
+                stable, None if stable == NO_STEP else self._plan.generation, but=self._restored
+            )
         if self._restored is None:
             self._memory.drop_adopted()
         if self._keeper is not None:
@@ -202,6 +206,7 @@ class NodeSnapshots:
     async def _end_keeper(self) -> None:
         """Let go of the keeper; another one, which knows nothing, is started when it is needed."""
         keeper, self._keeper = self._keeper, None
+        self._entered, self._peers = Plan(), {}
         self._told.clear()
         self._covered.clear()
         self._forgotten = NO_STEP
@@ -235,13 +240,24 @@ class NodeSnapshots:
         return {node.node: address for node, address in zip(others, found, strict=True) if address}
 
     def _enter(self, keeper: KeeperProcess, plan: Plan, peers: Mapping[str, str]) -> None:
+        """Tell the keeper of the world that it is in, and of those before of which it has slices."""
+        self._entered, self._peers = plan, peers
+        for generation in sorted({snapshot.generation for snapshot, _ in self._told}):
+            self._tell_world_before(keeper, generation)
+        self._tell_world(keeper, plan)
+        self._tell_slices(keeper)
+
+    def _tell_world(self, keeper: KeeperProcess, plan: Plan) -> None:
         slices: dict[str, tuple[int, ...]] = {}
         for member in plan.members:
             slices[member.node] = (*slices.get(member.node, ()), member.rank)
-        self._entered = plan
-        keys = {node: self._public_keys.get(node, "") for node in peers} if self._keys is not None else {}
-        keeper.enter(World(plan.generation, self._node, peers, slices, protection_groups(plan)), keys)
-        self._tell_slices(keeper)
+        keys = {node: self._public_keys.get(node, "") for node in self._peers} if self._keys is not None else {}
+        keeper.enter(World(plan.generation, self._node, self._peers, slices, protection_groups(plan)), keys)
+
+    def _tell_world_before(self, keeper: KeeperProcess, generation: int) -> None:
+        """A world may be over before this keeper was told of it; what was captured in it is still to be had."""
+        if generation < self._entered.generation and generation in self._plans:
+            self._tell_world(keeper, self._plans[generation])
 
     def _tell_slices(self, keeper: KeeperProcess) -> None:
         """Tell the keeper what is stable and what has come, in this order: what it lets go of for a slice depends on it."""
@@ -256,6 +272,7 @@ class NodeSnapshots:
             name, snapshot = (one.slice.snapshot, one.slice.index), one.slice.snapshot
             if name not in self._told and snapshot.step >= stable and snapshot.generation in self._plans:
                 self._told.add(name)
+                self._tell_world_before(keeper, snapshot.generation)
                 keeper.hold(one.slice, one.fd)
 
     # What the keeper says (`agent.keeping.Listener`).
@@ -292,6 +309,7 @@ class NodeSnapshots:
         """Say which slices and which parity are here, whole and intact."""
         if len(self._plan.nodes) > 1 and self._keeper is None:
             self._spawn(self._running_keeper())  # others will ask it
+        self._offered_at = self.stable
         await self._memory.check(again=True)
         held: dict[SnapshotId, list[int]] = {snapshot: [] for snapshot in self._covered}
         for one in self._memory.held():
@@ -315,12 +333,17 @@ class NodeSnapshots:
             if order.checkpoint:
                 await self._read_checkpoint(order)
             else:
+                if self._holds_all(snapshot, order.world) and len(order.nodes) > 1:
+                    self._spawn(self._introduced(order.world, order.nodes))  # others read here what this node has
                 sources = {source.slice: source.node for source in order.sources}
                 for piece, fd in await self._gathered(snapshot, order.world, order.nodes, sources, order.decoded):
                     self._memory.adopt(piece, fd)
         except (CheckpointError, TransferError, Unreachable) as error:
             return SnapshotAssembled(order.search, str(error))
         return SnapshotAssembled(order.search)
+
+    def _holds_all(self, snapshot: SnapshotId, world: Plan) -> bool:
+        return self._held(snapshot).keys() >= set(range(world.world_size))
 
     def _held(self, snapshot: SnapshotId) -> dict[int, HeldSlice]:
         return {one.slice.index: one for one in self._memory.held() if one.slice.snapshot == snapshot}
@@ -334,8 +357,18 @@ class NodeSnapshots:
         decoded: Sequence[str] = (),
     ) -> list[tuple[Slice, int]]:
         """The slices of a snapshot of `world` that are not here, read from other nodes or decoded, in memory files."""
-        if self._held(snapshot).keys() >= set(range(world.world_size)):
+        if self._holds_all(snapshot, world):
             return []
+        keeper = await self._introduced(world, nodes)
+        order = AssemblyOrder(snapshot, world.world_size, sources, tuple(decoded), protection_groups(world))
+        return await keeper.assemble(order, ASSEMBLY_TIMEOUT_S)
+
+    async def _introduced(self, world: Plan, nodes: Sequence[PlanNode]) -> KeeperProcess:
+        """The keeper, which knows those of the other nodes and the world whose slices they ask each other for.
+
+        Raises:
+            Unreachable: it does not start, or those of others do not.
+        """
         keeper = await self._running_keeper()
         self._plans.setdefault(world.generation, world)
         self._learn_keys(nodes)
@@ -347,8 +380,7 @@ class NodeSnapshots:
                 raise Unreachable(f"The keepers of {', '.join(silent)} did not say where they listen; order again.")
             await asyncio.sleep(LOOK_S)
         self._enter(keeper, max(world, self._entered, key=lambda plan: plan.generation), peers)
-        order = AssemblyOrder(snapshot, world.world_size, sources, tuple(decoded), protection_groups(world))
-        return await keeper.assemble(order, ASSEMBLY_TIMEOUT_S)
+        return keeper
 
     async def _read_checkpoint(self, order: AssembleSnapshot) -> None:
         durable = self._durable(order.target)

@@ -80,7 +80,7 @@ class Job:
     searches: int = 0  # for snapshots so far
     restores: int = 0  # of snapshots or checkpoints, in a job that had trained
     failed_searches: int = 0  # in a row, since a world has trained
-    refused: dict[SnapshotId, int] = field(default_factory=dict)  # how often all refused to restore it
+    refused: dict[SnapshotId, int] = field(default_factory=dict)  # how often all refused it, since then
     looked: bool = False  # for a checkpoint to begin with
     saving: Saving | None = None
     saves: int = 0  # so far

@@ -183,10 +183,12 @@ def _choose(job: Job, restoring: Restoring, now: float) -> None:
         Holding(node.id, SnapshotId(held.step, held.generation), held.slices, held.parity)
         for node in here
         for held in restoring.found.get(node.incarnation, ())
-        if job.refused.get(SnapshotId(held.step, held.generation), 0) < REFUSALS_MAX
     ]
+    refused = [snapshot for snapshot, count in job.refused.items() if count >= REFUSALS_MAX]
     saved = job.saved_step if job.settings.checkpoint_target and job.saved_step != NO_STEP else None
-    choice = choose_restore(holdings, _worlds(job), committed=job.step_committed, checkpoint_step=saved)
+    choice = choose_restore(
+        holdings, _worlds(job), committed=job.step_committed, checkpoint_step=saved, refused=refused
+    )
     # A member's agent whose stream was only reset is back at once, and may have a newer snapshot.
     may_return = any(w.state == "lost" for w in job.known(job.last_members()))
     redone_s = math.inf

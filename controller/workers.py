@@ -60,6 +60,7 @@ def worker_said(job: Job, worker: Worker, message: WorkerMessage, now: float) ->
             note_resumed(job, generation)
             if job.plan is not None and generation == job.plan.generation:
                 job.fruitless = job.failed_searches = 0
+                job.refused.clear()
                 job.close_incidents(now)
         case CollectiveFailed(generation, step, reason):
             if generation in worlds_in_use(job):

@@ -7,7 +7,7 @@ never mixed, nothing is approximated, and the reason says in words what was pass
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from enum import StrEnum
@@ -83,7 +83,12 @@ class Restore:
 
 
 def choose_restore(
-    holdings: Sequence[Holding], worlds: Sequence[SnapshotWorld], *, committed: int, checkpoint_step: int | None
+    holdings: Sequence[Holding],
+    worlds: Sequence[SnapshotWorld],
+    *,
+    committed: int,
+    checkpoint_step: int | None,
+    refused: Collection[SnapshotId] = (),
 ) -> Restore:
     """Choose what a whole new world begins with.
 
@@ -92,6 +97,7 @@ def choose_restore(
         worlds: those whose snapshots may be restored; snapshots of other generations are passed over.
         committed: the newest step that anybody is known to have committed.
         checkpoint_step: of the newest durable checkpoint, None if there is none. A snapshot as new is preferred.
+        refused: snapshots that nobody could restore although they seemed to be there: taken only where there is nothing else.
     """
     known = {world.generation: world for world in worlds}
     passed_over: list[str] = []
@@ -109,6 +115,9 @@ def choose_restore(
         if snapshot.generation not in known:
             passed_over.append(f"{_called(snapshot)} is of a world that the ledger does not offer.")
             continue
+        if snapshot in refused:
+            passed_over.append(f"{_called(snapshot)} was refused by every node before.")
+            continue
         found = _look_for(snapshot, known[snapshot.generation], holdings)
         if found.obstacles:
             obstacles = "; ".join(_first(found.obstacles, "protection groups are no better"))
@@ -122,6 +131,8 @@ def choose_restore(
     if checkpoint_step is not None:
         reason = because(f"The checkpoint of step {checkpoint_step} is read.", _cost(committed - checkpoint_step))
         return Restore(Rung.CHECKPOINT, None, (), (), reason)
+    if any(snapshot in refused for snapshot in snapshots):
+        return choose_restore(holdings, worlds, committed=committed, checkpoint_step=None)
     reason = because(f"There is no checkpoint: the state after step {committed} is lost, and the job stops.")
     return Restore(Rung.STOP, None, (), (), reason)
 

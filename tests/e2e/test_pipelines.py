@@ -147,10 +147,8 @@ def test_a_death_at_any_place_of_a_step(job: Job) -> None:
 
 
 def test_deaths_while_layers_move(job: Job) -> None:
-    """A worker that joins takes layers over; somebody dies on the way, and another one as the optimizers' state follows.
-
-    Not yet a death at PREPARED: about one of eight such runs loses the job, as the newest snapshot of the world before is
-    chosen although its nodes are letting go of it.
+    """A worker that joins takes layers over; somebody dies on the way, another one as the optimizers' state follows, or when
+    it is prepared for the next world, so that what is restored was captured in one that was over at once.
     """
     job.fail_points.mkdir()
     train = ("--epochs", 10)
@@ -159,8 +157,8 @@ def test_deaths_while_layers_move(job: Job) -> None:
     for node in "abc":
         job.agent(node, 1, train=held, script=SCRIPT)
     before = job.wait_for_world(3, beyond_step=3)
-    places = (FailPoint.LAYERS_MOVING, FailPoint.STATE_FOLLOWING)
-    for size, node, place in zip((4, 5), "de", places, strict=True):
+    places = (FailPoint.LAYERS_MOVING, FailPoint.STATE_FOLLOWING, FailPoint.PREPARED)
+    for size, node, place in zip((4, 5, 6), "def", places, strict=True):
         trigger = job.fail_points / place
         trigger.touch()
         job.agent(node, 1, train=held, script=SCRIPT)

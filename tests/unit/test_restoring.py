@@ -114,13 +114,14 @@ def test_a_node_that_cannot_assemble_does_not_keep_the_others() -> None:
     assert job.assembled("n0")[1:] == [f"{A2}: prepare 3 FENCE [{A2}]"]
 
 
-def test_where_nobody_can_assemble_it_is_looked_for_again_and_not_for_ever() -> None:
+def test_what_nobody_can_assemble_gives_way_to_an_older_one_and_the_search_ends() -> None:
     job = lost()
-    for _ in range(4):
-        chosen(job)
+    for step in (3, 3, 2, 2):
+        job.holds("n0", (3, 1, (0,)), (2, 1, (0,)))
+        assert f"n0#1: assemble step {step} of generation 1" in job.holds("n1", (3, 1, (1,)), (2, 1, (1,)))
         assert job.assembled("n0", refusal="a slice is gone") == ["ledger snapshot-refused"]
         assert "n0#1: find snapshots" in job.assembled("n1", refusal="a slice is gone")
-    chosen(job)
+    chosen(job)  # there is nothing else
     job.assembled("n0", refusal="a slice is gone")
     assert job.assembled("n1", refusal="a slice is gone")[-1] == "END failed"
     assert "no agent could restore what was found, 5 times in a row" in job.machine.reason
