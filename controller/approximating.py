@@ -15,27 +15,36 @@ from controller.attempts import open_generation
 from controller.endings import end_job
 from controller.events import Persist
 from controller.job import Job
-from controller.layouts import layout_for
+from controller.layouts import layout_for, ways_of
 from elastic.domain import Plan, PlanKind, Stage
 from recovery.approximation import NoBlend, blends_for, check_stages, sentence
-from recovery.pipelines import Layout, NoLayout
+from recovery.pipelines import Layout, NoLayout, Ways
 
 
 def may_found(job: Job, names: Sequence[str], now: float) -> bool:
     """Whether a first world of these members can do what was asked for; ends the job with the reason if not."""
-    if not job.settings.approximate:
+    settings = job.settings
+    asked = {
+        "--approximate-recovery": settings.approximate,
+        "--swap-ends": settings.swap_ends,
+        "--skip-ratio": settings.skip_ratio > 0,
+    }
+    option = next((option for option, is_asked in asked.items() if is_asked), "")
+    if not option:
         return True
     assert job.spec is not None
+    fault = ""
     if not job.spec.is_pipeline:
         fault = "it is for pipelines (session.pipeline), and here each worker holds the whole model: leave it out"
-    else:
+    elif settings.approximate:
         layout = layout_for(job, PlanKind.FOUND, names, None)
         if not isinstance(layout, Layout):
             return True  # that is told elsewhere
-        fault = check_stages(job.spec.layers, layout.stages)
+        kept = {layer for copy in layout.copies for layer in range(copy.first, copy.last)}
+        fault = check_stages(job.spec.layers, layout.stages, layout.ways.partners, kept)
         fault = f"{fault}: use more workers, give stages= in session.pipeline(), or leave it out" if fault else ""
     if fault:
-        end_job(job, "failed", f"--approximate-recovery: {fault}", now)
+        end_job(job, "failed", f"{option}: {fault}", now)
     return not fault
 
 
@@ -56,7 +65,20 @@ def rebuild(job: Job, reason: str, now: float, joining: Iterable[str] = ()) -> s
     here = {worker.id for worker in survivors}
     lost = [number for number, stage in enumerate(plan.stages) if not _held(plan, stage, here)]
     norms = dict(enumerate(stage_norms(job, plan)))
-    blends = blends_for(job.spec.layers, plan.stages, lost, norms, job.settings.norm_exponent)
+    ways = ways_of(job, plan.world_size)
+    partners = ways.partners if isinstance(ways, Ways) else {}
+    ranks = [member.rank for member in plan.members if member.worker in here]
+    kept = {layer for rank in ranks for layer in plan.copied_by(rank)}
+    blends = blends_for(
+        job.spec.layers,
+        plan.stages,
+        lost,
+        norms,
+        job.settings.norm_exponent,
+        partners=partners,
+        kept=kept,
+        moments=job.settings.averages_moments,
+    )
     if isinstance(blends, NoBlend):
         return blends.reason
     names = [*(worker.id for worker in survivors), *joining]

@@ -29,7 +29,7 @@ def open_generation(
     *,
     leavers: Iterable[Member] = (),
     snapshot: SnapshotId | None = None,
-    blends: Sequence[Blend] = (),
+    blends: Sequence[Blend] | None = None,
 ) -> None:
     """Make the plan of the next generation, write it down, and have everybody concerned prepare for it.
 
@@ -37,14 +37,15 @@ def open_generation(
 
     `members` are in order of rank; `leavers` are members of the world before, who leave with this switch; `snapshot` is
     what the members read the state from, where nobody holds it.
-    `blends` are layers of a pipeline that nobody holds, to be made from what the members hold of the newest committed world.
+    `blends` are layers of a pipeline that nobody holds, to be made from what the members hold of the newest committed world;
+    none of them where all that a lost stage had is kept in duplicate. None: no stage is lost, or its state is read.
     """
     assert job.spec is not None
     # What blends are made from lies as the newest committed world says, whatever has been opened since.
     is_opened = job.attempt is not None and job.membership_from_attempt()
-    before = job.attempt.plan if job.attempt is not None and is_opened and not blends else job.plan
+    before = job.attempt.plan if job.attempt is not None and is_opened and blends is None else job.plan
     continued = before if kind is not PlanKind.FOUND and snapshot is None else None
-    layout = layout_for(job, kind, members, continued, is_cut_anew=bool(blends))
+    layout = layout_for(job, kind, members, continued, is_cut_anew=blends is not None)
     if isinstance(layout, NoLayout):
         tell_of_no_layout(job, layout, now)
         return
@@ -63,7 +64,7 @@ def open_generation(
         nodes=[site_of(node) for node in nodes],
         redundancy=(job.settings.data_shards, job.settings.parity_shards),
         blends=blends,
-        rebuilt=_rebuilt(job, blends, snapshot),
+        rebuilt=_rebuilt(job, blends or (), snapshot),
     )
     job.attempt = Attempt(
         plan,

@@ -63,7 +63,7 @@ def _holders(job: Job, attempt: Attempt) -> list[Prepared]:
     if job.spec.shard_optimizer and plan.kind is PlanKind.FENCE and not _need_no_optimizer(job, plan, reports):
         return []  # after a fault a part of it is nowhere, or of another step
     holders = [worker for worker, report in _reports(attempt).items() if _holds_state(job, plan, report)]
-    if plan.blends:
+    if plan.is_recut:
         return _if_of_one_step(job, attempt)
     if plan.kind is PlanKind.FENCE and not is_whole(job, plan, holders):
         return []

@@ -29,7 +29,7 @@ from elastic.domain import (
 from elastic.snapshots import SnapshotId
 from monitoring.goodput import StepClock
 from monitoring.stragglers import ComputeClock, Rental
-from recovery.pipelines import Layout, NoLayout
+from recovery.pipelines import Layout, NoLayout, Ways
 
 WORLDS_KEPT = 64
 
@@ -70,6 +70,7 @@ class Job:
     unsettled: int = 0  # generation of the newest switch whose layers may be on their way; 0 once it has committed a step
     layouts: dict[tuple[int, tuple[tuple[int, float], ...]], Layout | NoLayout] = field(default_factory=dict)  # planned ahead
     rebuilt: tuple[Rebuilt, ...] = ()  # layers that were made from others, and when
+    ways: tuple[int, Ways] = (0, Ways())  # of a pipeline's slots, chosen for so many workers; 0: not chosen yet
     approximations: list[str] = field(default_factory=list)  # how, in words
     no_layout: str = ""  # why a pipeline could not be cut for the workers that there were
     protection_gaps: tuple[str, ...] = ()  # in what the newest one's protection falls short of what was asked for

@@ -13,14 +13,16 @@ from elastic.digests import digest_of_parts
 from elastic.domain import Leaving, Plan, PlanKind, Stage, TrainingSpec
 from elastic.pipeline.actions import Schedule
 from elastic.pipeline.moves import handovers
-from recovery.pipelines import Layout, Model, NoLayout, held_in, lay_out, rerouted
+from recovery.pipelines import Layout, Model, NoLayout, Ways, held_in, lay_out, rerouted
+from recovery.ways import skipping_ways, swapped_ways
 
 LAYOUTS_KEPT = 64
 
 
-def model_of(spec: TrainingSpec) -> Model:
-    """Return what is to be cut."""
+def model_of(spec: TrainingSpec, ways: Ways | None = None) -> Model:
+    """Return what is to be cut, with the ways of the slots if not all go straight."""
     return Model(
+        ways=ways or Ways(),
         layers=spec.layers,
         slots=spec.slots,
         virtual_replicas=spec.virtual_replicas,
@@ -41,7 +43,10 @@ def layout_for(
     assert job.spec is not None
     if not job.spec.is_pipeline:
         return None
-    model, speeds = model_of(job.spec), speeds_by_rank(job, names)
+    ways = ways_of(job, len(names))
+    if isinstance(ways, NoLayout):
+        return ways
+    model, speeds = model_of(job.spec, ways), speeds_by_rank(job, names)
     if kind is PlanKind.FENCE and before is not None and not is_cut_anew:
         return rerouted(model, _kept_stages(before, names), "stages stay as they are", speeds)
     if before is not None and (kind is PlanKind.SWITCH or is_cut_anew):
@@ -49,15 +54,42 @@ def layout_for(
     return _anew(job, names)
 
 
+def ways_of(job: Job, workers: int) -> Ways | NoLayout:
+    """Return the ways of the slots, for the job's whole life: those of the newest world, or chosen for a first one of so many
+    workers.
+    """
+    assert job.spec is not None
+    settings, plan = job.settings, job.plan
+    if plan is not None:
+        return Ways(tuple(path.layers for path in plan.paths), plan.path_of, settings.swap_ends)
+    if not settings.swap_ends and not settings.skip_ratio:
+        return Ways()
+    if job.ways[0] != workers:
+        model = model_of(job.spec)
+        if settings.swap_ends:
+            option, found = "--swap-ends", swapped_ways(model, workers)
+        else:
+            option = f"--skip-ratio {settings.skip_ratio:g}"
+            found = skipping_ways(model, workers, settings.skip_ratio)
+        if isinstance(found, NoLayout):
+            return NoLayout(f"{option}: {found.reason}", is_final=True)
+        job.ways = workers, found
+        job.layouts.clear()
+    return job.ways[1]
+
+
 def _anew(job: Job, names: Sequence[str]) -> Layout | NoLayout:
     """The layout of a world whose members hold nothing yet, or read it all; computed once."""
     assert job.spec is not None
     speeds = speeds_by_rank(job, names)
     key = len(names), tuple(sorted(speeds.items()))
+    ways = ways_of(job, len(names))
+    if isinstance(ways, NoLayout):
+        return ways
     if key not in job.layouts:
         if len(job.layouts) >= LAYOUTS_KEPT:
             job.layouts.pop(next(iter(job.layouts)))
-        job.layouts[key] = lay_out(model_of(job.spec), len(names), None, speeds)
+        job.layouts[key] = lay_out(model_of(job.spec, ways), len(names), None, speeds)
     return job.layouts[key]
 
 
@@ -111,7 +143,7 @@ def is_whole(job: Job, plan: Plan, holders: Iterable[str]) -> bool:
 def note_plan(job: Job, before: Plan | None, plan: Plan) -> None:
     """A generation follows another: layers may be on their way from now on, or made from others."""
     handed = handovers(before, plan) if before is not None and plan.kind is PlanKind.SWITCH else ()
-    job.unsettled = plan.generation if handed or plan.moves or plan.blends else 0
+    job.unsettled = plan.generation if handed or plan.moves or plan.is_recut else 0
     job.rebuilt = plan.rebuilt
 
 

@@ -41,6 +41,10 @@ class JobSettings:
         checkpoint_keep: How many of them stay.
         approximate: Whether lost stages may be made from their neighbours, where nothing exact can be had.
         norm_exponent: To which gradient norms are raised where they weigh neighbours.
+        averages_moments: Whether what is made so has an average of the state of optimizers, too, and not a fresh one.
+        swap_ends: Whether half of a pipeline's slots pass the blocks at its ends in swapped order, and layers without a like are
+            kept in duplicate.
+        skip_ratio: Share of a pipeline's stages that each slot passes by.
         token: What agents must show; empty where none is required.
     """
 
@@ -60,6 +64,9 @@ class JobSettings:
     checkpoint_keep: int = 2
     approximate: bool = False
     norm_exponent: float = 1.0
+    averages_moments: bool = False
+    swap_ends: bool = False
+    skip_ratio: float = 0.0
     token: str = field(default="", repr=False)
 
     @property

@@ -9,7 +9,7 @@ rule was given; one that changes all the same is an error, never a silent drift.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -134,6 +134,11 @@ class CommittedBuffers:
                 begin = kept.offset + slot * value.numel()
                 vector[begin : begin + value.numel()] = value
         return vector
+
+    def places_of(self, prefixes: Sequence[str]) -> list[slice]:
+        """Return where in a slot's vector the values of buffers are whose name begins with one of these."""
+        kept = (each for each in self._kept if each.name.startswith(tuple(prefixes)))
+        return [slice(each.offset, each.offset + each.numel) for each in kept]
 
     def commit(self, folded: Tensor, slots: int) -> None:
         """Take over the fold of all slots' vectors; `slots` of them had samples."""

@@ -229,11 +229,12 @@ class LayerMove:
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """A layer that nobody has any more, as the weighted average of others."""
+    """A layer that nobody has any more, as the weighted average of others; with `moments` that of its optimizer's state, too."""
 
     layer: int = 0
     sources: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
+    moments: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +243,22 @@ class Rebuilt:
 
     layer: int = 0
     step: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPath:
+    """Layers of a pipeline in the order in which a slot passes them, maybe not all."""
+
+    layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCopy:
+    """Layers, `first` to before `last`, that ranks of another stage than theirs keep up with, to have them if it is lost."""
+
+    first: int = 0
+    last: int = 0
+    ranks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +283,9 @@ class Plan:
     predicted_s: float = 0.0
     blends: tuple[Blend, ...] = ()
     rebuilt: tuple[Rebuilt, ...] = ()
+    paths: tuple[LayerPath, ...] = ()
+    path_of: tuple[int, ...] = ()
+    copies: tuple[LayerCopy, ...] = ()
 
     @property
     def slots(self) -> int:
@@ -284,14 +304,32 @@ class Plan:
         return range(stage.first, stage.last)
 
     def holders_of(self, layer: int) -> tuple[int, ...]:
-        """The ranks that hold a layer of a pipeline."""
+        """The ranks whose stage has a layer of a pipeline."""
         return next(stage.ranks for stage in self.stages if stage.first <= layer < stage.last)
+
+    def keepers_of(self, layer: int) -> tuple[int, ...]:
+        """All ranks that hold a layer: those of its stage, and those that keep up with it; in order."""
+        copied = (rank for copy in self.copies if copy.first <= layer < copy.last for rank in copy.ranks)
+        return tuple(sorted({*self.holders_of(layer), *copied}))
+
+    def copied_by(self, rank: int) -> tuple[int, ...]:
+        """The layers of other stages that a rank keeps up with."""
+        return tuple(n for copy in self.copies if rank in copy.ranks for n in range(copy.first, copy.last))
+
+    def held_by(self, rank: int) -> tuple[int, ...]:
+        """All layers that a rank holds: its stage's, and those of others that it keeps up with."""
+        return (*self.layers_of(rank), *self.copied_by(rank))
+
+    @property
+    def is_recut(self) -> bool:
+        """Whether a lost stage is made good for: layers move among those who are left, and what nobody has is made."""
+        return self.kind is PlanKind.FENCE and bool(self.blends or self.moves)
 
     def is_given_layers(self, rank: int) -> bool:
         """Whether a rank has yet to be given some of its layers, or to make them from others."""
         if any(rank in move.targets for move in self.moves):
             return True
-        return bool(self.blends) and any(blend.layer in self.layers_of(rank) for blend in self.blends)
+        return bool(self.blends) and any(blend.layer in self.held_by(rank) for blend in self.blends)
 
     def route(self, slot: int) -> tuple[int, ...]:
         """The rank that runs a slot at each stage, in order."""
@@ -301,6 +339,10 @@ class Plan:
     def all_routes(self) -> tuple[tuple[int, ...], ...]:
         """The routes of all slots."""
         return tuple(self.route(slot) for slot in range(self.slots))
+
+    def all_paths(self) -> tuple[tuple[int, ...], ...]:
+        """The layers that each slot passes; none where all go straight."""
+        return tuple(self.paths[number].layers for number in self.path_of)
 
     @property
     def world_size(self) -> int:

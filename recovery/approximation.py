@@ -3,7 +3,9 @@
 A lost stage between two that live becomes their average, layer by layer, each weighted by the norm of its stage's newest
 gradient: whoever is less converged counts for more. Stages need not have as many layers: one at half the depth of its stage is
 made from those at half the depth of theirs. Of several lost stages in a row each is interpolated between the nearest ones
-that live. What is made so is not what was lost; who may take it, and who is told, is `controller/approximating.py`'s.
+that live. A layer that has changed places with another in half of the slots becomes a copy of that (CheckFree+), and one that
+is kept up with elsewhere is not lost at all: only so the first and the last stage can be had again. What is made so is not
+what was lost; who may take it, and who is told, is `controller/approximating.py`'s.
 """
 
 from __future__ import annotations
@@ -39,6 +41,10 @@ def blends_for(
     lost: Collection[int],
     norms: Mapping[int, float],
     exponent: float = 1.0,
+    *,
+    partners: Mapping[int, int] | None = None,
+    kept: Collection[int] = (),
+    moments: bool = False,
 ) -> tuple[Blend, ...] | NoBlend:
     """Return how each layer of the lost stages is made from layers of others.
 
@@ -47,21 +53,27 @@ def blends_for(
         lost: numbers of those stages. norms: of each stage's newest gradient (L2); one that is missing, zero or not finite
             makes all of a layer's sources count alike.
         exponent: to which norms are raised: 0 for a plain mean, 1 as published, 2 for squares.
+        partners: layer -> the one that it has changed places with. kept: layers that somebody has although their stage is lost.
+        moments: whether the state of optimizers is made, too.
     """
+    partners = partners or {}
+    gone = {layer for number in lost for layer in range(stages[number].first, stages[number].last)} - set(kept)
     found: list[Blend] = []
     alive = [number for number in range(len(stages)) if number not in lost]
     for number in sorted(lost):
+        stage = stages[number]
         below = max((other for other in alive if other < number), default=None)
         above = min((other for other in alive if other > number), default=None)
-        if below is None or above is None:
-            place = "first" if below is None else "last"
-            return NoBlend(f"the {place} stage has one neighbour only, and an average needs two")
-        stage = stages[number]
-        # Of a run of losses the nearer neighbour counts for more (in the middle both alike).
-        nearness = {below: float(above - number), above: float(number - below)}
         for layer in range(stage.first, stage.last):
-            if not layers[layer].form:
-                continue  # nothing that could be lost
+            if layer not in gone or not layers[layer].form:
+                continue  # nothing of it is lost
+            if partners.get(layer, layer) not in gone:
+                found.append(Blend(layer, (partners[layer],), (1.0,), moments))
+                continue
+            if below is None or above is None:
+                return NoBlend(_one_sided(layer, "first" if below is None else "last", partners))
+            # Of a run of losses the nearer neighbour counts for more (in the middle both alike).
+            nearness = {below: float(above - number), above: float(number - below)}
             sources = {
                 other: like
                 for other in (below, above)
@@ -72,16 +84,33 @@ def blends_for(
                     f"layer {layer} has no like in the neighbouring stages (layers {stages[below].first} to "
                     f"{stages[below].last - 1} and {stages[above].first} to {stages[above].last - 1})"
                 )
-            found.append(Blend(layer, tuple(sources.values()), _weights(sources, nearness, norms, exponent)))
+            found.append(Blend(layer, tuple(sources.values()), _weights(sources, nearness, norms, exponent), moments))
     return tuple(found)
 
 
-def check_stages(layers: Sequence[LayerProfile], stages: Sequence[Stage]) -> str:
-    """Return "" if each stage between the first and the last could be made from its neighbours, else why not."""
+def _one_sided(layer: int, place: str, partners: Mapping[int, int]) -> str:
+    if layer in partners:
+        return f"layer {layer} of the {place} stage and its partner, layer {partners[layer]}, are both lost"
+    return (
+        f"the {place} stage has one neighbour only, and an average needs two (layer {layer} has no partner"
+        + (")" if partners else ": --swap-ends)")
+    )
+
+
+def check_stages(
+    layers: Sequence[LayerProfile],
+    stages: Sequence[Stage],
+    partners: Mapping[int, int] | None = None,
+    kept: Collection[int] = (),
+) -> str:
+    """Return "" if each stage that could be lost could be made from others, else why not: with partners all, or else those
+    between the first and the last. `kept` are the layers that are kept up with.
+    """
     if len(stages) < STAGES_MIN:
         return f"there are {len(stages)} stage(s), and only a stage between two others can be made from them"
-    for number in range(1, len(stages) - 1):
-        found = blends_for(layers, stages, (number,), {})
+    ends = 0 if partners or kept else 1
+    for number in range(ends, len(stages) - ends):
+        found = blends_for(layers, stages, (number,), {}, partners=partners, kept=kept)
         if isinstance(found, NoBlend):
             return found.reason
     return ""
@@ -90,7 +119,7 @@ def check_stages(layers: Sequence[LayerProfile], stages: Sequence[Stage]) -> str
 def sentence(blends: Sequence[Blend]) -> str:
     """Return in words what is made from what."""
     if not blends:
-        return "no layer with a state is lost"
+        return "nothing of the lost stage is lost: others have kept up with all of its layers"
     made = (
         f"{blend.layer} = "
         + " + ".join(f"{weight:.3f} x {source}" for source, weight in zip(blend.sources, blend.weights, strict=True))

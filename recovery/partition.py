@@ -36,9 +36,11 @@ class StageRoom:
 class Costs:
     """Sums over runs of layers."""
 
-    def __init__(self, layers: Sequence[LayerProfile]) -> None:
+    def __init__(self, layers: Sequence[LayerProfile], shares: Sequence[float] | None = None) -> None:
+        """`shares`: of the slots, how many pass each layer; None: all pass all."""
         self.count = len(layers)
-        self._seconds = _sums([layer.forward_s + layer.backward_s for layer in layers])
+        shares = shares or [1.0] * len(layers)
+        self._seconds = _sums([s * (layer.forward_s + layer.backward_s) for layer, s in zip(layers, shares, strict=True)])
         self._state = _sums([layer.state_bytes for layer in layers])
         self._activations = _sums([layer.activation_bytes for layer in layers])
 

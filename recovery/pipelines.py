@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from elastic.domain import LayerProfile, Plan, Stage
+from elastic.domain import LayerCopy, LayerProfile, Plan, Stage
 from elastic.pipeline.actions import Schedule, in_flight_max, make_actions
 from recovery.dealing import deal_afresh, deal_by_speed
 from recovery.partition import Costs, Cuts, StageRoom, partition
@@ -34,12 +34,48 @@ FINALISTS = 6
 
 
 @dataclass(frozen=True, slots=True)
+class Ways:
+    """The ways of the slots through the layers (`recovery/ways.py`); none: all go straight.
+
+    Attributes:
+        paths: different ones, each the layers in order. path_of: for each slot the number of its path.
+        copies_ends: whether what is at the ends and has no partner is kept in duplicate by the stages next to them.
+    """
+
+    paths: tuple[tuple[int, ...], ...] = ()
+    path_of: tuple[int, ...] = ()
+    copies_ends: bool = False
+
+    @property
+    def of_slots(self) -> tuple[tuple[int, ...], ...]:
+        """The path of each slot."""
+        return tuple(self.paths[number] for number in self.path_of)
+
+    @property
+    def partners(self) -> dict[int, int]:
+        """For each layer that changes places with another in some slots, that other one."""
+        orders = (path for path in self.paths if sorted(path) == list(range(len(path))))
+        swapped = ({layer: other for layer, other in enumerate(path) if layer != other} for path in orders)
+        return next((each for each in swapped if each), {})
+
+    def shares(self, layers: int) -> list[float]:
+        """For each layer the share of the slots that pass it."""
+        if not self.path_of:
+            return [1.0] * layers
+        counts = [0] * layers
+        for path in self.of_slots:
+            for layer in path:
+                counts[layer] += 1
+        return [count / len(self.path_of) for count in counts]
+
+
+@dataclass(frozen=True, slots=True)
 class Model:
     """What is to be cut.
 
     Attributes:
         layers: what each costs. slots, virtual_replicas: of a step. stages: how many were asked for; 0: one for each worker.
-        memory_bytes: of a worker; 0: enough.
+        memory_bytes: of a worker; 0: enough. ways: of the slots.
     """
 
     layers: tuple[LayerProfile, ...]
@@ -49,6 +85,12 @@ class Model:
     memory_bytes: int = 0
     schedule: Schedule = Schedule.ONE_F_ONE_B
     link: Link = field(default_factory=Link)
+    ways: Ways = field(default_factory=Ways)
+
+    @property
+    def costs(self) -> Costs:
+        """Sums over runs of layers: seconds of an average slot."""
+        return Costs(self.layers, self.ways.shares(len(self.layers)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +100,8 @@ class Layout:
     Attributes:
         stages: with their ranks. routes: of each slot, the rank at each stage. prediction: what a step takes.
         moved_bytes: of state that has to go to another worker first. reason: in words.
-        dealing: how slots are dealt, in words; "" for evenly within each stage.
+        dealing: how slots are dealt, in words; "" for evenly within each stage. ways: of the slots through the layers.
+        copies: layers that ranks of other stages keep up with.
     """
 
     stages: tuple[Stage, ...]
@@ -67,6 +110,8 @@ class Layout:
     moved_bytes: int
     reason: str
     dealing: str = ""
+    ways: Ways = field(default_factory=Ways)
+    copies: tuple[LayerCopy, ...] = ()
 
     @property
     def cuts(self) -> Cuts:
@@ -130,7 +175,7 @@ def candidates_for(
     """Return the layouts among which `lay_out` chooses, and in words what was too large. Arguments as there."""
     held, speeds = held or {}, speeds or {}
     count = min(model.stages or ranks, ranks, len(model.layers))
-    costs = Costs(model.layers)
+    costs = model.costs
     candidates: list[Layout] = []
     too_large: list[str] = []
     found: list[tuple[float, Cuts, tuple[tuple[int, ...], ...]]] = []
@@ -145,6 +190,9 @@ def candidates_for(
     for _, cuts, members in found:
         layout = _evaluated(model, cuts, members, held, speeds)
         fault = _too_large(model, layout, held)
+        if fault and layout.copies:  # rather without duplicates than not at all
+            layout = replace(layout, copies=())
+            fault = _too_large(model, layout, held)
         if fault:
             too_large.append(fault)
         else:
@@ -280,8 +328,9 @@ def as_it_is(
     model: Model, stages: Sequence[Stage], routes: Sequence[tuple[int, ...]], speeds: Mapping[int, float]
 ) -> Prediction:
     """Return what a step takes on a layout that there is."""
-    actions = make_actions(stages, routes, model.schedule)
-    return simulate(stages, actions, model.layers, speeds=speeds, link=model.link)
+    paths = model.ways.of_slots
+    actions = make_actions(stages, routes, model.schedule, (), paths)
+    return simulate(stages, actions, model.layers, speeds=speeds, link=model.link, paths=paths)
 
 
 def _routed(model: Model, stages: tuple[Stage, ...], held: Held, speeds: Mapping[int, float]) -> Layout:
@@ -296,9 +345,25 @@ def _routed(model: Model, stages: tuple[Stage, ...], held: Held, speeds: Mapping
         for layer in range(stage.first, stage.last)
         if held and layer not in held.get(rank, range(0))
     )
-    layout = Layout(stages, routes, prediction, moved, "", dealing)
+    copies = copies_of(model.layers, stages, model.ways.partners) if model.ways.copies_ends else ()
+    layout = Layout(stages, routes, prediction, moved, "", dealing, model.ways, copies)
     reason = describe(layout) + (f"; {moved / 2**20:.1f} MiB of state move" if held else "")
     return replace(layout, reason=reason)
+
+
+def copies_of(
+    layers: Sequence[LayerProfile], stages: Sequence[Stage], partners: Mapping[int, int]
+) -> tuple[LayerCopy, ...]:
+    """Return the layers of the first and the last stage that have no partner in another one, and who keeps up with them."""
+    if len(stages) < 2:
+        return ()
+    found = []
+    for stage, neighbour in ((stages[0], stages[1]), (stages[-1], stages[-2])):
+        for number in range(stage.first, stage.last):
+            has_partner = not stage.first <= partners.get(number, number) < stage.last
+            if layers[number].form and not has_partner:
+                found.append(LayerCopy(number, number + 1, neighbour.ranks))
+    return tuple(found)
 
 
 def _ways(
@@ -331,7 +396,8 @@ def _too_large(model: Model, layout: Layout, held: Held) -> str:
     known = {layer for layers in held.values() for layer in layers}
     for stage in layout.stages:
         for rank in stage.ranks:
-            rest = layout.prediction.memory_bytes[rank]
+            copied = [n for copy in layout.copies if rank in copy.ranks for n in range(copy.first, copy.last)]
+            rest = layout.prediction.memory_bytes[rank] + sum(model.layers[n].state_bytes for n in copied)
             going = [layer for layer in held.get(rank, range(0)) if not stage.first <= layer < stage.last]
             if held and rank == min(held):  # leavers hand over to it what goes to newcomers alone
                 going += [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from elastic.domain import Blend, Member, Plan, PlanKind, PlanNode, Rebuilt
+from elastic.domain import Blend, LayerPath, Member, Plan, PlanKind, PlanNode, Rebuilt
 from elastic.pipeline.moves import moves
 from recovery.dealing import deal_afresh, deal_orphans
 from recovery.pipelines import Layout
@@ -36,17 +36,16 @@ def make_plan(
     nodes: Sequence[PlanNode] = (),
     redundancy: tuple[int, int] = (0, 0),
     layout: Layout | None = None,
-    blends: Sequence[Blend] = (),
+    blends: Sequence[Blend] | None = None,
     rebuilt: Sequence[Rebuilt] = (),
 ) -> Plan:
     """Return the plan of a world with these members, ranks in the order given.
 
     `before` is the world that is continued; the owners of one that a FENCE continues keep their slots, since they may have
     finished some of the interrupted step. All other worlds begin at a boundary and are dealt afresh. `layout` is how a
-    pipeline is cut, `blends` how lost layers of it are made from others, `rebuilt` which were not long ago. `nodes` are those
-    of the members, and
-    `redundancy` the data and parity shards that snapshots of this world are protected with; none if there are too few
-    nodes for it. Raises ValueError without members or
+    pipeline is cut, `blends` how lost layers of it are made from others (None: no stage is lost), `rebuilt` which were not
+    long ago. `nodes` are those of the members, and `redundancy` the data and parity shards that snapshots of this world are
+    protected with; none if there are too few nodes for it. Raises ValueError without members or
     with more members than slots, which the caller must have prevented.
     """
     if not members:
@@ -92,14 +91,17 @@ def make_plan(
         plan,
         stages=layout.stages,
         routes=layout.flat_routes,
+        paths=tuple(LayerPath(path) for path in layout.ways.paths),
+        path_of=layout.ways.path_of,
+        copies=layout.copies,
         predicted_s=layout.prediction.step_s,
         reason=f"{reason}; {layout.reason}",
-        blends=tuple(blends),
+        blends=tuple(blends or ()),
         rebuilt=tuple(rebuilt),
     )
-    if before is None or not (blends or kind is PlanKind.SWITCH):
+    if before is None or (blends is None and kind is not PlanKind.SWITCH):
         return plan
-    return replace(plan, moves=moves(before, plan, is_loss=bool(blends)))
+    return replace(plan, moves=moves(before, plan, is_loss=blends is not None))
 
 
 def protection_groups(plan: Plan) -> tuple[ProtectionGroup, ...]:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from elastic.domain import LayerProfile, Stage
 from elastic.pipeline.actions import Schedule, make_actions
 from recovery.approximation import NoBlend, blends_for, sentence
 from recovery.ladder import Rung
-from recovery.pipelines import Layout, Model, NoLayout, best_of, candidates_for, lay_out, rerouted
+from recovery.pipelines import Layout, Model, NoLayout, Ways, best_of, candidates_for, lay_out, rerouted
 from recovery.simulation import Link
 
 
@@ -57,7 +57,13 @@ def _model(fields: Mapping[str, Any]) -> Model:
         memory_bytes=fields.get("memory_bytes", 0),
         schedule=Schedule(fields.get("schedule") or Schedule.ONE_F_ONE_B),
         link=Link(**fields.get("link", {})),
+        ways=_ways(fields.get("ways", {})),
     )
+
+
+def _ways(fields: Mapping[str, Any]) -> Ways:
+    paths = tuple(tuple(path) for path in fields.get("paths", ()))
+    return Ways(paths, tuple(fields.get("path_of", ())), bool(fields.get("copies_ends")))
 
 
 def _brief(layout: Layout) -> dict[str, Any]:
@@ -71,7 +77,7 @@ def _brief(layout: Layout) -> dict[str, Any]:
 
 
 def _plain(model: Model, layout: Layout) -> dict[str, Any]:
-    actions = make_actions(layout.stages, layout.routes, model.schedule)
+    actions = make_actions(layout.stages, layout.routes, model.schedule, (), model.ways.of_slots)
     return _brief(layout) | {
         "routes": layout.routes,
         "busy_s": layout.prediction.busy_s,
@@ -120,15 +126,23 @@ def _rung(
     without = "no parity of it is kept (--redundancy)" if recovery.get("snapshots") else "none are taken (--snapshot-every)"
     passed_over.append(f"snapshots ({without})")
     exponent = recovery.get("norm_exponent", 1.0)
-    blends = blends_for(model.layers, layout.stages, lost, dict(enumerate(recovery.get("norms", ()))), exponent)
+    norms = dict(enumerate(recovery.get("norms", ())))
+    left = {rank for place, stage in enumerate(layout.stages) if place not in lost for rank in stage.ranks}
+    kept = {n for copy in layout.copies if left & {*copy.ranks} for n in range(copy.first, copy.last)}
+    blends = blends_for(model.layers, layout.stages, lost, norms, exponent, partners=model.ways.partners, kept=kept)
     if recovery.get("approximates") and not isinstance(blends, NoBlend):
-        return Rung.NEIGHBOUR_AVERAGE, f"nothing is done again, but {sentence(blends)}", passed_over
+        exact = f"; layers {', '.join(map(str, sorted(kept & _layers_of(layout, lost))))} are kept in duplicate" if kept else ""
+        return Rung.NEIGHBOUR_AVERAGE, f"nothing is done again, but {sentence(blends)}{exact}", passed_over
     reason = blends.reason if recovery.get("approximates") and isinstance(blends, NoBlend) else "not allowed"
     passed_over.append(f"{Rung.NEIGHBOUR_AVERAGE.value} ({reason})")
     if recovery.get("checkpoints"):
         return Rung.CHECKPOINT, "all steps since the newest one are done again", passed_over
     passed_over.append(f"{Rung.CHECKPOINT.value} (none are written)")
     return Rung.STOP, "everything is done again, from step 0", passed_over
+
+
+def _layers_of(layout: Layout, stages: Collection[int]) -> set[int]:
+    return {layer for number in stages for layer in range(layout.stages[number].first, layout.stages[number].last)}
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from elastic.domain import LayerProfile, Stage
 from elastic.pipeline.actions import Action, ActionKind
+from elastic.pipeline.paths import Path, Visit, all_visits
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,15 +53,31 @@ class Prediction:
 
 class _Worker:
     def __init__(self, actions: Sequence[Action], stage: Stage, layers: Sequence[LayerProfile], speed: float) -> None:
-        own = layers[stage.first : stage.last]
         self.actions = actions
         self.at = 0
         self.now = self.busy = 0.0
-        self.forward_s = sum(layer.forward_s for layer in own) / speed
-        self.backward_s = sum(layer.backward_s for layer in own) / speed
-        self.state_bytes = sum(layer.state_bytes for layer in own)
-        self.activation_bytes = sum(layer.activation_bytes for layer in own)
+        self.speed = speed
+        self.state_bytes = sum(layer.state_bytes for layer in layers[stage.first : stage.last])
         self.held = self.held_most = 0
+
+    def compute(self, seconds: float) -> None:
+        self.now += seconds / self.speed
+        self.busy += seconds / self.speed
+
+    def hold(self, size_bytes: int) -> None:
+        self.held += size_bytes
+        self.held_most = max(self.held_most, self.held)
+
+
+class _Cost:
+    """What a visit costs."""
+
+    def __init__(self, visit: Visit, layers: Sequence[LayerProfile]) -> None:
+        own = [layers[number] for number in visit.layers]
+        self.forward_s = sum(layer.forward_s for layer in own)
+        self.backward_s = sum(layer.backward_s for layer in own)
+        self.activation_bytes = sum(layer.activation_bytes for layer in own)
+        self.output_bytes = own[-1].output_bytes
 
 
 def simulate(
@@ -70,12 +87,13 @@ def simulate(
     *,
     speeds: Mapping[int, float] | None = None,
     link: Link | None = None,
+    paths: Sequence[Path] = (),
 ) -> Prediction:
     """Run the actions of all ranks.
 
     Args:
         stages: in order. actions: of each rank. layers: what each costs. speeds: of each rank, 1.0 where there is none: 0.5
-            takes twice as long. link: between any two.
+            takes twice as long. link: between any two. paths: of each slot through the layers; none: straight.
 
     Raises:
         ValueError: the actions wait for each other for ever.
@@ -85,45 +103,49 @@ def simulate(
     workers = {
         rank: _Worker(actions[rank], stage_of[rank], layers, speeds.get(rank, 1.0)) for rank in sorted(stage_of)
     }
-    arrived: dict[tuple[ActionKind, int, int], float] = {}
+    slots = 1 + max((action.slot for listed in actions.values() for action in listed), default=-1)
+    visits = all_visits(stages, slots, paths[:slots])
+    found = {visit: _Cost(visit, layers) for way in set(visits) for visit in way}
+    ways = {way: [found[visit] for visit in way] for way in set(visits)}
+    costs = [ways[way] for way in visits]
+    arrived: dict[tuple[ActionKind, int, int], float] = {}  # what arrives, of which slot, for which of its visits
     waiting: dict[tuple[ActionKind, int, int], int] = {}
     ready = list(workers)
     while ready:
         rank = ready.pop()
         worker = workers[rank]
-        stage = stage_of[rank]
         while worker.at < len(worker.actions):
             action = worker.actions[worker.at]
             match action.kind:
                 case ActionKind.RECEIVE_INPUT | ActionKind.RECEIVE_GRADIENT:
-                    key = (action.kind, action.slot, rank)
+                    key = (action.kind, action.slot, action.place)
                     if key not in arrived:
                         waiting[key] = rank
                         break
                     worker.now = max(worker.now, arrived[key])
                 case ActionKind.FORWARD:
-                    worker.now += worker.forward_s
-                    worker.busy += worker.forward_s
-                    worker.held += 1
-                    worker.held_most = max(worker.held_most, worker.held)
+                    cost = costs[action.slot][action.place]
+                    worker.compute(cost.forward_s)
+                    worker.hold(cost.activation_bytes)
                 case ActionKind.BACKWARD:
-                    worker.now += worker.backward_s
-                    worker.busy += worker.backward_s
-                    worker.held -= 1
+                    cost = costs[action.slot][action.place]
+                    worker.compute(cost.backward_s)
+                    worker.hold(-cost.activation_bytes)
                 case ActionKind.SEND_OUTPUT | ActionKind.SEND_GRADIENT:
+                    # A gradient is as large as what was sent forward.
                     is_output = action.kind is ActionKind.SEND_OUTPUT
-                    boundary = stage.last - 1 if is_output else stage.first - 1
                     kind = ActionKind.RECEIVE_INPUT if is_output else ActionKind.RECEIVE_GRADIENT
-                    sent = (kind, action.slot, action.peer)
-                    arrived[sent] = worker.now + link.seconds(layers[boundary].output_bytes)
+                    sent = (kind, action.slot, action.place + (1 if is_output else -1))
+                    giver = costs[action.slot][action.place - (0 if is_output else 1)]
+                    arrived[sent] = worker.now + link.seconds(giver.output_bytes)
                     if sent in waiting:
                         ready.append(waiting.pop(sent))
-                case ActionKind.REDUCE:
+                case ActionKind.PASS_BY | ActionKind.REDUCE:
                     pass
             worker.at += 1
     if waiting:
-        kind, slot, rank = min(waiting)
-        raise ValueError(f"rank {rank} waits for ever to {kind} of slot {slot}")
+        kind, slot, place = min(waiting)
+        raise ValueError(f"rank {waiting[kind, slot, place]} waits for ever to {kind} of slot {slot}")
     ends = []
     for rank, worker in workers.items():
         stage = stage_of[rank]
@@ -134,5 +156,5 @@ def simulate(
     return Prediction(
         max(ends),
         tuple(worker.busy for worker in workers.values()),
-        tuple(float(w.state_bytes + w.held_most * w.activation_bytes) for w in workers.values()),
+        tuple(float(w.state_bytes + w.held_most) for w in workers.values()),
     )

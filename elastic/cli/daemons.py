@@ -34,6 +34,9 @@ def controller_settings(
     redundancy: tuple[int, int],
     approximate_recovery: bool,
     norm_exponent: float,
+    approximate_moments: str,
+    swap_ends: bool,
+    skip_ratio: float,
     checkpoint_dir: str,
     checkpoint_every: int,
     checkpoint_keep: int,
@@ -56,6 +59,8 @@ def controller_settings(
         raise ConfigError("--checkpoint-dir writes snapshots from memory, and --snapshot-every 0 takes none: leave one out")
     if checkpoint_every and not checkpoint_dir:
         raise ConfigError("--checkpoint-every was given without a place for checkpoints: add --checkpoint-dir")
+    if swap_ends and skip_ratio:
+        raise ConfigError("--swap-ends and --skip-ratio each say which way the slots of a pipeline go: leave one out")
     return {
         "settings": {
             "job": job,
@@ -71,6 +76,9 @@ def controller_settings(
             "parity_shards": redundancy[1],
             "approximate": approximate_recovery,
             "norm_exponent": norm_exponent,
+            "averages_moments": approximate_moments == "averaged",
+            "swap_ends": swap_ends,
+            "skip_ratio": skip_ratio,
             "checkpoint_target": _target(checkpoint_dir),
             "checkpoint_every": checkpoint_every,
             "checkpoint_keep": checkpoint_keep,

@@ -150,6 +150,13 @@ job_settings = together(
                  help="Of a pipeline: where nothing exact can be had, make a lost stage from its neighbours and go on."),
     click.option("--norm-exponent", type=click.FloatRange(0, 8), default=1.0, show_default=True,
                  help="To which gradient norms are raised where they weigh the neighbours of a lost stage."),
+    click.option("--approximate-moments", type=click.Choice(["fresh", "averaged"]), default="fresh", show_default=True,
+                 help="What the optimizer of an approximated layer begins with."),
+    click.option("--swap-ends", is_flag=True,
+                 help="Of a pipeline: every other slot passes the blocks at both ends in swapped order, so that the first and "
+                 "the last stage, too, can be made from others; embedding and head are kept in duplicate."),
+    click.option("--skip-ratio", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
+                 help="Of a pipeline: the share of the stages that each slot passes by, never the first or the last."),
 )  # fmt: skip
 
 snapshot_memory = click.option(

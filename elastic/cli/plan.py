@@ -150,6 +150,11 @@ def question_of(reply: PlanReply) -> Question:
             "stages": spec.stages,
             "memory_bytes": spec.memory_bytes,
             "schedule": spec.schedule,
+            "ways": {
+                "paths": [path.layers for path in reply.plan.paths],
+                "path_of": reply.plan.path_of,
+                "copies_ends": bool(reply.plan.copies),
+            },
         },
         "workers": reply.plan.world_size,
         "recovery": {

@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from elastic.capture import Capturer, restore
 from elastic.checksum import crc32
 from elastic.control import Coordinator
 from elastic.digests import joined_digests
-from elastic.domain import Blend, LayerMove, Plan, PlanKind, Stage
+from elastic.domain import LayerMove, Plan, PlanKind, Stage
 from elastic.encoding import flat_bytes, raw_view
 from elastic.engine import LOSS, Engine, Slot
 from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
@@ -32,9 +33,11 @@ from elastic.group import Group, GroupPart, Work
 from elastic.memory import SnapshotMemory
 from elastic.payload import Section
 from elastic.pipeline.actions import Action, Schedule, make_actions
+from elastic.pipeline.copies import Copies
 from elastic.pipeline.executor import Batch, Deeds, Executor
 from elastic.pipeline.layers import MODEL, Layers, Part, haste, norm_of
 from elastic.pipeline.moves import census, fill, handovers
+from elastic.pipeline.paths import Visit, all_visits, fault_of
 from elastic.pipeline.survey import Survey
 from elastic.pipeline.ties import Ties
 from elastic.pipeline.travel import Travel
@@ -117,8 +120,9 @@ class PipelineEngine(Engine):
         self._common = {**parts.stateful, "elastic.measures": self.measures}
         self._travel = Travel(self.layers)
         self._transfers: list[LayerMove] = []
-        self._blends: Sequence[Blend] = ()
+        self._is_recut = False  # and what a lost stage had is yet to come here, or to be made
         self._actions: Sequence[Action] = ()
+        self._visits: Sequence[Sequence[Visit]] = ()
         self._made_for: object = None
         self._part: GroupPart | None = None
         self._part_of: Group | None = None
@@ -127,6 +131,7 @@ class PipelineEngine(Engine):
         self._has_left = False  # the loop, for good: nothing moves any more
         self._is_compared = False  # with the others of the stage, in this world
         self._ties = Ties(self.layers)
+        self._copies_kept = Copies(self.layers)
         self._totals = torch.zeros(0)  # the norm of each parameter's gradient
         self._measured = torch.zeros(measures.EXTRAS, dtype=torch.float64)
         self._capturer: Capturer | None = None
@@ -206,7 +211,7 @@ class PipelineEngine(Engine):
             return self.measures.of_slot()
 
         deeds = Deeds(fetch, begin, end, measured, self.beat, self._waiting)
-        compute_s = stage.executor.run(actions, step, sizes, self.group, stage.buffers, deeds)
+        compute_s = stage.executor.run(actions, step, self._visits, sizes, self.group, stage.buffers, deeds)
         if self._page is not None:
             self._page.computed(compute_s)
         self.slot = None
@@ -226,7 +231,15 @@ class PipelineEngine(Engine):
 
     def _compare(self, stage: _Stage) -> None:
         """Before the first vote in a world: all who hold this stage hold the same, bit by bit. Raises CollectiveAborted."""
-        part = self._part
+        part, group, plan = self._part, self.group, self.plan
+        assert group is not None and plan is not None
+        with self._waiting():
+            unlike = self._copies_kept.differing(group, plan, self.committed)
+        if unlike:
+            self.coordinator.end_process(
+                f"layers {unlike}, which are kept in duplicate, are not what their stage has after step {self.committed}: "
+                "restore a snapshot"
+            )
         if part is None or part.size == 1:
             return
         crc = 0
@@ -276,6 +289,7 @@ class PipelineEngine(Engine):
         output = dict(zip(stage.parameters, stage.reducer.output(), strict=True))
         present = dict(zip(stage.parameters, stage.reducer.presence_after_reduction(), strict=True))
         self._ties.add_up(self.group, self.plan, output, present)
+        self._copies_kept.exchange(self.group, self.plan, {**output, **self._ties.gradients})
         finite = self._exchange_summaries(stage, reduced)
         return Reduced(finite, reduced.complete, reduced.extras)
 
@@ -356,24 +370,28 @@ class PipelineEngine(Engine):
         for uses in self.layers.uses:
             numbers = [self.layers.number_of(use) for use in uses]
             tied |= dict.fromkeys(numbers, any(presence[number] for number in numbers))
-        stage.reducer.install([tied.get(number, presence[number]) for number in stage.parameters])
+        after_ties = [tied.get(number, present) for number, present in enumerate(presence)]
+        stage.reducer.install([after_ties[number] for number in stage.parameters])
         parameters = [p for number in stage.numbers for p in self.layers[number].parameters()]
         for number, parameter in zip(stage.parameters, parameters, strict=True):
             if number in self._ties.gradients and parameter.grad is not None:
                 parameter.grad = self._ties.gradients[number]
         reach_inside(FailPoint.APPLYING)
+        assert self.plan is not None
+        copied = self.plan.copied_by(self.rank)
+        kept_up = self._copies_kept.install(self.plan, self.rank, after_ties)
         if commit:
-            self._clip(parameters)
+            self._clip([*parameters, *kept_up])
             if self._measures_norms and self._page is not None:
                 self._page.reduced(norm_of(parameters))
-            for number in stage.numbers:
+            for number in (*stage.numbers, *copied):
                 self.layers[number].step(self._haste(number, step))
             slots = sum(1 for size in self.sampler.sizes(step) if size)
             stage.buffers.commit(reduced.extras[: stage.buffers.extras], slots)
         else:
             stage.buffers.restore()
         self.measures.commit(self._measured)
-        for number in stage.numbers:
+        for number in (*stage.numbers, *copied):
             self.layers[number].schedule()
         self._ties.forget()
         self._is_computed = False
@@ -426,7 +444,9 @@ class PipelineEngine(Engine):
         if self._part is None or self._part_of is not group:
             self._part, self._part_of = GroupPart(group, ranks), group
         if self._made_for != (plan, empty):
-            self._actions = make_actions(plan.stages, plan.all_routes(), self.parts.schedule, empty)[self.rank]
+            paths = plan.all_paths()
+            self._actions = make_actions(plan.stages, plan.all_routes(), self.parts.schedule, empty, paths)[self.rank]
+            self._visits = all_visits(plan.stages, plan.slots, paths)
             self._made_for = plan, empty
         stage.reducer.plan(self._part, [ranks.index(route[place]) for route in plan.all_routes()], empty)
         self._is_planned = True
@@ -464,13 +484,15 @@ class PipelineEngine(Engine):
         plan, joiners = world.plan, world.joiner_ranks
         if fault := census(plan, len(self.layers)):
             raise ProtocolError(f"the plan of generation {plan.generation} cannot be: {fault}; a fault of the runtime")
-        own = plan.layers_of(world.rank)
-        self._transfers, self._blends, self._is_computed, self._is_compared = [], (), False, False
+        if fault := self._fault_of_paths(plan):
+            raise ConfigError(fault)
+        own = plan.held_by(world.rank)
+        self._transfers, self._is_recut, self._is_computed, self._is_compared = [], False, False, False
         self._lose_state()
-        if self._has_left and world.snapshot is None and not plan.blends:
+        if self._has_left and world.snapshot is None and not plan.is_recut:
             return
-        self._blends = plan.blends
-        if plan.blends:
+        self._is_recut = plan.is_recut
+        if plan.is_recut:
             if world.rank in joiners:
                 self._drop_stage()
                 self.layers.keep(())
@@ -486,11 +508,28 @@ class PipelineEngine(Engine):
                 raise ProtocolError(f"layers {sorted(missing)} are nowhere to be had in generation {plan.generation}")
             self.layers.hold(own)
             self.layers.keep(own)
+            self._copies_kept.check(plan, world.rank)
         # In a first world nobody needs to be given layers: all were born with the same.
         if plan.kind is PlanKind.SWITCH:
             self._transfers = list(plan.moves)
         elif plan.kind is PlanKind.FENCE and world.snapshot is None:
-            self._transfers = list(fill(plan.stages, joiners))
+            self._transfers = list(fill(plan, joiners))
+
+    def _fault_of_paths(self, plan: Plan) -> str:
+        """Why slots cannot go the ways of a plan, in words; "" if they can."""
+        for path in plan.paths:
+            if fault := fault_of(path.layers, len(self.layers)):
+                return f"a way through the layers cannot be: {fault}; a fault of the runtime"
+            for before, after in pairwise(path.layers):
+                for survey in self.parts.surveys.values():
+                    given, taken = survey.boundaries[before], survey.boundaries[after - 1]
+                    if [(spec.shape, spec.dtype) for spec in given] != [(spec.shape, spec.dtype) for spec in taken]:
+                        return (
+                            f"a slot would go from {self.layers[before].label} to {self.layers[after].label}, which takes "
+                            f"{', '.join(map(str, taken))} and would be given {', '.join(map(str, given))}: layers can be "
+                            "left out or change places only where all pass on alike (--swap-ends, --skip-ratio)"
+                        )
+        return ""
 
     def _hand_over_state(self, plan: Plan, before: Plan, group: Group) -> None:
         if not self._has_left:
@@ -519,12 +558,12 @@ class PipelineEngine(Engine):
         return received
 
     def _must_settle(self) -> bool:
-        return bool(self._transfers or self._blends)
+        return bool(self._transfers) or self._is_recut
 
     def _settle_state(self, joins: bool) -> None:
         assert self.plan is not None and self.group is not None
         transfers, self._transfers = self._transfers, []
-        blends, self._blends = self._blends, ()
+        blends, self._is_recut = self.plan.blends if self._is_recut else (), False
         if transfers or blends:
             reach_inside(FailPoint.LAYERS_MOVING)
         # A fence continues a step, and needs all; whoever comes in by one is told apart by what it has.
@@ -534,8 +573,8 @@ class PipelineEngine(Engine):
         if follows:
             self._travel.follow(self.group, transfers, self.committed)
         took |= self._travel.blend(self.group, blends, self.plan, self.committed)
-        own = self.plan.layers_of(self.rank)
-        if took or [layer.number for layer in self.layers.held] != list(own):
+        own = self.plan.held_by(self.rank)
+        if took or [layer.number for layer in self.layers.held] != sorted(own):
             self._drop_stage()
             self.layers.hold(own)
             self.layers.keep(own)
@@ -544,7 +583,7 @@ class PipelineEngine(Engine):
 
     def _read_snapshot(self, memory: SnapshotMemory, snapshot: SnapshotId) -> None:
         assert self.plan is not None
-        restore(self.layers.state(self.plan.layers_of(self.rank), dict(self._common)), memory, snapshot)
+        restore(self.layers.state(sorted(self.plan.held_by(self.rank)), dict(self._common)), memory, snapshot)
 
     def _take_over(self) -> None:
         self._drop_stage()  # committed copies of buffers, too, are made anew from what was written
@@ -553,7 +592,7 @@ class PipelineEngine(Engine):
 
     def evaluate(self, batch: Batch) -> float:
         """Return a batch's loss, everywhere; NaN where the world broke."""
-        if (self.plan is None and not self._settle()) or self._blends:
+        if (self.plan is None and not self._settle()) or self._is_recut:
             return float("nan")
         stage = self._stage_now()
         assert self.plan is not None and self.group is not None
@@ -576,7 +615,7 @@ class PipelineEngine(Engine):
         """Return the tensors of all layers, on the CPU. Raises CollectiveAborted."""
         if self.plan is None:
             self._settle()
-        if self._blends:
+        if self._is_recut:
             raise CollectiveAborted("A stage is lost, and made from others before the next step: ask again after it.")
         self._stage_now()
         assert self.plan is not None and self.group is not None
@@ -633,13 +672,13 @@ class PipelineEngine(Engine):
         self._announce()
 
     def _entered_after_loop(self) -> None:
-        if self._blends:
+        if self._is_recut:
             self._make_lost_layers()
             self.coordinator.feed(self._loop_ended())
 
     def _make_lost_layers(self) -> None:
         """After the last step nobody begins another one, so all do it when they leave, or have left."""
-        if not self._blends:
+        if not self._is_recut:
             return
         try:
             with self._waiting():

@@ -21,7 +21,8 @@ from elastic.buffers import CommittedBuffers
 from elastic.errors import ConfigError
 from elastic.group import Group, Work
 from elastic.pipeline.actions import Action, ActionKind
-from elastic.pipeline.layers import Layer, Layers
+from elastic.pipeline.layers import MODEL, Layer, Layers
+from elastic.pipeline.paths import Visit
 from elastic.pipeline.survey import (
     Boundary,
     Survey,
@@ -38,6 +39,8 @@ from elastic.seeding import seed_everything
 TAG = 1 << 26
 """Above the tags of a reduction, and below a verdict's."""
 _TENSORS_MAX = 64
+_HOPS = 8
+"""So many hops of a slot have tags of their own: two ranks are not that often neighbours on its way."""
 _RECEIVES_AHEAD = 2
 
 Batch = tuple[Tensors, Any]
@@ -46,7 +49,7 @@ Batch = tuple[Tensors, Any]
 
 @dataclass(slots=True)
 class _InFlight:
-    """A slot between its forward and its backward here.
+    """A visit of a slot between its forward and its backward here.
 
     Attributes:
         leaves, results: for each layer what went in and what came out, with its graph; empty where it is recomputed.
@@ -55,7 +58,6 @@ class _InFlight:
     leaves: list[Tensors] = field(default_factory=list)
     results: list[Tensors] = field(default_factory=list)
     gradients: list[Tensor | None] = field(default_factory=list)
-    extras: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -64,7 +66,7 @@ class Deeds:
 
     Attributes:
         batch: gives a slot's inputs and target; asked only by the first and the last stage.
-        begin_backward: expects the gradients of a slot.
+        begin_backward: expects the gradients of a slot, of all its visits here.
         end_backward: has them, and the slot's extras.
         measured: takes a slot's loss, on the last stage, and returns what the slot adds to the step's measures.
         beat: counts progress.
@@ -106,11 +108,6 @@ class Executor:
         self._device = layers.device
 
     @property
-    def is_first(self) -> bool:
-        """Whether the stage takes the batch."""
-        return self._numbers.start == 0
-
-    @property
     def is_last(self) -> bool:
         """Whether the stage computes the loss."""
         return self._numbers.stop == len(self._layers)
@@ -119,6 +116,7 @@ class Executor:
         self,
         actions: Sequence[Action],
         step: int,
+        visits: Sequence[Sequence[Visit]],
         sizes: Sequence[int],
         group: Group,
         buffers: CommittedBuffers,
@@ -129,13 +127,14 @@ class Executor:
         On an accelerator these are seconds of the host, which waits for it where a tensor is sent.
 
         Args:
-            step: which. sizes: of each slot, in samples. group: of the whole world. buffers: of the layers held here.
+            step: which. visits: of each slot, on its way through the stages. sizes: of each slot, in samples.
+            group: of the whole world. buffers: of the layers of this stage.
 
         Raises:
             CollectiveAborted: a peer is gone.
             ConfigError: a layer or the loss gave something else than in the survey.
         """
-        run = _Run(self, actions, step, sizes, group, buffers, deeds)
+        run = _Run(self, actions, step, visits, sizes, group, buffers, deeds)
         run.run()
         return run.compute_s
 
@@ -201,20 +200,22 @@ class _Run:
         executor: Executor,
         actions: Sequence[Action],
         step: int,
+        visits: Sequence[Sequence[Visit]],
         sizes: Sequence[int],
         group: Group,
         buffers: CommittedBuffers,
         deeds: Deeds,
     ) -> None:
-        self._e, self._actions, self._step, self._sizes = executor, actions, step, sizes
+        self._e, self._actions, self._step, self._visits, self._sizes = executor, actions, step, visits, sizes
         self._group, self._buffers, self._deeds = group, buffers, deeds
-        self._flights: dict[int, _InFlight] = {}
-        self._arriving: dict[tuple[ActionKind, int], tuple[Tensors, list[Work]]] = {}
+        self._flights: dict[tuple[int, int], _InFlight] = {}
+        self._arriving: dict[tuple[ActionKind, int, int], tuple[Tensors, list[Work]]] = {}
         self._passing: dict[int, Tensors] = {}
         self._receives: Iterator[Action] = iter(
             [a for a in actions if a.kind in (ActionKind.RECEIVE_INPUT, ActionKind.RECEIVE_GRADIENT)]
         )
         self._targets: dict[int, Any] = {}
+        self._extras: dict[int, Tensor] = {}
         self.compute_s = 0.0
 
     def run(self) -> None:
@@ -226,16 +227,18 @@ class _Run:
                     self._passing[action.slot] = self._arrived(action)
                 case ActionKind.FORWARD:
                     with self._timed():
-                        self._forward(action.slot)
+                        self._forward(action)
                 case ActionKind.SEND_OUTPUT:
-                    self._send(action, self._outputs(action.slot))
+                    self._send(action, self._passing.pop(action.slot))
                 case ActionKind.RECEIVE_GRADIENT:
-                    self._flights[action.slot].gradients = self._gradients(action)
+                    self._flights[action.slot, action.place].gradients = self._gradients(action)
                 case ActionKind.BACKWARD:
                     with self._timed():
-                        self._backward(action.slot)
+                        self._backward(action)
                 case ActionKind.SEND_GRADIENT:
-                    self._send(action, self._leaf_gradients(action.slot))
+                    self._send(action, self._leaf_gradients(action))
+                case ActionKind.PASS_BY:
+                    self._pass_by(action.slot)
                 case ActionKind.REDUCE:
                     pass
             self._deeds.beat()
@@ -246,14 +249,24 @@ class _Run:
         yield
         self.compute_s += time.perf_counter() - began_s
 
+    def _visit(self, action: Action) -> Visit:
+        return self._visits[action.slot][action.place]
+
+    def _places(self, action: Action) -> list[int]:
+        """The places of all visits of its slot here."""
+        return [place for place, visit in enumerate(self._visits[action.slot]) if visit.stage == action.stage]
+
     # -- what comes and goes ---------------------------------------------------------------------------------------
 
     def _boundary(self, action: Action) -> Boundary:
         """What an action receives or sends."""
-        numbers, boundaries = self._e._numbers, self._survey(action.slot).boundaries
         if action.kind in (ActionKind.RECEIVE_INPUT, ActionKind.SEND_GRADIENT):
-            return boundaries[numbers.start - 1]
-        return boundaries[numbers.stop - 1]
+            return self._before(action)
+        return self._survey(action.slot).boundaries[self._visit(action).layers[-1]]
+
+    def _before(self, action: Action) -> Boundary:
+        """What comes from the visit before."""
+        return self._survey(action.slot).boundaries[self._visits[action.slot][action.place - 1].layers[-1]]
 
     def _survey(self, slot: int) -> Survey:
         return self._e._surveys[self._sizes[slot]]
@@ -268,13 +281,13 @@ class _Run:
             boundary = tuple(spec for spec in boundary if spec.requires_grad)
         tensors = tuple(spec.empty() for spec in boundary)
         works = [
-            self._group.take(tensor, action.peer, _tag(action.slot, action.kind, index))
+            self._group.take(tensor, action.peer, _tag(action, index))
             for index, tensor in enumerate(tensors)
         ]
-        self._arriving[action.kind, action.slot] = tensors, works
+        self._arriving[action.kind, action.slot, action.place] = tensors, works
 
     def _arrived(self, action: Action) -> Tensors:
-        tensors, works = self._arriving.pop((action.kind, action.slot))
+        tensors, works = self._arriving.pop((action.kind, action.slot, action.place))
         with self._deeds.waiting():
             for work in works:
                 work.wait()
@@ -288,36 +301,33 @@ class _Run:
 
     def _send(self, action: Action, tensors: Sequence[Tensor]) -> None:
         for index, tensor in enumerate(tensors):
-            self._group.post(tensor.cpu(), action.peer, _tag(action.slot, action.kind, index))
+            self._group.post(tensor.cpu(), action.peer, _tag(action, index))
 
-    def _outputs(self, slot: int) -> Tensors:
-        return self._passing.pop(slot)  # what has come out of the last layer here
-
-    def _leaf_gradients(self, slot: int) -> list[Tensor]:
-        gradients = self._flights.pop(slot).gradients
-        boundary = self._survey(slot).boundaries[self._e._numbers.start - 1]
+    def _leaf_gradients(self, action: Action) -> list[Tensor]:
+        gradients = self._flights.pop((action.slot, action.place)).gradients
         sent = []
-        for spec, gradient in zip(boundary, gradients, strict=True):
+        for spec, gradient in zip(self._before(action), gradients, strict=True):
             if spec.requires_grad:
                 sent.append(torch.zeros(spec.shape, dtype=spec.dtype) if gradient is None else gradient.contiguous())
         return sent
 
     # -- what is computed ------------------------------------------------------------------------------------------
 
-    def _forward(self, slot: int) -> None:
-        flight = self._flights[slot] = _InFlight()
+    def _forward(self, action: Action) -> None:
+        slot, visit = action.slot, self._visit(action)
+        flight = self._flights[slot, action.place] = _InFlight()
         tensors = self._passing.pop(slot, None)
-        if self._e.is_first or self._e.is_last:
+        is_last = action.place + 1 == len(self._visits[slot])
+        if action.place == 0 or is_last:
             inputs, self._targets[slot] = self._deeds.batch(slot)
-            if self._e.is_first:
+            if action.place == 0:
                 tensors = self._e._moved(inputs)
         assert tensors is not None
-        if not self._e.is_first:
-            before = self._survey(slot).boundaries[self._e._numbers.start - 1]
-            for tensor, spec in zip(tensors, before, strict=True):
+        if action.place:
+            for tensor, spec in zip(tensors, self._before(action), strict=True):
                 tensor.requires_grad_(spec.requires_grad)
         self._buffers.restore()
-        for number in self._e._numbers:
+        for number in visit.layers:
             leaves, results = self._layer(number, slot, tensors, keep=not self._e._recompute)
             self._check(number, slot, results)
             tensors = leaving(results)
@@ -327,11 +337,30 @@ class _Run:
             flight.leaves.append(leaves)
             flight.results.append(() if self._e._recompute else results)
         loss = None
-        if self._e.is_last:
+        if is_last:
             loss = self._loss(slot, flight, tensors)
         else:
             self._passing[slot] = tensors
-        flight.extras = torch.cat([self._buffers.of_slot(slot), self._deeds.measured(slot, loss)])
+        self._note_extras(slot, visit, loss)
+
+    def _note_extras(self, slot: int, visit: Visit, loss: float | None) -> None:
+        """What a visit has left in buffers, beside what others of the slot have, and the slot's measures."""
+        found = torch.cat([self._buffers.of_slot(slot), self._deeds.measured(slot, loss)])
+        before = self._extras.get(slot)
+        if before is not None:
+            names = [f"{MODEL}.{number}." for number in visit.layers]
+            for place in self._buffers.places_of(names):
+                before[place] = found[place]
+            before[self._buffers.extras :] = found[self._buffers.extras :]
+            found = before
+        self._extras[slot] = found
+
+    def _pass_by(self, slot: int) -> None:
+        """The slot's gradient of these layers is nothing, and buffers stay as they are."""
+        self._deeds.begin_backward(slot)
+        self._buffers.restore()
+        extras = torch.cat([self._buffers.of_slot(slot), self._deeds.measured(slot, None)])
+        self._deeds.end_backward(slot, extras)
 
     def _layer(self, number: int, slot: int, tensors: Tensors, *, keep: bool) -> tuple[Tensors, Tensors]:
         """A layer's forward: what it was given, as leaves, and what it returned."""
@@ -366,11 +395,13 @@ class _Run:
         flight.gradients = [leaf.grad for leaf in leaves]
         return float(loss.detach())
 
-    def _backward(self, slot: int) -> None:
-        flight = self._flights[slot]
-        self._deeds.begin_backward(slot)
+    def _backward(self, action: Action) -> None:
+        slot, places = action.slot, self._places(action)
+        flight = self._flights[slot, action.place]
+        if action.place == places[-1]:
+            self._deeds.begin_backward(slot)
         self._targets.pop(slot, None)
-        for number in reversed(self._e._numbers):
+        for number in reversed(self._visit(action).layers):
             leaves, results = flight.leaves.pop(), flight.results.pop()
             if self._e._recompute:
                 with buffers_kept(self._e._layers[number].module):
@@ -378,15 +409,17 @@ class _Run:
             run_backward(results, flight.gradients)
             self._deeds.beat()
             flight.gradients = [leaf.grad for leaf in leaves]
-        assert flight.extras is not None
-        self._deeds.end_backward(slot, flight.extras)
-        if self._e.is_first:
-            del self._flights[slot]
+        if action.place == places[0]:
+            self._deeds.end_backward(slot, self._extras.pop(slot))
+        if action.place == 0:
+            del self._flights[slot, 0]
 
 
-def _tag(slot: int, kind: ActionKind, index: int) -> int:
-    backward = kind in (ActionKind.SEND_GRADIENT, ActionKind.RECEIVE_GRADIENT)
-    return TAG + (2 * slot + backward) * _TENSORS_MAX + index
+def _tag(action: Action, index: int) -> int:
+    """Of a message between two visits: alike for who sends and who receives it."""
+    backward = action.kind in (ActionKind.SEND_GRADIENT, ActionKind.RECEIVE_GRADIENT)
+    hop = action.place + (action.kind in (ActionKind.SEND_OUTPUT, ActionKind.RECEIVE_GRADIENT))
+    return TAG + (2 * (_HOPS * action.slot + hop % _HOPS) + backward) * _TENSORS_MAX + index
 
 
 def _on_device(value: Any, device: torch.device) -> Any:

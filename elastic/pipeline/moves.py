@@ -1,14 +1,15 @@
 """Which layers have to go where when a pipeline is cut anew between two steps. A pure function of the two plans.
 
 Over the old world's group leavers hand what nobody else has to those who stay (`handovers`); over the new one each layer
-goes from all who hold it to all who are to hold it and do not (`moves`). Nothing else moves.
+goes from all who hold it to all who are to hold it and do not (`moves`). Nothing else moves. Whoever keeps up with a layer of
+another stage holds it as well as that stage does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from elastic.domain import LayerMove, Plan, Stage
+from elastic.domain import LayerMove, Plan
 
 
 def handovers(before: Plan, after: Plan) -> tuple[LayerMove, ...]:
@@ -35,7 +36,7 @@ def moves(before: Plan, after: Plan, *, is_loss: bool = False) -> tuple[LayerMov
     staying = _staying(before, after)
     holders: dict[int, set[int]] = {}
     for old, new in staying.items():
-        for layer in before.layers_of(old):
+        for layer in before.held_by(old):
             holders.setdefault(layer, set()).add(new)
     for move in () if is_loss else handovers(before, after):
         for layer in range(move.first, move.last):
@@ -45,7 +46,7 @@ def moves(before: Plan, after: Plan, *, is_loss: bool = False) -> tuple[LayerMov
         for layer in range(stage.first, stage.last):
             if is_loss and layer not in holders:
                 continue
-            targets = tuple(rank for rank in stage.ranks if rank not in holders[layer])
+            targets = tuple(rank for rank in after.keepers_of(layer) if rank not in holders[layer])
             if targets:
                 found.append(LayerMove(layer, layer + 1, tuple(sorted(holders[layer])), targets))
     return _joined(found)
@@ -70,18 +71,15 @@ def census(plan: Plan, layers: int) -> str:
     return ""
 
 
-def fill(stages: Sequence[Stage], without: Sequence[int]) -> tuple[LayerMove, ...]:
-    """Return what goes, within each stage, to the ranks that hold nothing yet."""
-    return tuple(
-        LayerMove(
-            stage.first,
-            stage.last,
-            tuple(rank for rank in stage.ranks if rank not in without),
-            tuple(rank for rank in stage.ranks if rank in without),
-        )
-        for stage in stages
-        if any(rank in without for rank in stage.ranks)
-    )
+def fill(plan: Plan, without: Sequence[int]) -> tuple[LayerMove, ...]:
+    """Return what goes to the ranks that hold nothing yet, from the others who are to hold the same."""
+    found = []
+    for layer in range(plan.stages[-1].last):
+        keepers = plan.keepers_of(layer)
+        targets = tuple(rank for rank in keepers if rank in without)
+        if targets:
+            found.append(LayerMove(layer, layer + 1, tuple(rank for rank in keepers if rank not in without), targets))
+    return _joined(found)
 
 
 def _staying(before: Plan, after: Plan) -> dict[int, int]:

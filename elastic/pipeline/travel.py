@@ -72,14 +72,14 @@ class Travel:
         """Make lost layers from others, whose holders give them to whoever needs them; returns whether any are made here.
 
         All who make a layer get the same bits. It begins with the schedule of its sources, and without the state of an
-        optimizer. Raises as `move`.
+        optimizer, or with the average of theirs. Raises as `move`.
         """
         made = False
         for blend in blends:
-            makers = plan.holders_of(blend.layer)
+            makers = plan.keepers_of(blend.layer)
             total: list[Tensor] = []
             for source, weight in zip(blend.sources, blend.weights, strict=True):
-                holders = plan.holders_of(source)
+                holders = plan.keepers_of(source)
                 takers = [rank for rank in makers if rank not in holders]
                 if group.rank in makers:
                     self._layers.hold([blend.layer])
@@ -91,11 +91,12 @@ class Travel:
                 elif group.rank in takers:
                     receive_state(group, target.state(), holders, step)
                 if group.rank in makers:
-                    total = _added(total, _model_of(target), weight)
+                    total = _added(total, _blended_of(target, blend), weight)
             if group.rank in makers:
-                for tensor, value in zip(_model_of(target), total, strict=True):
+                for tensor, value in zip(_blended_of(target, blend), total, strict=True):
                     tensor.copy_(value)
-                target.forget_optimizer()
+                if not blend.moments:
+                    target.forget_optimizer()
                 made = True
         return made
 
@@ -150,9 +151,9 @@ def _run(group: Group, errands: Sequence[_Errand], step: int) -> None:
             serve_state(group, errand.state, move.sources, move.targets, step)
 
 
-def _model_of(layer: Layer) -> list[Tensor]:
-    """A layer's parameters and buffers, as live tensors."""
-    return TrainingState({MODEL: layer.module}, {}, {}).tensors()
+def _blended_of(layer: Layer, blend: Blend) -> list[Tensor]:
+    """What of a layer is an average, as live tensors: parameters and buffers, maybe the optimizer's state."""
+    return (layer.state() if blend.moments else TrainingState({MODEL: layer.module}, {}, {})).tensors()
 
 
 def _copy(source: TrainingState, target: TrainingState) -> None:

@@ -603,6 +603,9 @@ class Plan(_message.Message):
     PREDICTED_S_FIELD_NUMBER: _builtins.int
     BLENDS_FIELD_NUMBER: _builtins.int
     REBUILT_FIELD_NUMBER: _builtins.int
+    PATHS_FIELD_NUMBER: _builtins.int
+    PATH_OF_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     kind: Global___PlanKind.ValueType
     virtual_replicas: _builtins.int
@@ -651,6 +654,18 @@ class Plan(_message.Message):
     def rebuilt(self) -> _containers.RepeatedCompositeFieldContainer[Global___Rebuilt]:
         """Of a pipeline: layers that were made so not long ago, and still learn faster."""
 
+    @_builtins.property
+    def paths(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerPath]:
+        """Of a pipeline: ways through the layers, if not all slots go straight."""
+
+    @_builtins.property
+    def path_of(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """For each slot the number of its way; none: all go straight."""
+
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerCopy]:
+        """Of a pipeline: layers that ranks of other stages keep up with."""
+
     def __init__(
         self,
         *,
@@ -672,14 +687,68 @@ class Plan(_message.Message):
         predicted_s: _builtins.float = ...,
         blends: _abc.Iterable[Global___Blend] | None = ...,
         rebuilt: _abc.Iterable[Global___Rebuilt] | None = ...,
+        paths: _abc.Iterable[Global___LayerPath] | None = ...,
+        path_of: _abc.Iterable[_builtins.int] | None = ...,
+        copies: _abc.Iterable[Global___LayerCopy] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blends", b"blends", "data_shards", b"data_shards", "generation", b"generation", "kind", b"kind", "members", b"members", "moves", b"moves", "nodes", b"nodes", "owners", b"owners", "parity_shards", b"parity_shards", "predicted_s", b"predicted_s", "prepare_timeout_ms", b"prepare_timeout_ms", "reason", b"reason", "rebuilt", b"rebuilt", "routes", b"routes", "stages", b"stages", "store_address", b"store_address", "store_node", b"store_node", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blends", b"blends", "copies", b"copies", "data_shards", b"data_shards", "generation", b"generation", "kind", b"kind", "members", b"members", "moves", b"moves", "nodes", b"nodes", "owners", b"owners", "parity_shards", b"parity_shards", "path_of", b"path_of", "paths", b"paths", "predicted_s", b"predicted_s", "prepare_timeout_ms", b"prepare_timeout_ms", "reason", b"reason", "rebuilt", b"rebuilt", "routes", b"routes", "stages", b"stages", "store_address", b"store_address", "store_node", b"store_node", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Plan: _TypeAlias = Plan  # noqa: Y015
+
+@_typing.final
+class LayerPath(_message.Message):
+    """Layers in the order in which a slot passes them, maybe not all."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        layers: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerPath: _TypeAlias = LayerPath  # noqa: Y015
+
+@_typing.final
+class LayerCopy(_message.Message):
+    """Layers that ranks of another stage hold, too, and update alike."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    RANKS_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    last: _builtins.int
+    """The layer behind the last one."""
+    @_builtins.property
+    def ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        ranks: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last", "ranks", b"ranks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerCopy: _TypeAlias = LayerCopy  # noqa: Y015
 
 @_typing.final
 class Blend(_message.Message):
@@ -690,7 +759,10 @@ class Blend(_message.Message):
     LAYER_FIELD_NUMBER: _builtins.int
     SOURCES_FIELD_NUMBER: _builtins.int
     WEIGHTS_FIELD_NUMBER: _builtins.int
+    MOMENTS_FIELD_NUMBER: _builtins.int
     layer: _builtins.int
+    moments: _builtins.bool
+    """Whether the state of its optimizer is an average, too, and does not begin anew."""
     @_builtins.property
     def sources(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Other layers."""
@@ -705,10 +777,11 @@ class Blend(_message.Message):
         layer: _builtins.int = ...,
         sources: _abc.Iterable[_builtins.int] | None = ...,
         weights: _abc.Iterable[_builtins.float] | None = ...,
+        moments: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "sources", b"sources", "weights", b"weights"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["layer", b"layer", "moments", b"moments", "sources", b"sources", "weights", b"weights"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("--wait-ms", type=float, default=0.0, help="Each block waits so long each way.")
     parser.add_argument("--slow", type=Path, help="File with NODE FACTOR: there they wait longer.")
     parser.add_argument("--pause-ms", type=float, default=60.0, help="Sleep per step until --go exists.")
+    parser.add_argument("--trace", type=Path, help="Directory for what each process has of the first layer after each step.")
     parser.add_argument("--go", type=Path)
     parser.add_argument("--out", type=Path, help="Directory for what each process ended with.")
     args = parser.parse_args()
@@ -140,8 +142,9 @@ def main() -> None:
     session = elastic.join()
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, TOKENS, (args.samples, LENGTH + 1), generator=generator)
+    layers = layers_of(args.blocks, plain=args.plain, wait_s=args.wait_ms / 1000, slow=args.slow)
     pipeline = session.pipeline(
-        layers_of(args.blocks, plain=args.plain, wait_s=args.wait_ms / 1000, slow=args.slow),
+        layers,
         loss_of,
         lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
         DataLoader(TensorDataset(tokens[:, :-1], tokens[:, 1:]), batch_size=args.batch_size, shuffle=True),
@@ -164,6 +167,13 @@ def main() -> None:
         if args.evaluate:
             losses.append(pipeline.eval((tokens[: args.batch_size, :-1], tokens[: args.batch_size, 1:])))
 
+    def trace(step: int) -> None:
+        (weight,) = layers[0].parameters()
+        if args.trace is not None and not weight.is_meta:
+            crc = zlib.crc32(weight.detach().numpy().tobytes())
+            with (args.trace / str(os.getpid())).open("a") as file:
+                file.write(f"{step} {crc} {0 in pipeline.layers}\n")
+
     losses: list[float] = []
     for _ in session.epochs(args.epochs):
         for batch in pipeline:
@@ -173,6 +183,7 @@ def main() -> None:
             if not going():
                 time.sleep(args.pause_ms / 1000)
             loss = pipeline.step()
+            trace(batch.step)
             if batch.step % 10 == 0:
                 evaluate()
         evaluate()

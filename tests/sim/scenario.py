@@ -143,6 +143,9 @@ def make_scenario(seed: int, *, hostile: bool | None = None) -> Scenario:
         if not spec.stages and nodes * nproc > 2 and layers.random() < 0.6:
             without = replace(scenario.settings, approximate=True, snapshot_every=layers.choice((0, 0, 1)))
             scenario = replace(scenario, settings=without, steps=80)
+        if (ways := Random(f"ways {seed}")).random() < (0.6 if scenario.settings.approximate else 0.3):
+            share = ways.choice((0.0, 0.0, 0.25))
+            scenario = replace(scenario, settings=replace(scenario.settings, swap_ends=not share, skip_ratio=share))
     if memory.random() < 0.25 and (scenario.settings.snapshot_every or not scenario.settings.approximate):
         scenario = _with_durable_tier(scenario, memory)
     faults = draw_faults(random)

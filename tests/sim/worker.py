@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from elastic.digests import joined_digests
-from elastic.domain import Blend, Failed, LayerMove, Plan, PlanKind, StartWorker
+from elastic.domain import Failed, LayerMove, Plan, PlanKind, StartWorker
 from elastic.pipeline.moves import fill, handovers
 from elastic.protocol import (
     Answer,
@@ -144,7 +144,7 @@ class Worker(Process):
         # Of a pipeline: the layers that are held, and of which state; every worker is born with all of them.
         self.layers: dict[int, int] = dict.fromkeys(range(len(world.scenario.spec.layers)), self.digest)
         self.moves: tuple[LayerMove, ...] = ()
-        self.blends: tuple[Blend, ...] = ()
+        self.is_recut = False
         self.capturer = Capturer(parent.memory, self.id, world.scenario.buffers, self.random)
         self.snapshotter = Snapshotter()
         self.finishes_by_order = False  # what it writes was decided by a newer generation
@@ -285,7 +285,7 @@ class Worker(Process):
                 self.slots_done[remaining[0]] = (self.committed + 1, remaining[0], self.digest)
             if not self._remaining() and (yield from self._commit_step()):
                 return 0
-        if self.blends and not (yield from self._settle_layers(False)):
+        if self.is_recut and not (yield from self._settle_layers(False)):
             return FENCED_EXIT_CODE
         self.has_left = True
         self.world.moment("left the loop", self)
@@ -302,7 +302,7 @@ class Worker(Process):
                     self.feed(HasConcluded())
                 case EnterWorld(snapshot=None):
                     yield from self._enter(answer)  # a loop that has ended gives the state to nobody
-                    if self.blends:
+                    if self.is_recut:
                         if not (yield from self._settle_layers(False)):
                             return FENCED_EXIT_CODE
                         self.feed(LoopEnded(self._final_digest(), self.committed, scenario.concludes))
@@ -401,12 +401,12 @@ class Worker(Process):
     def _take_layers(self, world: EnterWorld, before: Plan | None) -> Main:
         plan = world.plan
         self.slots_done = {}  # what is in flight belongs to several workers
-        self.moves, self.blends, self.settles, self.follows = (), (), False, False
-        if self.has_left and world.snapshot is None and not plan.blends:
+        self.moves, self.is_recut, self.settles, self.follows = (), False, False, False
+        if self.has_left and world.snapshot is None and not plan.is_recut:
             return
-        if plan.blends:
+        if plan.is_recut:
             self.layers = {} if self.rank in self.donate else self.layers
-            self.moves, self.blends, self.settles = plan.moves, plan.blends, True
+            self.moves, self.is_recut, self.settles = plan.moves, True, True
             return
         if plan.kind is PlanKind.FOUND and world.snapshot is None:
             self.layers = dict.fromkeys(range(len(self.world.scenario.spec.layers)), self.world.scenario.initial_digest)
@@ -417,7 +417,7 @@ class Worker(Process):
         if plan.kind is PlanKind.SWITCH:
             self.moves = plan.moves
         elif plan.kind is PlanKind.FENCE and world.snapshot is None:
-            self.moves = fill(plan.stages, world.joiner_ranks)
+            self.moves = fill(plan, world.joiner_ranks)
         self.settles = bool(self.moves)
         if not self.settles:
             self._keep_own_layers()
@@ -458,11 +458,11 @@ class Worker(Process):
             self.feed(CollectiveBroke(held.reason))
             return False
         took = self._take_moved(moves, held, self.plan)
-        blends, self.blends = self.blends, ()
+        blends, self.is_recut = self.plan.blends if self.is_recut else (), False
         for blend in blends:
             if {layers.get(source) for source in blend.sources for layers in held.values()} - {None} != {self.digest}:
                 raise Violation(f"layer {blend.layer} is made from {blend.sources}, and held is {held}")
-            if blend.layer in self.plan.layers_of(self.rank):
+            if blend.layer in self.plan.held_by(self.rank):
                 self.layers[blend.layer] = self.digest
                 took = True
         self._keep_own_layers()
@@ -488,7 +488,7 @@ class Worker(Process):
 
     def _keep_own_layers(self) -> None:
         assert self.plan is not None
-        own = self.plan.layers_of(self.rank)
+        own = self.plan.held_by(self.rank)
         self.layers = {layer: state for layer, state in self.layers.items() if layer in own}
 
     def compute_s(self) -> float:
@@ -503,7 +503,7 @@ class Worker(Process):
     def _check_layers(self) -> None:
         """Before a step: exactly the layers of the own stage, in the state that all are in."""
         if self.plan is not None and self.plan.stages:
-            own = dict.fromkeys(self.plan.layers_of(self.rank), self.digest)
+            own = dict.fromkeys(self.plan.held_by(self.rank), self.digest)
             if self.layers != own:
                 raise Violation(f"worker {self.id} trains with {self.layers}, and should hold {own}")
 
@@ -623,7 +623,7 @@ class Worker(Process):
         if self.world.scenario.spec.shard_optimizer:
             self.part = Part(self.rank, self.plan.world_size, self.digest)
         if self.plan.stages:
-            self.layers = dict.fromkeys(self.plan.layers_of(self.rank), self.digest)
+            self.layers = dict.fromkeys(self.plan.held_by(self.rank), self.digest)
         self.slots_done, self.reduced = {}, None
         self.snapshotter.restored(snapshot.step)
         self.world.observe("received", self)

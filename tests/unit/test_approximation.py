@@ -73,6 +73,25 @@ def test_stages_of_other_lengths_and_layers_of_other_forms_are_stepped_over() ->
     assert blended(one_sided, stages_of(0, 2, 3, 4), {1}) == (Blend(2, (0,), (1.0,)),)
 
 
+PARTNERS = {1: 2, 2: 1, 5: 6, 6: 5}
+
+
+def test_what_has_changed_places_becomes_a_copy_of_its_partner_and_what_is_kept_up_with_is_not_lost() -> None:
+    stages = stages_of(0, 2, 3, 4, 5, 6, 8)
+    first = blends_for(GPT, stages, {0}, {}, partners=PARTNERS, kept={0, 7})
+    assert first == (Blend(1, (2,), (1.0,)),)
+    assert blends_for(GPT, stages, {1}, {}, partners=PARTNERS, kept={0, 7}) == (Blend(2, (1,), (1.0,)),)
+    ends = blends_for(GPT, stages, {0, 2, 5}, {}, partners=PARTNERS, kept={0, 7}, moments=True)
+    assert ends == (Blend(1, (2,), (1.0,), True), Blend(3, (2, 4), (0.5, 0.5), True), Blend(6, (5,), (1.0,), True))
+    assert blends_for(GPT, stages_of(0, 1, 2, 8), {0}, {}, partners=PARTNERS, kept={0}) == ()
+    both = blends_for(GPT, stages, {0, 1}, {}, partners=PARTNERS, kept={0, 7})
+    assert isinstance(both, NoBlend) and both.reason == "layer 1 of the first stage and its partner, layer 2, are both lost"
+    alone = blends_for(GPT, stages, {0}, {}, partners=PARTNERS)
+    assert isinstance(alone, NoBlend) and "(layer 0 has no partner)" in alone.reason
+    assert check_stages(GPT, stages, PARTNERS, {0, 7}) == ""
+    assert "layer 0 has no partner" in check_stages(GPT, stages, PARTNERS)
+
+
 @pytest.mark.parametrize(
     ("layers", "cuts", "lost", "words"),
     [

@@ -244,7 +244,7 @@ def test_within_each_stage_those_who_hold_nothing_are_given_all_of_it(data: st.D
     stages = data.draw(stagings(data.draw(st.integers(1, 6)), data.draw(st.integers(1, 8))))
     order = data.draw(st.permutations([rank for stage in stages for rank in stage.ranks[1:]]))
     without = order[: data.draw(st.integers(0, len(order)))]  # of each stage one is left
-    filled = fill(stages, without)
+    filled = fill(Plan(stages=stages), without)
     assert sorted(rank for move in filled for rank in move.targets) == sorted(without)
     for move in filled:
         assert move.sources and not set(move.sources) & set(without)
