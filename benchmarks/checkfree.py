@@ -18,6 +18,14 @@ For each the loss on a fixed set of bytes that is never trained on, right after 
 that of `none`: `middle_stage_jump` has the first, `later` the others; medians over seeds with their order-statistic intervals.
 `first_stage_jump_noswap` is that of a first block (next to the embedding) made anew: CheckFree cannot make it from one
 neighbour, and the runtime refuses to. One process trains all stages, with the bits that any pipeline of them has.
+
+`first_stage_jump_swap` is that of the first block of a model that was trained with swapped ends (--swap-ends, CheckFree+) and
+became a copy of its partner, the second; `last_stage_jump_swap` the same at the other end, `middle_stage_jump_swap` a third
+block averaged. All losses are of the straight way through the layers. `swap_cost` is what the swapping itself costs: the
+loss with it, after as many steps, less that without.
+
+`embedding_equal` comes from a real job of six workers (see `benchmarks.failures`): whether the embedding, which the second
+stage keeps up with, had the same bits in every worker that held it, at each step before and after its stage was killed.
 """
 
 from __future__ import annotations
@@ -25,148 +33,22 @@ from __future__ import annotations
 import argparse
 import copy
 import statistics
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from rich.table import Table
-from torch import Tensor, nn
 
+from benchmarks.failures import embedding_is_kept
+from benchmarks.lone_gpt import BLOCKS, CONTEXT, Training
 from benchmarks.paired import median_interval
 from benchmarks.report import Reporter, command, main_of
-from elastic.domain import Blend, LayerProfile, Plan, Stage
-from elastic.group import Group
-from elastic.pipeline.layers import Layers, haste, norm_of
-from elastic.pipeline.travel import Travel
-from examples.gpt import HEADS, VOCABULARY, Block, Windows
-from examples.gpt_pipeline import Embed, Scores, loss_of
-from recovery.approximation import NoBlend, blends_for
+from examples.gpt import Windows
 
-BLOCKS, DIM, CONTEXT, BATCH = 6, 96, 64, 8
-RATE = 2e-3
 LATER_STEPS = (5, 20, 50)
-HELD_OUT = 128
-"""Windows at the end of the text that are for evaluation only."""
-CPU = torch.device("cpu")
 LOST = 3
 """The middle block that is lost: layer 3, the third of six."""
 WAYS = ("none", "average", "uniform", "identity", "random", "copy")
-
-
-def modules_of() -> list[nn.Module]:
-    """Return the GPT as layers: an embedding, blocks, and the scores."""
-    embed = Embed(nn.Embedding(VOCABULARY, DIM), nn.Embedding(CONTEXT, DIM))
-    nn.init.normal_(embed.tokens.weight, std=0.02)
-    nn.init.normal_(embed.positions.weight, std=0.02)
-    scores = Scores(nn.LayerNorm(DIM), nn.Linear(DIM, VOCABULARY, bias=False))
-    return [embed, *(Block(DIM, HEADS, 0.0) for _ in range(BLOCKS)), scores]
-
-
-def optimizer_of(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """Return a layer's optimizer."""
-    return torch.optim.Adam(parameters, lr=RATE)
-
-
-class Training:
-    """All stages in one process.
-
-    Attributes:
-        step: the newest. norms: of each layer's newest gradient. rebuilt: layer -> the step after which it was made.
-    """
-
-    def __init__(self, seed: int, text: Windows) -> None:
-        torch.manual_seed(seed)
-        self.layers = Layers(modules_of(), optimizer_of, None, CPU)
-        self.layers.hold(range(len(self.layers)))
-        self.step = 0
-        self.norms: dict[int, float] = {}
-        self.rebuilt: dict[int, int] = {}
-        self._text = text
-        self._order = torch.Generator().manual_seed(seed)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Training:
-        twin = Training(0, self._text)
-        for number in range(len(self.layers)):
-            mine, theirs = self.layers[number], twin.layers[number]
-            theirs.module.load_state_dict(mine.module.state_dict())
-            assert mine.optimizer is not None and theirs.optimizer is not None
-            theirs.optimizer.load_state_dict(copy.deepcopy(mine.optimizer.state_dict()))
-        twin.step, twin.norms, twin.rebuilt = self.step, dict(self.norms), dict(self.rebuilt)
-        twin._order.set_state(self._order.get_state())
-        return twin
-
-    def train(self, steps: int) -> None:
-        """Train on so many batches."""
-        for _ in range(steps):
-            picked = torch.randint(0, len(self._text) - HELD_OUT, (BATCH,), generator=self._order).tolist()
-            self._forward(picked).backward()
-            self.step += 1
-            for number in range(len(self.layers)):
-                parameters = self.layers[number].parameters()
-                nn.utils.clip_grad_norm_(parameters, 1.0)
-                self.norms[number] = norm_of(parameters)
-                since = self.rebuilt.get(number)
-                self.layers[number].step(1.0 if since is None else haste(self.step, since))
-                self.layers[number].module.zero_grad()
-
-    def loss(self) -> float:
-        """The loss on what is never trained on."""
-        with torch.no_grad():
-            return float(self._forward(list(range(len(self._text) - HELD_OUT, len(self._text)))))
-
-    def _forward(self, windows: list[int]) -> Tensor:
-        pairs = [self._text[index] for index in windows]
-        x = torch.stack([inputs for inputs, _ in pairs])
-        for number in range(len(self.layers)):
-            x = self.layers[number].module(x)
-        return loss_of(x, torch.stack([targets for _, targets in pairs]))
-
-    # -- what a lost layer becomes -------------------------------------------------------------------------------------
-
-    def lose(self, number: int, way: str) -> None:
-        """Lose a layer, and have another instead."""
-        recover: Callable[[int], None] = getattr(self, f"_{way}")
-        if way == "none":
-            return
-        recover(number)
-        if way not in ("average", "uniform"):
-            self.layers[number].forget_optimizer()
-        self.rebuilt[number] = self.step
-
-    def _none(self, number: int) -> None:
-        return
-
-    def _average(self, number: int, exponent: float = 1.0) -> None:
-        stages = [Stage(each, each + 1, (0,)) for each in range(len(self.layers))]
-        profiles = [LayerProfile(form=self.layers[each].form) for each in range(len(self.layers))]
-        blends = blends_for(profiles, stages, {number}, self.norms, exponent)
-        if isinstance(blends, NoBlend):
-            raise ValueError(blends.reason)
-        self._blend(blends)
-
-    def _blend(self, blends: tuple[Blend, ...]) -> None:
-        """As workers do it, but all in one: there is nobody to send to."""
-        plan = Plan(stages=(Stage(0, len(self.layers), (0,)),))
-        alone = cast(Group, SimpleNamespace(rank=0))
-        Travel(self.layers).blend(alone, blends, plan, self.step)
-
-    def _uniform(self, number: int) -> None:
-        self._average(number, exponent=0.0)
-
-    def _identity(self, number: int) -> None:
-        block = cast(Block, self.layers[number].module)
-        for linear in (block.out, block.down):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
-
-    def _random(self, number: int) -> None:
-        torch.manual_seed(self.step)
-        self.layers[number].module.load_state_dict(Block(DIM, HEADS, 0.0).state_dict())
-
-    def _copy(self, number: int) -> None:
-        self.layers[number].module.load_state_dict(self.layers[number - 1].module.state_dict())
 
 
 def run_seed(seed: int, steps: int, text: Windows) -> dict[str, Any]:
@@ -184,7 +66,14 @@ def run_seed(seed: int, steps: int, text: Windows) -> dict[str, Any]:
         losses[way] = found
     first = copy.deepcopy(trained)
     first.lose(1, "random")
-    return {"losses": losses, "first": first.loss()}
+    swapped = Training(seed, text, swapped=True)
+    swapped.train(steps)
+    found = {"none": swapped.loss()}
+    for name, number in (("first", 1), ("middle", LOST), ("last", BLOCKS)):
+        branch = copy.deepcopy(swapped)
+        branch.lose(number, "average")
+        found[name] = branch.loss()
+    return {"losses": losses, "first": first.loss(), "swapped": found}
 
 
 def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], bool]:
@@ -195,8 +84,8 @@ def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> 
     runs = []
     for seed in range(seeds):
         runs.append(run_seed(seed, arguments.steps, text))
-        none = runs[-1]["losses"]["none"][0]
-        reporter.say(f"seed {seed}: loss {none:.3f} after {arguments.steps} steps")
+        none, swapped = runs[-1]["losses"]["none"][0], runs[-1]["swapped"]["none"]
+        reporter.say(f"seed {seed}: loss {none:.3f} after {arguments.steps} steps, {swapped:.3f} with swapped ends")
     jumps = {
         way: [_interval([run["losses"][way][at] - run["losses"]["none"][at] for run in runs]) for at in range(4)]
         for way in WAYS[1:]
@@ -212,7 +101,12 @@ def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> 
         },
         "first_stage_jump_noswap": _interval([run["first"] - run["losses"]["none"][0] for run in runs])[0],
     }
-    return report, True
+    for name in ("first", "middle", "last"):
+        value, interval = _interval([run["swapped"][name] - run["swapped"]["none"] for run in runs])
+        report |= {f"{name}_stage_jump_swap": value, f"{name}_stage_jump_swap_ci": interval}
+    report["swap_cost"] = _interval([run["swapped"]["none"] - run["losses"]["none"][0] for run in runs])[0]
+    report["embedding_equal"] = embedding_is_kept(folder, reporter)
+    return report, report["embedding_equal"]
 
 
 def _interval(values: list[float]) -> tuple[float, list[float]]:
@@ -227,7 +121,12 @@ def tabulate(report: dict[str, Any]) -> Table:
         low, high = report["middle_stage_jump_ci"][way]
         later = report["later"][way]
         table.add_row(way, f"{jump:+.4f}", f"{low:+.4f} .. {high:+.4f}", *(f"{later[str(s)]:+.4f}" for s in LATER_STEPS))
-    table.caption = f"a first stage made anew: {report['first_stage_jump_noswap']:+.2f}"
+    table.caption = (
+        f"a first stage made anew: {report['first_stage_jump_noswap']:+.2f}; with swapped ends, from its partner: "
+        f"{report['first_stage_jump_swap']:+.4f} (last {report['last_stage_jump_swap']:+.4f}, middle "
+        f"{report['middle_stage_jump_swap']:+.4f}), which cost {report['swap_cost']:+.3f} in training; the embedding is "
+        + ("the same bit by bit" if report["embedding_equal"] else "NOT the same")
+    )
     return table
 
 

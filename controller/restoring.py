@@ -199,15 +199,20 @@ def _choose(job: Job, restoring: Restoring, now: float) -> None:
         return
     if choice.snapshot is not None:
         _decide(job, restoring, choice, choice.snapshot, "", now)
-    elif job.settings.approximate and not rebuild(job, f"{restoring.reason}; {choice.reason}", now):
         return
-    elif choice.rung is Rung.CHECKPOINT:
-        restoring.passed_over = choice.reason
+    reason = choice.reason
+    if job.settings.approximate:
+        obstacle = rebuild(job, f"{restoring.reason}; {choice.reason}", now)
+        if not obstacle:
+            return
+        reason = f"Nothing can be made from other layers: {obstacle}. {choice.reason}"
+    if choice.rung is Rung.CHECKPOINT:
+        restoring.passed_over = reason
         look_for_checkpoint(job, restoring)
     elif may_return:
-        _wait_for_nodes(job, f"{restoring.reason}; {choice.reason}", now)
+        _wait_for_nodes(job, f"{restoring.reason}; {reason}", now)
     else:
-        _give_up(job, restoring.reason, choice.reason, now)
+        _give_up(job, restoring.reason, reason, now)
 
 
 def _decide(
@@ -306,10 +311,17 @@ def _worlds(job: Job) -> list[SnapshotWorld]:
     return worlds
 
 
+def _needed(job: Job) -> list[Node]:
+    """The nodes that the next world is made of: those that are to leave only if it cannot be without them."""
+    here = _here(job)
+    staying = [node for node in here if node.state == "attached"]
+    return staying if len(staying) >= job.settings.nodes_min else here
+
+
 def _open_if_ready(job: Job, restoring: Restoring, choice: Restore, now: float) -> None:
     """Open the world that goes on, once everybody who is expected has warmed up."""
     assert job.spec is not None
-    here = [node for node in _here(job) if node.state == "attached"]
+    here = _needed(job)
     if here and all(node.incarnation in restoring.refusals for node in here):
         job.failed_searches += 1
         if restoring.snapshot is not None:

@@ -15,4 +15,7 @@ KEPT_SEEDS: dict[int, str] = {
     39392: "a leaver died before it had handed its layers over, and the survivor went on with memory that nobody had written",
     10637: "a fence that waited for nodes left those who came out of the world in which lost layers are made from others",
     52744: "a stage died as its neighbours left the loop: those who had left did not help the others to make its layers",
+    21539: "the last node that held snapshots was about to leave, and the job waited for others until it gave up",
+    65465: "a node that was asked to leave while the state was being restored was not used, though the job needed it",
+    21353: "a world of sharded state broke before its first step, and parameters were taken for torn (a fault of this simulator)",
 }

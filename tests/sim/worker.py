@@ -546,7 +546,9 @@ class Worker(Process):
         parts = yield Collective(("settle", self.plan.generation), self.part)
         self.settles = False
         if isinstance(parts, Broken):
-            self.part, self.digest = None, TORN
+            self.part = None
+            if self.committed:  # before the first step no optimizer has anything
+                self.digest = TORN
             self.feed(CollectiveBroke(parts.reason))
             return False
         if self.committed and any(part is not None for part in parts.values()):
