@@ -6,7 +6,8 @@ Six nodes with one worker each train a byte-level GPT of six blocks, a stage on 
 brought it (past the plateau where it knows pairs of bytes only). A trace says after which step the node of which stage is
 killed: its agent and worker by SIGKILL, with all that they have in memory, and the node is started again at once. Failures are
 drawn for each stage and step with one probability: that of the published 5, 10 and 16 % an hour, scaled alike so that the
-lowest rate has five failures to expect, and drawn again if there are fewer. All methods are run on the same traces and batches:
+lowest rate has five failures to expect, and drawn again if there are fewer; none before step 100, as the first checkpoint takes
+a while. All methods are run on the same traces and batches:
 
     none         nothing is killed
     checkpoint   snapshots of every 25th step, written as checkpoints; every loss of a stage goes back to the newest one
@@ -48,7 +49,7 @@ from examples.gpt import Windows
 
 NODES = 6
 EVERY = 25
-BASE = ("--join-timeout", "5", "--max-restarts", "1000")
+BASE = ("--join-timeout", "1", "--max-restarts", "1000")
 CHECKPOINTS = ("--snapshot-every", str(EVERY), "--checkpoint-every", str(EVERY))
 METHODS: dict[str, tuple[str, ...]] = {
     "none": ("--snapshot-every", "0"),
@@ -61,7 +62,8 @@ REDUNDANT = 151.04 / 91.35
 """How much longer an iteration takes with redundant computation (CheckFree, table 2, at 5 %)."""
 PRETRAINED_STEPS = 1200
 FAILURES_MIN = 5
-MARGIN_STEPS = 10
+FIRST_STEP, MARGIN_STEPS = 100, 10
+"""No node is killed before the first checkpoint is there, or so late that what it costs is not seen."""
 START_S, RUN_S = 120.0, 900.0
 
 Trace = tuple[tuple[int, int], ...]
@@ -70,10 +72,10 @@ Trace = tuple[tuple[int, int], ...]
 
 def draw_trace(rate: float, lowest: float, steps: int, seed: int) -> Trace:
     """Return which stages are lost when; at least `FAILURES_MIN`."""
-    probability = FAILURES_MIN * rate / lowest / (NODES * (steps - 2 * MARGIN_STEPS))
+    probability = FAILURES_MIN * rate / lowest / (NODES * (steps - FIRST_STEP - MARGIN_STEPS))
     for attempt in itertools.count():
         dice = random.Random(f"{rate} {seed} {attempt}")
-        places = itertools.product(range(MARGIN_STEPS, steps - MARGIN_STEPS), range(NODES))
+        places = itertools.product(range(FIRST_STEP, steps - MARGIN_STEPS), range(NODES))
         trace = tuple(place for place in places if dice.random() < probability)
         if len(trace) >= FAILURES_MIN:
             return trace
@@ -117,9 +119,11 @@ class Nodes:
             self._cluster.start_agent(f"n{number}")
         self._cluster.wait_for_world(NODES, START_S)
 
-    def take_through(self, trace: Trace) -> None:
-        """Kill what is due, each time a step is committed for the first time."""
+    def take_through(self, trace: Trace, *, is_calm: bool) -> None:
+        """Kill what is due, each time a step is committed for the first time; `is_calm` waits until all nodes train."""
         for step, stage in trace:
+            if is_calm:
+                self._cluster.wait_for_world(NODES, RUN_S)
             self._cluster.wait(f"step {step} is committed", lambda step=step: self._cluster.status().step >= step, RUN_S)
             plan = self._cluster.plan()
             if not plan.stages:
@@ -132,7 +136,15 @@ class Nodes:
 
 
 def run_once(
-    folder: Path, options: Sequence[str], weights: Path, steps: int, seed: int, trace: Trace, eval_every: int = 20
+    folder: Path,
+    options: Sequence[str],
+    weights: Path,
+    steps: int,
+    seed: int,
+    trace: Trace,
+    *,
+    eval_every: int = 20,
+    is_calm: bool = False,
 ) -> tuple[Run, list[dict[str, Any]]]:
     """Train once; returns what came of it, and what the workers wrote. Raises ClusterError if the job failed."""
     folder.mkdir(parents=True)
@@ -145,7 +157,7 @@ def run_once(
         cluster.start_controller()
         nodes = Nodes(cluster, steps)
         nodes.start()
-        nodes.take_through(trace)
+        nodes.take_through(trace, is_calm=is_calm)
         if cluster.wait_for_end(RUN_S) != 0:
             raise ClusterError(f"the job failed{cluster.last_words()}")
         summary = cluster.summary()
@@ -175,7 +187,8 @@ def embedding_is_kept(folder: Path, reporter: Reporter) -> bool:
     text = Windows(CONTEXT)
     weights = pretrain(folder, reporter, text, steps=1)
     reporter.say("a job of six workers loses its first stage twice")
-    _, lines = run_once(folder / "embedding", METHODS["checkfree+"], weights, 60, 0, ((20, 0), (40, 0)), eval_every=1000)
+    options, trace, steps = METHODS["checkfree+"], ((20, 0), (40, 0)), 400
+    _, lines = run_once(folder / "embedding", options, weights, steps, 0, trace, eval_every=1000, is_calm=True)
     seen: dict[int, set[int]] = {}
     owners: dict[int, set[bool]] = {}
     for line in lines:
@@ -183,7 +196,7 @@ def embedding_is_kept(folder: Path, reporter: Reporter) -> bool:
             seen.setdefault(line["step"], set()).add(line["embedding"])
             owners.setdefault(line["step"], set()).add(line["is_owner"])
     both = sum(len(each) == 2 for each in owners.values())
-    return sorted(seen) == list(range(1, 61)) and all(len(crcs) == 1 for crcs in seen.values()) and both > 30
+    return sorted(seen) == list(range(1, steps + 1)) and all(len(c) == 1 for c in seen.values()) and both > steps // 2
 
 
 def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], bool]:
@@ -332,7 +345,7 @@ def main() -> int:
     parser = command(__doc__)
     parser.add_argument("--rates", default="", help="per cent an hour [5,10,16; with --quick 10]")
     parser.add_argument("--seeds", type=int, default=0, help="[5; with --quick 1]")
-    parser.add_argument("--steps", type=int, default=240, help="of each run [240]")
+    parser.add_argument("--steps", type=int, default=340, help="of each run [340]")
     parser.add_argument("--plot", default="", metavar="DIR", help="write pictures here")
     return main_of(parser, measure, tabulate)
 

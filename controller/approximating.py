@@ -16,7 +16,7 @@ from controller.endings import end_job
 from controller.events import Persist
 from controller.job import Job
 from controller.layouts import layout_for, ways_of
-from elastic.domain import Plan, PlanKind, Stage
+from elastic.domain import LayerError, Plan, PlanKind, Stage
 from recovery.approximation import NoBlend, blends_for, check_stages, sentence
 from recovery.pipelines import Layout, NoLayout, Ways
 
@@ -98,6 +98,15 @@ def stage_norms(job: Job, plan: Plan) -> list[float]:
 
 def _held(plan: Plan, stage: Stage, here: set[str]) -> bool:
     return any(plan.members[rank].worker in here for rank in stage.ranks)
+
+
+def tell_of_errors(job: Job, errors: Sequence[LayerError]) -> None:
+    """A worker has made layers for the newest approximation: how far they are expected to be from what was lost."""
+    if errors and job.approximations:
+        words = "; ".join(f"layer {each.layer} is expected {each.error:.2f} of its norm from what was lost" for each in errors)
+        if words not in job.approximations[-1]:
+            job.approximations[-1] += f"; {words}"
+            job.emit(Persist("approximation-judged", words, {"words": job.approximations[-1]}))
 
 
 def tell_of_approximation(job: Job, plan: Plan, step: int) -> None:

@@ -70,6 +70,8 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 world_began(job, data["restore_step"], now)  # whether it has a safe snapshot by now is looked at anew
             case "approximated":
                 job.approximations.append(data["words"])
+            case "approximation-judged":
+                job.approximations[-1] = data["words"]
             case "generation-adopted":
                 job.leavers = ()
                 job.protected_after = data["step"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from controller.approximating import tell_of_errors
 from controller.attempts import abandon_switch, suspect, worlds_in_use
 from controller.commits import prepare_failed, worker_prepared, worker_switched
 from controller.endings import check_finished, check_outcome, end_job, worker_concluded
@@ -54,7 +55,8 @@ def worker_said(job: Job, worker: Worker, message: WorkerMessage, now: float) ->
             prepare_failed(job, worker, generation, reason, now)
         case Switched():
             worker_switched(job, worker, message, now)
-        case Resumed(generation, committed):
+        case Resumed(generation, committed, errors):
+            tell_of_errors(job, errors)
             worker.holds_state = True
             job.note_step(committed, now)
             note_resumed(job, generation)

@@ -149,9 +149,18 @@ class Switched:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerError:
+    """How far a layer that was made from others is expected to be from the one that was lost, over its norm."""
+
+    layer: int = 0
+    error: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Resumed:
     generation: int = 0
     committed: int = 0
+    errors: tuple[LayerError, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from elastic import verdict
 from elastic.capture import Capturer
 from elastic.control import Coordinator
-from elastic.domain import Plan
+from elastic.domain import LayerError, Plan
 from elastic.errors import CollectiveAborted, ProtocolError, TransferError, Unreachable
 from elastic.failpoints import FailPoint, reach
 from elastic.group import Group
@@ -425,13 +425,17 @@ class Engine(abc.ABC):
         self.snapshots.restored(snapshot.step)
         self._has_state(snapshot.step)
 
+    def _layer_errors(self) -> tuple[LayerError, ...]:
+        """Of layers that were made from others as the state came, how far they are expected to be from what was lost."""
+        return ()
+
     def _has_state(self, committed: int) -> None:
         """The state as of this step has been written into everything that holds it."""
         self.committed = committed
         self._committed_plan = None
         self._take_over()
         self.samples = self.sampler.samples_until(self.committed)
-        self.coordinator.feed(StateReceived(self.committed))
+        self.coordinator.feed(StateReceived(self.committed, self._layer_errors()))
         self._forget_step()
         self._plan_step()
         self._show()

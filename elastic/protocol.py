@@ -27,6 +27,7 @@ from elastic.domain import (
     Concluded,
     Failed,
     Finish,
+    LayerError,
     Leaving,
     Plan,
     PlanKind,
@@ -129,9 +130,10 @@ class AskWorld:
 
 @dataclass(frozen=True, slots=True)
 class StateReceived:
-    """Main of a joiner: parameters and optimizer state as of `committed` are here."""
+    """Main of a joiner: parameters and optimizer state as of `committed` are here, some of it made from other layers."""
 
     committed: int
+    errors: tuple[LayerError, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +321,7 @@ class WorkerMachine:
         self.warmed = False
         self.left: Leaving | None = None
         self.resumed_in = 0
+        self.layer_errors: tuple[LayerError, ...] = ()
         self.holds_parts = False  # of the state, that not every other worker has
         self.stop_after = 0  # the step whose verdict has said that all leave the loop after it
         self.concluding = False  # this worker is to run what must run once after the loop
@@ -353,8 +356,9 @@ class WorkerMachine:
                 return self._state_spoilt(reason)
             case AskWorld():
                 return self._ask_world()
-            case StateReceived(committed):
+            case StateReceived(committed, errors):
                 self.has_state, self.committed, self.voted = True, committed, committed
+                self.layer_errors = errors
                 return []
             case CollectiveBroke(reason):
                 return self._collective_broke(reason)
@@ -490,7 +494,8 @@ class WorkerMachine:
             return effects + self._report_if_ready()
         if self.world is not None and self.resumed_in < self.world.generation:
             self.resumed_in = self.world.generation
-            effects.append(Send(Resumed(self.world.generation, step)))
+            effects.append(Send(Resumed(self.world.generation, step, self.layer_errors)))
+            self.layer_errors = ()
         return effects
 
     def _state_spoilt(self, reason: str) -> list[Effect]:

@@ -219,7 +219,22 @@ def describe(layout: Layout) -> str:
         f"{len(layout.stages)} stage(s) of layers {stages}: {1000 * layout.prediction.step_s:.1f} ms a step expected, of which "
         f"the busiest worker computes {1000 * busiest:.1f} ms and all wait {share:.0f} % of the time"
         + (f"; {layout.dealing}" if layout.dealing else "")
+        + (f"; {ways}" if (ways := _in_words(layout)) else "")
     )
+
+
+def _in_words(layout: Layout) -> str:
+    """What is unusual in the ways of the slots; "" if they go straight."""
+    partners = sorted((layer, other) for layer, other in layout.ways.partners.items() if layer < other)
+    if partners:
+        copied = ", ".join(str(n) for copy in layout.copies for n in range(copy.first, copy.last))
+        swapped = ", ".join(f"{layer} with {other}" for layer, other in partners)
+        return f"half of the slots swap layers {swapped}" + (f"; {copied} are kept in duplicate" if copied else "")
+    if layout.ways.path_of:
+        count = layout.stages[-1].last
+        left_out = count - sum(layout.ways.shares(count))
+        return f"each slot passes {left_out:.0f} of {count} layers by"
+    return ""
 
 
 def _widths(ranks: int, count: int) -> list[tuple[int, ...]]:

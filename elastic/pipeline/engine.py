@@ -24,7 +24,7 @@ from elastic.capture import Capturer, restore
 from elastic.checksum import crc32
 from elastic.control import Coordinator
 from elastic.digests import joined_digests
-from elastic.domain import LayerMove, Plan, PlanKind, Stage
+from elastic.domain import LayerError, LayerMove, Plan, PlanKind, Stage
 from elastic.encoding import flat_bytes, raw_view
 from elastic.engine import LOSS, Engine, Slot
 from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
@@ -579,7 +579,10 @@ class PipelineEngine(Engine):
             self.layers.hold(own)
             self.layers.keep(own)
         if took and not joins and not follows:
-            self.coordinator.feed(StateReceived(self.committed))
+            self.coordinator.feed(StateReceived(self.committed, self._layer_errors()))
+
+    def _layer_errors(self) -> tuple[LayerError, ...]:
+        return self._travel.errors
 
     def _read_snapshot(self, memory: SnapshotMemory, snapshot: SnapshotId) -> None:
         assert self.plan is not None

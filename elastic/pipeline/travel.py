@@ -9,13 +9,14 @@ not voted either, and cannot have changed it. This file must never decide who gi
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from elastic.domain import Blend, LayerMove, Plan
+from elastic.domain import Blend, LayerError, LayerMove, Plan
 from elastic.failpoints import FailPoint, reach_inside
 from elastic.group import Group
 from elastic.pipeline.layers import MODEL, Layer, Layers, Part
@@ -40,6 +41,7 @@ class Travel:
     Attributes:
         is_under_way: whether state still follows.
         takes: whether some of it comes here.
+        errors: of the layers that were made here last, how far each is expected to be from what was lost.
     """
 
     def __init__(self, layers: Layers) -> None:
@@ -47,6 +49,7 @@ class Travel:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self.takes = False
+        self.errors: tuple[LayerError, ...] = ()
 
     @property
     def is_under_way(self) -> bool:
@@ -75,7 +78,9 @@ class Travel:
         optimizer, or with the average of theirs. Raises as `move`.
         """
         made = False
+        errors = []
         for blend in blends:
+            sources: list[list[Tensor]] = []
             makers = plan.keepers_of(blend.layer)
             total: list[Tensor] = []
             for source, weight in zip(blend.sources, blend.weights, strict=True):
@@ -92,12 +97,16 @@ class Travel:
                     receive_state(group, target.state(), holders, step)
                 if group.rank in makers:
                     total = _added(total, _blended_of(target, blend), weight)
+                    sources.append([p.detach().double().clone() for p in target.parameters()])
             if group.rank in makers:
                 for tensor, value in zip(_blended_of(target, blend), total, strict=True):
                     tensor.copy_(value)
                 if not blend.moments:
                     target.forget_optimizer()
+                if len(sources) == 2:
+                    errors.append(LayerError(blend.layer, _expected_error(sources[0], sources[1], *blend.weights)))
                 made = True
+        self.errors = tuple(errors)
         return made
 
     def follow(self, group: Group, moves: Iterable[LayerMove], step: int) -> None:
@@ -154,6 +163,17 @@ def _run(group: Group, errands: Sequence[_Errand], step: int) -> None:
 def _blended_of(layer: Layer, blend: Blend) -> list[Tensor]:
     """What of a layer is an average, as live tensors: parameters and buffers, maybe the optimizer's state."""
     return (layer.state() if blend.moments else TrainingState({MODEL: layer.module}, {}, {})).tensors()
+
+
+def _expected_error(first: Sequence[Tensor], second: Sequence[Tensor], weight: float, other: float) -> float:
+    """The distance of a mean of two layers from a third, over its norm, if all are of one norm and as like as those two."""
+    if not first:
+        return 0.0
+    dot = sum(float((a * b).sum()) for a, b in zip(first, second, strict=True))
+    norms = [math.sqrt(sum(float((a * a).sum()) for a in each)) for each in (first, second)]
+    cosine = dot / (norms[0] * norms[1]) if all(norms) else 0.0
+    squared = weight**2 + other**2 + 2 * weight * other * cosine + 1 - 2 * cosine * (weight + other)
+    return math.sqrt(max(0.0, squared))
 
 
 def _copy(source: TrainingState, target: TrainingState) -> None:

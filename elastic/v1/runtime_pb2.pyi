@@ -304,6 +304,31 @@ class Switched(_message.Message):
 Global___Switched: _TypeAlias = Switched  # noqa: Y015
 
 @_typing.final
+class LayerError(_message.Message):
+    """How far a layer that was made from others is expected to be from the one that was lost."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LAYER_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    layer: _builtins.int
+    error: _builtins.float
+    """L2 distance over the layer's norm."""
+    def __init__(
+        self,
+        *,
+        layer: _builtins.int = ...,
+        error: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error", b"error", "layer", b"layer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LayerError: _TypeAlias = LayerError  # noqa: Y015
+
+@_typing.final
 class Resumed(_message.Message):
     """The first step committed in `generation`: the job is whole again."""
 
@@ -311,17 +336,23 @@ class Resumed(_message.Message):
 
     GENERATION_FIELD_NUMBER: _builtins.int
     COMMITTED_FIELD_NUMBER: _builtins.int
+    ERRORS_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     committed: _builtins.int
+    @_builtins.property
+    def errors(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerError]:
+        """Of layers that this worker has made from others for it."""
+
     def __init__(
         self,
         *,
         generation: _builtins.int = ...,
         committed: _builtins.int = ...,
+        errors: _abc.Iterable[Global___LayerError] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "generation", b"generation"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "errors", b"errors", "generation", b"generation"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import pytest
 import torch
 from torch import nn
 from torch._C._distributed_c10d import Store
 
 from elastic.domain import Blend, LayerMove, Member, Plan, Stage
+from elastic.group import Group
 from elastic.pipeline.layers import Layers, Part
 from elastic.pipeline.travel import Travel
 from tests.unit.worlds import connect, in_processes
@@ -111,3 +115,46 @@ def test_optimizers_follow_what_trains(tmp_path: Path) -> None:
         giver, taker = (peer.report() for peer in peers)
     assert (giver[0], taker[0]) == (False, True) and giver[1] and taker[1] and (giver[2], taker[2]) == (False, True)
     assert giver[3] == taker[3] and giver[4] == taker[4] and giver[4]
+
+
+ALONE = cast(Group, SimpleNamespace(rank=0))
+WHOLE = plan_of(Stage(0, 4, (0,)))
+
+
+def test_moments_may_be_averaged_too() -> None:
+    layers = layers_of(7)
+    before = {number: _moments(layers, number) for number in (0, 2)}
+    assert Travel(layers).blend(ALONE, [replace(BLEND, moments=True)], WHOLE, STEPS)
+    for made, first, second in zip(_moments(layers, 1), before[0], before[2], strict=True):
+        torch.testing.assert_close(made, 0.75 * first + 0.25 * second)
+
+
+class AlwaysMade(Travel):
+    """Makes layer 1 at once."""
+
+    def __init__(self, layers: Layers) -> None:
+        super().__init__(layers)
+        self.blend(ALONE, [BLEND], WHOLE, STEPS)
+
+
+def _moments(layers: Layers, number: int) -> list[torch.Tensor]:
+    optimizer = layers[number].optimizer
+    assert optimizer is not None
+    return [optimizer.state[p][key].clone() for p in layers[number].parameters() for key in ("exp_avg", "exp_avg_sq")]
+
+
+def test_the_expected_error_is_that_of_a_third_layer_which_is_as_like_as_the_two() -> None:
+    layers = layers_of(7)
+    layers[2].module.load_state_dict(layers[0].module.state_dict())
+    (alike,) = AlwaysMade(layers).errors
+    assert alike.error < 1e-6, "two that are the same leave no doubt about the third"
+    with torch.no_grad():
+        for number, place in ((0, 0), (2, 1)):
+            for parameter in layers[number].parameters():
+                parameter.zero_()
+            layers[number].parameters()[0].view(-1)[place] = 3.0
+    (apart,) = AlwaysMade(layers).errors
+    assert apart.error == pytest.approx((0.75**2 + 0.25**2 + 1) ** 0.5), "of three that are orthogonal"
+    copied = Travel(layers)
+    copied.blend(ALONE, [Blend(1, (2,), (1.0,))], WHOLE, STEPS)
+    assert copied.errors == (), "nothing is known of a copy of a partner"
