@@ -6,8 +6,8 @@ Six nodes with one worker each train a byte-level GPT of six blocks, a stage on 
 brought it (past the plateau where it knows pairs of bytes only). A trace says after which step the node of which stage is
 killed: its agent and worker by SIGKILL, with all that they have in memory, and the node is started again at once. Failures are
 drawn for each stage and step with one probability: that of the published 5, 10 and 16 % an hour, scaled alike so that the
-lowest rate has five failures to expect, and drawn again if there are fewer; none before step 100, as the first checkpoint takes
-a while. All methods are run on the same traces and batches:
+lowest rate has five failures to expect, and drawn again if there are fewer; none before step 50. After step 40 each job
+waits until its first checkpoint is written, and its clock begins. All methods are run on the same traces and batches:
 
     none         nothing is killed
     checkpoint   snapshots of every 25th step, written as checkpoints; every loss of a stage goes back to the newest one
@@ -18,7 +18,7 @@ a while. All methods are run on the same traces and batches:
     redundant    modelled, not run: the losses of `none`, in the time of `none` times 151.04/91.35, what the paper's redundant
                  computation takes
 
-Of each there are the seconds from the first step to the last, the steps that were done again, the approximations, and two
+Of each there are the seconds from step 40 to the last, the steps that were done again, the approximations, and two
 losses on windows that are never trained on (straight through all layers): after the last step, and at the time when `none` was
 done with it. Losses are given less that of `none` with the same seed; medians with order-statistic intervals over seeds.
 `swap_cost` is what swapped ends cost without any failure, which is part of checkfree+'s losses. --plot writes the curves as
@@ -32,6 +32,7 @@ import itertools
 import json
 import random
 import statistics
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,8 +63,8 @@ REDUNDANT = 151.04 / 91.35
 """How much longer an iteration takes with redundant computation (CheckFree, table 2, at 5 %)."""
 PRETRAINED_STEPS = 1200
 FAILURES_MIN = 5
-FIRST_STEP, MARGIN_STEPS = 100, 10
-"""No node is killed before the first checkpoint is there, or so late that what it costs is not seen."""
+HOLD_STEP, MARGIN_STEPS = 40, 10
+"""After this step all wait until the first checkpoint is there; no node is killed before, or so late that it is not seen."""
 START_S, RUN_S = 120.0, 900.0
 
 Trace = tuple[tuple[int, int], ...]
@@ -72,10 +73,10 @@ Trace = tuple[tuple[int, int], ...]
 
 def draw_trace(rate: float, lowest: float, steps: int, seed: int) -> Trace:
     """Return which stages are lost when; at least `FAILURES_MIN`."""
-    probability = FAILURES_MIN * rate / lowest / (NODES * (steps - FIRST_STEP - MARGIN_STEPS))
+    probability = FAILURES_MIN * rate / lowest / (NODES * (steps - HOLD_STEP - 2 * MARGIN_STEPS))
     for attempt in itertools.count():
         dice = random.Random(f"{rate} {seed} {attempt}")
-        places = itertools.product(range(FIRST_STEP, steps - MARGIN_STEPS), range(NODES))
+        places = itertools.product(range(HOLD_STEP + MARGIN_STEPS, steps - MARGIN_STEPS), range(NODES))
         trace = tuple(place for place in places if dice.random() < probability)
         if len(trace) >= FAILURES_MIN:
             return trace
@@ -87,7 +88,7 @@ class Run:
     """One training.
 
     Attributes:
-        seconds: from the first step to the last. curve: (seconds, step, loss) of each evaluation, in order of time.
+        seconds: from the step that all hold at to the last. curve: (seconds, step, loss) of each evaluation, in order of time.
         redone: steps that were done again, the interrupted ones among them. approximated: how often. killed: nodes.
     """
 
@@ -109,8 +110,8 @@ class Run:
 class Nodes:
     """A job, whose nodes are killed as a trace says."""
 
-    def __init__(self, cluster: Cluster, steps: int) -> None:
-        self._cluster, self._steps = cluster, steps
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
         self.killed = 0
 
     def start(self) -> None:
@@ -151,19 +152,23 @@ def run_once(
     script = [
         *("-m", "benchmarks.train_failures", "--weights", str(weights), "--steps", str(steps), "--seed", str(seed)),
         *("--log", str(folder / "steps"), "--eval-every", str(eval_every)),
+        *("--hold-after", str(HOLD_STEP), "--go", str(folder / "go")),
     ]
     where = ("--checkpoint-dir", str(folder / "checkpoints")) if "--checkpoint-every" in options else ()
     with Cluster(folder, script, nodes_max=NODES, controller_options=(*BASE, *options, *where)) as cluster:
         cluster.start_controller()
-        nodes = Nodes(cluster, steps)
+        nodes = Nodes(cluster)
         nodes.start()
+        if where:
+            cluster.wait("a checkpoint is written", lambda: cluster.status().saved >= EVERY, START_S)
+        begin_s = time.monotonic()
+        (folder / "go").touch()
         nodes.take_through(trace, is_calm=is_calm)
         if cluster.wait_for_end(RUN_S) != 0:
             raise ClusterError(f"the job failed{cluster.last_words()}")
         summary = cluster.summary()
     logs = (folder / "steps").glob("*.jsonl")
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
-    begin_s = min(line["clock_s"] for line in lines)
     done_s = max(line["clock_s"] for line in lines if line["step"] == steps) - begin_s
     evaluated = sorted((line["clock_s"] - begin_s, line["step"], line["loss"]) for line in lines if "loss" in line)
     # All workers say the same within a moment of each other.
@@ -187,7 +192,7 @@ def embedding_is_kept(folder: Path, reporter: Reporter) -> bool:
     text = Windows(CONTEXT)
     weights = pretrain(folder, reporter, text, steps=1)
     reporter.say("a job of six workers loses its first stage twice")
-    options, trace, steps = METHODS["checkfree+"], ((20, 0), (40, 0)), 400
+    options, trace, steps = METHODS["checkfree+"], ((60, 0), (90, 0)), 400
     _, lines = run_once(folder / "embedding", options, weights, steps, 0, trace, eval_every=1000, is_calm=True)
     seen: dict[int, set[int]] = {}
     owners: dict[int, set[bool]] = {}
@@ -345,7 +350,7 @@ def main() -> int:
     parser = command(__doc__)
     parser.add_argument("--rates", default="", help="per cent an hour [5,10,16; with --quick 10]")
     parser.add_argument("--seeds", type=int, default=0, help="[5; with --quick 1]")
-    parser.add_argument("--steps", type=int, default=340, help="of each run [340]")
+    parser.add_argument("--steps", type=int, default=280, help="of each run [280]")
     parser.add_argument("--plot", default="", metavar="DIR", help="write pictures here")
     return main_of(parser, measure, tabulate)
 

@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--eval-every", type=int, default=20)
     parser.add_argument("--log", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--hold-after", type=int, default=0, help="the step after which the file of --go is waited for")
+    parser.add_argument("--go", type=Path)
     arguments = parser.parse_args()
 
     session = elastic.join()
@@ -57,6 +59,9 @@ def main() -> None:
     with (arguments.log / f"{os.getpid()}.jsonl").open("a") as log:
         for _ in session.epochs(arguments.steps):
             for batch in pipeline:
+                while session.step == arguments.hold_after and arguments.go is not None and not arguments.go.exists():
+                    session.heartbeat()
+                    time.sleep(0.02)
                 pipeline.step()
                 line: dict[str, Any] = {"clock_s": time.monotonic(), "step": batch.step}
                 embedding = next(layers[0].parameters())

@@ -144,12 +144,12 @@ def _refuse_state_of_all(*_: object, **__: object) -> Any:
 
 
 def bind_scheduler(scheduler: Any, engine: ReplicaEngine) -> None:
-    """Make step() inside the loop act once per committed step; outside the loop it acts at once."""
+    """Make step() inside the loop act once per update; outside the loop it acts at once."""
     inner, inner_state_dict = scheduler.step, scheduler.state_dict
 
     @functools.wraps(inner)
     def step(*args: Any, **kwargs: Any) -> None:
-        if engine.slot is None or engine.committed_in_slot:
+        if engine.slot is None or engine.has_updated:
             inner(*args, **kwargs)
 
     @functools.wraps(inner_state_dict)

@@ -62,6 +62,7 @@ class TrainingSpec:
     stages: int = 0
     memory_bytes: int = 0
     layers: tuple[LayerProfile, ...] = ()
+    sync: str = ""
 
     @property
     def is_pipeline(self) -> bool:
@@ -104,6 +105,7 @@ _SPEC_WORDS = {
     "shuffle": "the shuffle settings",
     "drop_last": "the drop_last settings",
     "shard_optimizer": "the shard_optimizer settings",
+    "sync": "the sync settings",
     "schedule": "the schedules of the pipeline",
     "stages": "the requested stages",
     "memory_bytes": "the memories that a worker has for its stage",

@@ -64,6 +64,7 @@ class Slot:
         ids: Sample ids.
         counts: False for a throwaway slot: nothing of it is kept.
         is_last: Whether the step is reduced at the end of this slot.
+        place: What seeds it in place of the slot, where a slot has several batches; -1: the slot itself.
     """
 
     step: int
@@ -71,6 +72,12 @@ class Slot:
     ids: tuple[int, ...]
     counts: bool
     is_last: bool
+    place: int = -1
+
+    @property
+    def key(self) -> tuple[int, int, tuple[int, ...]]:
+        """What is fetched: step, place, sample ids."""
+        return self.step, self.slot if self.place < 0 else self.place, self.ids
 
 
 def reach_voted() -> None:
@@ -239,6 +246,10 @@ class Engine(abc.ABC):
     def own_slots(self) -> list[int]:
         """Return the slots of a step that this worker is to read, as they are dealt now."""
         return [] if self.plan is None else self.recorded_slots(self.plan, self.rank)
+
+    def pieces(self, step: int, slot: int) -> list[tuple[int, tuple[int, ...]]]:
+        """Return what user code is given of a slot: place and sample ids of each batch."""
+        return [(slot, self.sampler.ids(step, slot))]
 
     # -- the end of a step ---------------------------------------------------------------------------------------------
 

@@ -97,17 +97,17 @@ class _Foresight:
 
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
-        self.begin: tuple[int, int] | None = None
+        self.begin: Key | None = None
 
     def __iter__(self) -> Iterator[list[Key]]:
         assert self.begin is not None
-        first_step, first_slot = self.begin
-        mine = self._engine.own_slots()
-        sampler = self._engine.sampler
-        for step in itertools.count(first_step) if mine else (first_step,):  # a joiner has one slot, to warm up
-            for slot in mine if step > first_step else [first_slot, *(s for s in mine if s > first_slot)]:
-                if ids := sampler.ids(step, slot):
-                    yield [(step, slot, ids)]
+        yield [self.begin]
+        mine = self._engine.own_slots()  # a joiner has none, and one slot to warm up
+        for step in itertools.count(self.begin[0]) if mine else ():
+            for slot in mine:
+                for place, ids in self._engine.pieces(step, slot):
+                    if ids and (step, place) > self.begin[:2]:
+                        yield [(step, place, ids)]
 
 
 class SlotReader:
@@ -157,7 +157,7 @@ class SlotReader:
                 prefetch_factor=given.prefetch_factor,
                 persistent_workers=True,
             )
-        self._foresight.begin = key[:2]
+        self._foresight.begin = key
         self._ahead = iter(self._readers)
         found, batch = next(self._ahead)
         if found != key:
@@ -187,6 +187,7 @@ class ElasticLoader:
             if slot is None:
                 self.left_early = False
                 return
-            batch = self._reader.fetch((slot.step, slot.slot, slot.ids))
-            seed_everything(self._seed, slot.step, slot.slot, "slot")
+            step, place, _ = slot.key
+            batch = self._reader.fetch(slot.key)
+            seed_everything(self._seed, step, place, "slot")
             yield batch

@@ -255,6 +255,11 @@ class ReplicaEngine(Engine):
         if slot.is_last:
             self._commit_step()
 
+    @property
+    def has_updated(self) -> bool:
+        """Whether the optimizer's step of the present iteration has changed the parameters."""
+        return self.committed_in_slot
+
     def clip(self, request: Callable[[], None]) -> None:
         """Remember a clipping: it is done when the step commits, since until then peers may be reading the gradient."""
         if self.slot is not None and self.slot.counts and self.slot.is_last:

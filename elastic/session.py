@@ -7,11 +7,13 @@ agent the session is a world of one, so that a script runs unchanged on a laptop
 from __future__ import annotations
 
 import atexit
+import functools
 import math
 import sys
 import time
 import traceback as traceback_module
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,7 @@ from elastic.domain import Admitted, Failed, TrainingSpec
 from elastic.engine import Engine
 from elastic.errors import ConfigError
 from elastic.loader import ElasticLoader, LoaderSpec, SlotReader
+from elastic.local import LocalEngine
 from elastic.measures import Measures
 from elastic.memory import SnapshotMemory
 from elastic.pipeline.actions import Schedule
@@ -55,6 +58,7 @@ from elastic.replica import Parts, ReplicaEngine
 from elastic.sampler import SlotSampler
 from elastic.seeding import preserved, seed_everything
 from elastic.state import TrainingState
+from elastic.sync import AllReduce, DiLoCo, Sync
 
 TRACEBACK_SIZE_BYTES_MAX = 16 * 1024
 SAMPLE_IDS_MAX = 1024
@@ -84,6 +88,9 @@ def join() -> Session:
 def _close_alone() -> None:
     if not hasattr(sys, "last_value"):  # the script has not ended by an exception
         close_current()
+
+
+_EVERY_STEP = AllReduce()
 
 
 class Session:
@@ -167,6 +174,7 @@ class Session:
         reduction: str = "ordered",
         seed: int | None = None,
         shard_optimizer: bool = False,
+        sync: Sync = _EVERY_STEP,
     ) -> Any:
         """Bind models, optimizers, one training DataLoader, LR schedulers and a GradScaler to this session.
 
@@ -183,6 +191,8 @@ class Session:
             seed: For sampling and all randomness; None: the job's --seed.
             shard_optimizer: Hold each part of the optimizers' state on one worker only (ZeRO-1), with the same bits. For
                 elementwise optimizers; a lost worker's part comes from a snapshot, so start agents with --snapshot-every.
+            sync: How replicas agree: `elastic.sync.AllReduce()`, each step on its gradient, or `elastic.sync.DiLoCo(...)`: then a
+                slot is a replica that takes some steps by itself, and a step of the job the round after which all agree.
 
         Returns:
             The same objects in the same order (the loader as an `ElasticLoader`); a single one is returned bare.
@@ -206,10 +216,20 @@ class Session:
         mode = _checked_numbers(slots, virtual_replicas, reduction)
         (loader,) = kinds["loader"]
         spec = LoaderSpec.of(loader)
+        if isinstance(sync, DiLoCo):
+            if shard_optimizer or any(scaler.is_enabled() for scaler in kinds["scaler"]):
+                other = "shard_optimizer=True" if shard_optimizer else "a GradScaler"
+                raise ConfigError(f"sync={sync} and {other} exclude each other: leave one out")
+            spec = replace(spec, batch_size=spec.batch_size * sync.every)
+            if spec.batch_size > spec.dataset_size:
+                raise ConfigError(
+                    f"{sync} takes {spec.batch_size} samples for a round of one replica, and the dataset has "
+                    f"{spec.dataset_size}: use a smaller every"
+                )
         stateful = named("scheduler", kinds["scheduler"]) | named("scaler", kinds["scaler"]) | self._stateful
         trained = trainable(models, optimizers)
         parts = Parts(models, optimizers, stateful, trained, self._more_models, self._rules, shard_optimizer)
-        admitted = self._register(parts, loader, spec, slots, virtual_replicas, mode)
+        admitted = self._register(parts, loader, spec, slots, virtual_replicas, mode, sync)
         if admitted.virtual_replicas > admitted.slots:
             raise ConfigError(
                 f"virtual_replicas={admitted.virtual_replicas} exceeds slots={admitted.slots}: give at most as many as slots"
@@ -222,7 +242,8 @@ class Session:
         sampler = SlotSampler(
             spec.dataset_size, spec.batch_size, admitted.slots, self._seed, spec.shuffle, spec.drop_last
         )
-        engine = self._engine = ReplicaEngine(
+        kind = functools.partial(LocalEngine, sync=sync) if isinstance(sync, DiLoCo) else ReplicaEngine
+        engine = self._engine = kind(
             self._coordinator,
             parts,
             sampler,
@@ -411,7 +432,7 @@ class Session:
         return SnapshotMemory(self._settings.memory, self._settings.worker) if self._settings.memory else None
 
     def _register(
-        self, parts: Parts, loader: Any, spec: LoaderSpec, slots: int, replicas: int, mode: Reduction
+        self, parts: Parts, loader: Any, spec: LoaderSpec, slots: int, replicas: int, mode: Reduction, sync: Sync
     ) -> Admitted:
         state = parts.state(Measures())
         return self._admit(
@@ -421,6 +442,7 @@ class Session:
                 layout_digest=state.digest_layout(),
                 state_digest=state.digest_model(),
                 shard_optimizer=parts.shards_optimizer,
+                sync="" if isinstance(sync, AllReduce) else repr(sync),
                 **self._common_spec(loader, spec, mode),
             )
         )

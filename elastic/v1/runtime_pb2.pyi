@@ -75,6 +75,7 @@ class TrainingSpec(_message.Message):
     STAGES_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
+    SYNC_FIELD_NUMBER: _builtins.int
     slots: _builtins.int
     """Requested micro-batches per global batch; 0: the number of replicas at the start."""
     virtual_replicas: _builtins.int
@@ -107,6 +108,8 @@ class TrainingSpec(_message.Message):
     """Requested stages of a pipeline; 0: one for each worker."""
     memory_bytes: _builtins.int
     """What a worker has for the state and the activations of its layers; 0: enough."""
+    sync: _builtins.str
+    """How replicas agree, with its settings; empty: on the gradient of every step."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerProfile]:
         """Of a pipeline, as measured by this worker before it trained."""
@@ -131,10 +134,11 @@ class TrainingSpec(_message.Message):
         stages: _builtins.int = ...,
         memory_bytes: _builtins.int = ...,
         layers: _abc.Iterable[Global___LayerProfile] | None = ...,
+        sync: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "data_digest", b"data_digest", "dataset_size", b"dataset_size", "drop_last", b"drop_last", "layers", b"layers", "layout_digest", b"layout_digest", "memory_bytes", b"memory_bytes", "numerics", b"numerics", "reduction", b"reduction", "schedule", b"schedule", "seed", b"seed", "shard_optimizer", b"shard_optimizer", "shuffle", b"shuffle", "slots", b"slots", "stages", b"stages", "state_digest", b"state_digest", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "data_digest", b"data_digest", "dataset_size", b"dataset_size", "drop_last", b"drop_last", "layers", b"layers", "layout_digest", b"layout_digest", "memory_bytes", b"memory_bytes", "numerics", b"numerics", "reduction", b"reduction", "schedule", b"schedule", "seed", b"seed", "shard_optimizer", b"shard_optimizer", "shuffle", b"shuffle", "slots", b"slots", "stages", b"stages", "state_digest", b"state_digest", "sync", b"sync", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -113,8 +113,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--slots", type=int, default=6)
     parser.add_argument("--virtual-replicas", type=int, default=4)
     parser.add_argument("--reduction", default="ordered")
-    parser.add_argument("--optimizer", choices=("adamw", "sgd"), default="adamw")
+    parser.add_argument("--optimizer", choices=("adamw", "sgd", "plain"), default="adamw")
     parser.add_argument("--shard-optimizer", action="store_true")
+    parser.add_argument("--diloco", type=int, default=0, metavar="H", help="Agree after H local steps.")
     parser.add_argument("--model-only", action="store_true", help="Leave the optimizer out of the fingerprint.")
     parser.add_argument("--plain-model", action="store_true", help="Neither dropout nor batch norm.")
     parser.add_argument("--clip", type=float, default=0.5)
@@ -235,8 +236,10 @@ def main() -> None:
     optimizer: Any
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    else:
+    elif args.optimizer == "sgd":
         optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True)
+    else:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     scheduler: Any = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=100)
     features = set(args.features)
     odd = Odd()
@@ -269,6 +272,7 @@ def main() -> None:
         virtual_replicas=args.virtual_replicas,
         reduction=args.reduction,
         shard_optimizer=args.shard_optimizer,
+        sync=elastic.sync.DiLoCo(every=args.diloco) if args.diloco else elastic.sync.AllReduce(),
     )[-1:]
     network = torch.compile(model) if "compile" in features else model
     steps = args.epochs * len(loader)

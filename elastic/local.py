@@ -1,0 +1,287 @@
+"""The rounds of a worker whose replicas train by themselves for some steps and then agree: DiLoCo.
+
+A round is a step of the job, and a slot of it one replica: `every` batches, each with an update of its own. What the replica
+has moved away from the committed parameters is then what a slot's gradient is elsewhere: it is summed in the order of the
+slots, voted on, and applied by an outer optimizer, so that a loss, a join or a restart finds everything as it always is. A
+replica whose worker is lost is computed again by another one, from the committed parameters and the samples that are its own.
+
+What the inner optimizers have learnt belongs to a replica alone: it is neither sent nor captured, and begins anew where the
+replica goes to another worker. This file must never let local parameters be taken for committed ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import zlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from elastic.capture import Capturer
+from elastic.engine import Slot
+from elastic.errors import ConfigError, ProtocolError
+from elastic.failpoints import FailPoint, reach_inside
+from elastic.reduction import Reduced
+from elastic.replica import ReplicaEngine
+from elastic.snapshots import share_of
+from elastic.state import TrainingState
+from elastic.sync import DiLoCo
+
+OUTER = "outer"
+"""What the outer optimizer is called in the training state."""
+THROWAWAY = -1
+"""Nobody's replica: what is learnt of it is forgotten."""
+
+
+class LocalEngine(ReplicaEngine):
+    """Drives the rounds of a worker; arguments as of `ReplicaEngine`.
+
+    Args:
+        sync: how rounds are made.
+    """
+
+    def __init__(self, *args: Any, sync: DiLoCo, snapshot_every: int = 0, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.sync = sync
+        parts = self.parts
+        self._outer = torch.optim.SGD(
+            list(parts.parameters), lr=sync.outer_lr, momentum=sync.momentum, nesterov=sync.nesterov
+        )
+        self._phi = [parameter.detach().clone() for parameter in parts.parameters]
+        self._learnt: dict[int, list[Any]] = {}  # slot -> what its inner optimizers have learnt
+        self._schedules: dict[str, Any] | None = None  # what is alike for all replicas as the round began; None: as it is
+        self._done = 0  # local steps that the slot in progress has had
+        self._is_real = False  # whether it is a replica of the round, and not one that is thrown away
+        self._given: dict[str, list[float]] = {}  # measures of the slot in progress
+        self._alike = {**parts.stateful, "elastic.inner": Hyperparameters(tuple(parts.optimizers.values()))}
+        models = {**parts.models, **parts.more_models}
+        stateful = {**self._alike, "elastic.measures": self.measures}
+        self.state = TrainingState(models, {OUTER: self._outer}, stateful, self.buffers.copies)
+        if self.memory is not None and snapshot_every:
+            capturer = Capturer(self.state, self.memory, buffers=3 if snapshot_every == 1 else 2)
+            self.take_snapshots(capturer, snapshot_every)
+
+    # -- local steps ---------------------------------------------------------------------------------------------------
+
+    def pieces(self, step: int, slot: int) -> list[tuple[int, tuple[int, ...]]]:
+        ids = self.sampler.ids(step, slot)
+        count = self._count_of(step)  # alike for all slots, so that schedulers are, too
+        shares = [share_of(len(ids), number, count) for number in range(count)]
+        return [(slot * self.sync.every + number, ids[share.start : share.stop]) for number, share in enumerate(shares)]
+
+    def _count_of(self, step: int) -> int:
+        """Local steps of each replica in a round: fewer in an epoch's last one."""
+        least = min(size for size in self.sampler.sizes(step) if size)
+        full = self.sampler.batch_size // self.sync.every
+        return max(1, min(self.sync.every, least // full))
+
+    def next_slot(self) -> Slot | None:
+        slot = self.slot
+        if slot is None or not slot.counts or self._done >= self._steps_of(slot):
+            return super().next_slot()
+        self.beat()
+        if len(self._stepped) < len(self.inner_steps):
+            raise ConfigError(
+                f"{len(self.inner_steps) - len(self._stepped)} of {len(self.inner_steps)} prepared optimizers were not stepped "
+                f"in a local step of round {slot.step}: call every optimizer's step() once per iteration"
+            )
+        if not self._settle():
+            return None
+        if self.slot is not slot or self._done >= self._steps_of(slot):
+            return super().next_slot()  # the world goes on from elsewhere, or the replica is another worker's now
+        return self._open_piece(slot)
+
+    def _steps_of(self, slot: Slot) -> int:
+        """Local steps of a slot; one of a throwaway, which is there for the sake of what comes behind it."""
+        return self._count_of(slot.step) if slot.counts and self._is_real else 1
+
+    def _open_slot(self, slot: Slot) -> Slot:
+        """A slot begins: with the committed parameters, and what this worker has of its replica."""
+        self._is_real = slot.counts and slot.slot in self.reducer.remaining_slots()
+        self._restore_parameters()
+        if slot.counts:
+            self._begin_schedules()
+        self._turn_to(slot.slot if self._is_real else THROWAWAY)
+        self._done, self._given = 0, {}
+        self.buffers.begin_slot()
+        self.measures.begin_slot(len(slot.ids))
+        return self._open_piece(slot)
+
+    def _open_piece(self, slot: Slot) -> Slot:
+        self._stepped.clear()
+        self.committed_in_slot = False
+        self.clips = []
+        place, ids = self.pieces(slot.step, slot.slot)[self._done]
+        self.slot = replace(slot, ids=ids, place=place)
+        return self.slot
+
+    def _begin_schedules(self) -> None:
+        """All replicas of a round have the same learning rates, also those that a worker computes one after the other."""
+        if self._schedules is None:
+            self._schedules = {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
+            return
+        for name, thing in self._alike.items():
+            thing.load_state_dict(copy.deepcopy(self._schedules[name]))
+
+    def _turn_to(self, slot: int) -> None:
+        """Have the inner optimizers know what the slot's replica has learnt."""
+        self._learnt.pop(THROWAWAY, None)
+        learnt = self._learnt.setdefault(slot, [defaultdict(dict) for _ in self.parts.optimizers])
+        for optimizer, mine in zip(self.parts.optimizers.values(), learnt, strict=True):
+            optimizer.state = mine
+
+    def _restore_parameters(self) -> None:
+        with torch.no_grad():
+            for parameter, phi in zip(self.parts.parameters, self._phi, strict=True):
+                parameter.copy_(phi)
+                parameter.grad = None
+
+    def measure(self, name: str, value: float, call: str) -> None:
+        """Take a local step's value: a slot's is the mean over its local steps."""
+        self._refuse_outside_the_slot(call)
+        self._given.setdefault(name, []).append(value)
+
+    def weigh(self, weight: float) -> None:
+        """Refused. Raises ConfigError."""
+        raise ConfigError(
+            "session.weight() is for gradients that are summed over slots, and with sync=DiLoCo(...) none are: leave it out"
+        )
+
+    def clip(self, request: Callable[[], None]) -> None:
+        """Clip the gradient of a local step, before its update."""
+        if self.slot is not None:
+            self.clips.append(request)
+
+    @property
+    def has_updated(self) -> bool:
+        return True
+
+    def optimizer_step(self, index: int) -> None:
+        """User code called step() of one optimizer; the last of them ends a local step, perhaps the slot, and the round."""
+        slot = self.slot
+        if slot is None:
+            raise ProtocolError(
+                "optimizer.step() was called outside the prepared loader's loop: step only inside `for ... in loader`"
+            )
+        self._stepped.add(index)
+        if len(self._stepped) < len(self.inner_steps):
+            return
+        if not slot.counts:
+            self._say_warm()
+        self.snapshots.finish()  # what is being captured are the committed parameters
+        for deed in (*self.before_clipping, *self.clips, *self.inner_steps):
+            deed()
+        for parameter in self.parts.parameters:
+            parameter.grad = None
+        self._done += 1
+        if not slot.counts or self._done < self._steps_of(slot):
+            return
+        if slot.slot in self.reducer.remaining_slots():
+            self._end_replica(slot)
+        if not self.reducer.remaining_slots():  # as it is now: the world may have changed in the middle of the slot
+            self._commit_step()
+
+    def _end_replica(self, slot: Slot) -> None:
+        """What the replica has moved is its gradient."""
+        for name, values in self._given.items():
+            self.measures.give(name, math.fsum(values) / len(values))
+        sizes = self.sampler.sizes(slot.step)
+        several = len(set(sizes) - {0}) > 1
+        self.reducer.begin_slot(slot.slot)
+        with torch.no_grad():
+            for parameter, phi in zip(self.parts.parameters, self._phi, strict=True):
+                moved = phi - parameter
+                parameter.grad = moved * float(sizes[slot.slot]) if several else moved
+        self._end_slot()
+        self._restore_parameters()
+
+    # -- the end of a round --------------------------------------------------------------------------------------------
+
+    def _groups_hash(self) -> int:
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._outer.param_groups]
+        return zlib.crc32(repr(groups).encode())
+
+    def _update(self, step: int, reduced: Reduced, presence: Sequence[bool], *, commit: bool) -> None:
+        self._restore_parameters()
+        self.reducer.install(presence)
+        slots = sum(1 for size in self.sampler.sizes(step) if size)
+        reach_inside(FailPoint.APPLYING)
+        if commit:
+            self._outer.step()
+            self.buffers.commit(reduced.extras[: self.buffers.extras], slots)
+        else:
+            self.buffers.restore()
+        self.measures.commit(reduced.extras[self.buffers.extras :])
+        self._note_parameters()
+
+    def _note_parameters(self) -> None:
+        """The parameters are the committed ones, and another round begins with them."""
+        with torch.no_grad():
+            for parameter, phi in zip(self.parts.parameters, self._phi, strict=True):
+                phi.copy_(parameter)
+                parameter.grad = None
+        self._schedules = None
+
+    def _plan_step(self) -> None:
+        super()._plan_step()
+        assert self.plan is not None
+        own = set(self.recorded_slots(self.plan, self.rank))
+        self._learnt = {slot: learnt for slot, learnt in self._learnt.items() if slot in own}
+        slot = self.slot
+        if slot is not None and slot.counts and slot.slot not in self.reducer.remaining_slots():
+            self._done = self._steps_of(slot)  # it is complete, or another worker's by now
+
+    # -- the state -----------------------------------------------------------------------------------------------------
+
+    def _pass_state(self, joiners: tuple[int, ...]) -> int | None:
+        if self.rank in joiners:
+            return super()._pass_state(joiners)
+        local = [parameter.detach().clone() for parameter in self.parts.parameters]
+        schedules = {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
+        self._restore_parameters()
+        self.buffers.restore()
+        if self._schedules is not None:
+            self._begin_schedules()
+        try:
+            return super()._pass_state(joiners)
+        finally:  # this worker may be in the middle of a slot
+            for name, thing in self._alike.items():
+                thing.load_state_dict(schedules[name])
+            with torch.no_grad():
+                for parameter, value in zip(self.parts.parameters, local, strict=True):
+                    parameter.copy_(value)
+
+    def _take_over(self) -> None:
+        super()._take_over()
+        self._note_parameters()
+        self._learnt = {}
+        self.slot = None
+
+    def _leave_loop(self) -> None:
+        if not self.committed_in_slot:
+            self.slot = None
+        self._restore_parameters()
+        super()._leave_loop()
+
+
+class Hyperparameters:
+    """The settings of the inner optimizers, which schedulers change, as something that has a state."""
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        self._optimizers = optimizers
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return them, without parameters."""
+        groups = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups] for o in self._optimizers]
+        return {"groups": groups}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take them over."""
+        for optimizer, groups in zip(self._optimizers, state["groups"], strict=True):
+            for mine, theirs in zip(optimizer.param_groups, groups, strict=True):
+                mine.update(theirs)

@@ -1,0 +1,142 @@
+"""Rounds of local steps in a world of one: what they come to is what the formulas say."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from elastic.config import WorkerConfig
+from elastic.errors import ConfigError
+from elastic.sampler import SlotSampler
+from elastic.session import Session
+from elastic.sync import DiLoCo
+from tests.unit.test_session import data, model_and_optimizer
+
+BATCH_SIZE, REPLICAS, EVERY = 2, 3, 4
+
+
+class Run:
+    """A prepared world of one, which computes all replicas one after the other."""
+
+    def __init__(self, size: int, sync: DiLoCo, **options: Any) -> None:
+        self.session = Session(WorkerConfig())
+        self.model, self.optimizer = model_and_optimizer()
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=3, gamma=0.9)
+        dataset = TensorDataset(*(tensor[:size] for tensor in data().tensors))
+        loader: Any = DataLoader(dataset, batch_size=BATCH_SIZE, shuffle=True, num_workers=options.pop("readers", 0))
+        self.model, self.optimizer, self.loader, self.scheduler = self.session.prepare(
+            self.model, self.optimizer, loader, self.scheduler, **{"slots": REPLICAS, "sync": sync, **options}
+        )
+        self.batches = 0
+
+    def train(self, epochs: int, *, clip: float = 0.0) -> None:
+        for _ in self.session.epochs(epochs):
+            for x, y in self.loader:
+                self.batches += 1
+                self.optimizer.zero_grad()
+                loss = F.cross_entropy(self.model(x), y)
+                self.session.log(loss=loss)
+                loss.backward()
+                if clip:
+                    self.session.clip_grad_norm_(clip)
+                self.optimizer.step()
+                self.scheduler.step()
+
+
+def steps_of(sync: DiLoCo, sizes: Sequence[int]) -> int:
+    """Local steps of each replica in a round."""
+    return max(1, min(sync.every, min(size for size in sizes if size) // BATCH_SIZE))
+
+
+def by_hand(size: int, sync: DiLoCo, rounds: int, clip: float) -> tuple[nn.Module, float]:
+    """The same in plain PyTorch: one model, one optimizer and one scheduler for each replica."""
+    whole, _ = model_and_optimizer()
+    replicas: list[tuple[nn.Module, Any, Any]] = []
+    for _ in range(REPLICAS):
+        model, optimizer = model_and_optimizer()
+        replicas.append((model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.9)))
+    outer = torch.optim.SGD(whole.parameters(), lr=sync.outer_lr, momentum=sync.momentum, nesterov=sync.nesterov)
+    sampler = SlotSampler(size, BATCH_SIZE * sync.every, REPLICAS, 0, True, False)
+    tensors = data().tensors
+    loss = 0.0
+    for step in range(1, rounds + 1):
+        sizes = sampler.sizes(step)
+        count = steps_of(sync, sizes)
+        moved: list[list[torch.Tensor]] = []
+        losses = []
+        for slot, (model, optimizer, scheduler) in enumerate(replicas):
+            model.load_state_dict(copy.deepcopy(whole.state_dict()))
+            ids = sampler.ids(step, slot)
+            given = []
+            for piece in range(count):
+                own = list(ids[len(ids) * piece // count : len(ids) * (piece + 1) // count])
+                if not own:  # in an epoch's last round a replica may have nothing; its learning rate goes on
+                    scheduler.step()
+                    continue
+                optimizer.zero_grad()
+                value = F.cross_entropy(model(tensors[0][own]), tensors[1][own])
+                value.backward()
+                given.append(float(value.detach()))
+                if clip:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                scheduler.step()
+            losses.append(sum(given) / max(1, len(given)))
+            moved.append([p.detach() - q.detach() for p, q in zip(whole.parameters(), model.parameters(), strict=True)])
+        for place, parameter in enumerate(whole.parameters()):
+            total = sum(size * each[place] for size, each in zip(sizes, moved, strict=True))
+            parameter.grad = total / sum(sizes)
+        outer.step()
+        loss = sum(size * value for size, value in zip(sizes, losses, strict=True)) / sum(sizes)
+    return whole, loss
+
+
+@pytest.mark.parametrize("size", [24, 43], ids=["whole rounds", "a short last round"])
+@pytest.mark.parametrize("sync", [DiLoCo(EVERY), DiLoCo(EVERY, 1.0, 0.3, nesterov=False), DiLoCo(1, 0.5)], ids=repr)
+@pytest.mark.parametrize("clip", [0.0, 0.3])
+def test_a_round_is_what_the_paper_says(size: int, sync: DiLoCo, clip: float) -> None:
+    run = Run(size, sync)
+    run.train(3, clip=clip)
+    rounds = 3 * len(run.loader)
+    model, loss = by_hand(size, sync, rounds, clip)
+    assert run.session.step == rounds
+    for mine, theirs in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert run.session.loss == pytest.approx(loss, rel=1e-4)
+    sampler = SlotSampler(size, BATCH_SIZE * sync.every, REPLICAS, 0, True, False)
+    counts = [steps_of(sync, sampler.sizes(s)) for s in range(1, rounds + 1)]
+    replicas = [sum(each > 0 for each in sampler.sizes(s)) for s in range(1, rounds + 1)]
+    assert run.batches == sum(a * b for a, b in zip(counts, replicas, strict=True))
+    assert run.scheduler.last_epoch == sum(counts), "a scheduler takes a step with each local one of one replica"
+
+
+def test_readers_ahead_give_the_same_batches() -> None:
+    found = []
+    for readers in (0, 2):
+        run = Run(43, DiLoCo(EVERY), readers=readers)
+        run.train(2)
+        found.append([parameter.detach().clone() for parameter in run.model.parameters()])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: DiLoCo(0), "a round has at least one local step"),
+        (lambda: DiLoCo(outer_lr=0.0), "give a rate above 0"),
+        (lambda: DiLoCo(momentum=1.0), "at least 0 and below 1"),
+        (lambda: DiLoCo(momentum=0.0), "Nesterov's step needs a momentum"),
+        (lambda: Run(24, DiLoCo(100)), "takes 200 samples for a round of one replica, and the dataset has 24"),
+        (lambda: Run(24, DiLoCo(4), shard_optimizer=True), "exclude each other"),
+    ],
+)
+def test_what_cannot_be_is_refused_in_words(make: Any, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        make()
