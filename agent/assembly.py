@@ -24,7 +24,7 @@ from elastic.errors import ProtocolError, TransferError, Unreachable
 from recovery.codec import Codec
 from recovery.placement import ProtectionGroup, Stripe
 
-PATIENCE_S = 2.0
+PATIENCE_S = 5.0
 """How long a node is asked again for what it does not have yet."""
 LOOK_S = 0.02
 

@@ -100,6 +100,7 @@ class NodeSnapshots:
         self._offered_at: int | None = None  # what was stable when the controller was told what is here
         self._tasks: set[asyncio.Task[None]] = set()
         self._following: asyncio.Task[None] | None = None
+        store.on_keeper_needed = self._keeper_needed
 
     @property
     def public_key(self) -> str:
@@ -185,6 +186,12 @@ class NodeSnapshots:
         print(f"[agent {self._node}] {sentence}", file=sys.stderr, flush=True)
 
     # -- the keeper ------------------------------------------------------------------------------------------------
+
+    def _keeper_needed(self) -> None:
+        """Another node is to read what this one holds: for a checkpoint, say, of snapshots that nothing protects."""
+        is_following = self._following is not None and not self._following.done()
+        if not is_following and len(self._plan.nodes) > 1:
+            self._following = self._spawn(self._follow(self._plan))
 
     async def _running_keeper(self) -> KeeperProcess:
         """The keeper; started when it is first needed. Raises Unreachable."""
@@ -292,6 +299,8 @@ class NodeSnapshots:
 
     def vulnerable(self, snapshot: SnapshotId, reason: str) -> None:
         now = asyncio.get_running_loop().time()
+        if not self._plan.parity_shards:
+            return  # nobody has asked for protection
         if now - self._weak_at > SAID_AGAIN_S:  # a node that stays away makes one snapshot after the other weak
             self._weak_at = now
             self._say(f"the snapshot of step {snapshot.step} is not protected: {reason}")

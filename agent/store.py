@@ -23,6 +23,10 @@ FORWARD_TIMEOUT_S = 30.0
 R = TypeVar("R")
 
 
+def ignore() -> None:
+    """Take no notice."""
+
+
 class _Generation:
     def __init__(self) -> None:
         self.values: dict[str, bytes] = {}
@@ -40,6 +44,7 @@ class StoreService(runtime_pb2_grpc.StoreServicer):
     def __init__(self, node: str) -> None:
         self.node = node
         self.keeper_address = ""  # where this node's keeper listens, told to other agents
+        self.on_keeper_needed: Callable[[], None] = ignore  # another agent has asked for it
         self._oldest = 0
         self._generations: dict[int, _Generation] = {}
         self._peers: dict[str, grpc.aio.Channel] = {}
@@ -75,6 +80,8 @@ class StoreService(runtime_pb2_grpc.StoreServicer):
         """Say that this node is here."""
         if request.node != self.node:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"this is node {self.node}")
+        if request.needs_keeper:
+            self.on_keeper_needed()
         return runtime_pb2.ProbeReply(shard_address=self.keeper_address)
 
     async def reaches(self, node: str, address: str, timeout_s: float) -> bool:
@@ -82,15 +89,17 @@ class StoreService(runtime_pb2_grpc.StoreServicer):
         return await self._probe(node, address, timeout_s) is not None
 
     async def keeper_of(self, node: str, address: str, timeout_s: float) -> str:
-        """Where another node's keeper listens; "" if its agent does not say so in time."""
-        reply = await self._probe(node, address, timeout_s)
+        """Where another node's keeper listens, which is started if need be; "" if its agent does not say so in time."""
+        reply = await self._probe(node, address, timeout_s, needs_keeper=True)
         return reply.shard_address if reply is not None else ""
 
-    async def _probe(self, node: str, address: str, timeout_s: float) -> runtime_pb2.ProbeReply | None:
+    async def _probe(
+        self, node: str, address: str, timeout_s: float, *, needs_keeper: bool = False
+    ) -> runtime_pb2.ProbeReply | None:
         try:
             # Not over a channel that may have been waiting to connect again.
             async with channels.client(address) as channel:
-                request = runtime_pb2.ProbeRequest(node=node)
+                request = runtime_pb2.ProbeRequest(node=node, needs_keeper=needs_keeper)
                 stub = runtime_pb2_grpc.StoreStub(channel)
                 return await stub.Probe(request, timeout=timeout_s, wait_for_ready=True)
         except grpc.aio.AioRpcError:

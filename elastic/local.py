@@ -244,7 +244,6 @@ class LocalEngine(ReplicaEngine):
         local = [parameter.detach().clone() for parameter in self.parts.parameters]
         schedules = {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
         self._restore_parameters()
-        self.buffers.restore()
         if self._schedules is not None:
             self._begin_schedules()
         try:

@@ -13,6 +13,7 @@ from elastic.cli.doctor import doctor
 from elastic.cli.people import checkpoint, drain, events, status, stop
 from elastic.cli.plan import plan
 from elastic.cli.run import INTERRUPTED, run
+from elastic.cli.sync import sync
 from elastic.config import load_defaults
 from elastic.errors import ElasticError
 
@@ -32,7 +33,7 @@ def elastic(context: click.Context, config_file: Path | None) -> None:
         context.default_map = load_defaults(config_file)
 
 
-for command in (run, controller, agent, status, events, checkpoint, drain, stop, doctor, plan):
+for command in (run, controller, agent, status, events, checkpoint, drain, stop, doctor, plan, sync):
     elastic.add_command(command)
 
 

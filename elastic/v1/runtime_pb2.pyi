@@ -2303,16 +2303,20 @@ class ProbeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NODE_FIELD_NUMBER: _builtins.int
+    NEEDS_KEEPER_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Who is thought to answer here."""
+    needs_keeper: _builtins.bool
+    """Its keeper is to be read from: have one, if there is none yet."""
     def __init__(
         self,
         *,
         node: _builtins.str = ...,
+        needs_keeper: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["node", b"node"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["needs_keeper", b"needs_keeper", "node", b"node"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

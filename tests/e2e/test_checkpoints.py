@@ -54,6 +54,25 @@ def test_a_job_whose_machine_was_lost_goes_on_from_its_newest_checkpoint(
     assert job.fingerprint() == undisturbed(*SHORT)
 
 
+def test_several_nodes_without_redundancy_write_checkpoints_too(
+    job: Job, undisturbed: Callable[..., str]
+) -> None:
+    """Each holds a part of a snapshot only, and none has a keeper before another one asks for its part."""
+    target = job.folder / "checkpoints"
+    options = ("--snapshot-every", 1, "--checkpoint-dir", target, "--checkpoint-every", 5)
+    job.controller("--nnodes", WORKERS, *options)
+    for node in "abcd"[:WORKERS]:
+        job.agent(node, 1, train=(*SHORT, *job.held, "--pause-ms", 60))
+    job.wait_for(lambda s: s["saved"] > 0, "a checkpoint", timeout_s=2 * DEADLINE_S)
+    assert "is not protected" not in job.said("agent-a")
+    job.kill_everything()
+    (job.folder / "ledger.sqlite").unlink()  # another job in another place
+    start(job, target, name="again")
+    finish(job, name="again")
+    assert "is read: " in job.said("again")
+    assert job.fingerprint() == undisturbed(*SHORT)
+
+
 def test_a_checkpoint_is_written_on_demand_and_at_a_stop(job: Job) -> None:
     target = job.folder / "checkpoints"
     start(job, target)

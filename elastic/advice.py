@@ -1,0 +1,80 @@
+"""What a link costs each way of agreeing: predicted steps, from the bytes that are sent. A pure function of numbers.
+
+Each worker gives every other one its share of the sum and gets theirs (reduce-scatter), and then all get all of it (all-gather):
+2 P (N-1)/N numbers of 4 bytes each way, and two messages one after the other. With `DiLoCo` that is once a round.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+GRADIENT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """What is trained over which link.
+
+    Attributes:
+        parameters: of the model. nodes: that agree. bytes_per_s: of a node's link, each way. latency_s: from one to another.
+        step_s: what a step takes without any exchange.
+    """
+
+    parameters: float
+    nodes: int
+    bytes_per_s: float
+    latency_s: float
+    step_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What one way of agreeing costs.
+
+    Attributes:
+        name: in words. every: steps from one exchange to the next. exchange_s: what it takes. step_s: of a step, with its share.
+        utilisation: share of the time in which nodes compute. bytes_per_step: that a node sends, on average.
+    """
+
+    name: str
+    every: int
+    exchange_s: float
+    step_s: float
+    utilisation: float
+    bytes_per_step: float
+
+
+def exchange_bytes(site: Site) -> float:
+    """Bytes that each node sends, and as many that it receives, for one exchange of the whole model."""
+    return 2 * site.parameters * GRADIENT_BYTES * (site.nodes - 1) / site.nodes
+
+
+def exchange_s(site: Site) -> float:
+    """Seconds of one exchange of the whole model."""
+    return exchange_bytes(site) / site.bytes_per_s + 2 * site.latency_s if site.nodes > 1 else 0.0
+
+
+def every_for(site: Site, utilisation: float) -> int:
+    """Return the fewest local steps between two exchanges that keep nodes computing for this share of the time."""
+    waits_s = exchange_s(site)
+    every = 1
+    while every * site.step_s < utilisation * (every * site.step_s + waits_s):
+        every *= 2
+    low, high = every // 2, every
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = middle * site.step_s >= utilisation * (middle * site.step_s + waits_s)
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def advise(site: Site, every: int = 0) -> list[Advice]:
+    """Return what each way of agreeing costs: every step, every so many steps, and as rarely as it takes for 90 and 95 %."""
+    rounds = {"DiLoCo, for 90 %": every_for(site, 0.9), "DiLoCo, for 95 %": every_for(site, 0.95)}
+    chosen = {"AllReduce": 1} | ({f"DiLoCo(every={every})": every} if every else {}) | rounds
+    found = []
+    for name, steps in chosen.items():
+        waits_s = exchange_s(site)
+        step_s = site.step_s + waits_s / steps
+        found.append(Advice(name, steps, waits_s, step_s, site.step_s / step_s, exchange_bytes(site) / steps))
+    return found
