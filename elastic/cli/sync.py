@@ -61,7 +61,7 @@ def advise_(bandwidth: float, latency: float, params: float, nodes: int, step: f
     console.print(table)
     console.print(
         f"Assumed: {params:,.0f} numbers of {GRADIENT_BYTES} bytes are exchanged as a reduce-scatter and an all-gather, so that "
-        f"each node sends and receives {(2 * (nodes - 1)) / nodes:.2f} times that many; every node has "
-        f"{bandwidth / 1e6:g} Mbit/s each way to itself, a message takes {1000 * latency:g} ms, and nothing is sent while a node computes.",
+        f"each node sends and receives {(2 * (nodes - 1)) / nodes:.2f} times that many; every node has {bandwidth / 1e6:g} "
+        f"Mbit/s each way to itself, a message takes {1000 * latency:g} ms, and nothing is sent while a node computes.",
         soft_wrap=True,
     )
