@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from elastic.capture import Capturer
 from elastic.engine import Slot
-from elastic.errors import ConfigError, ProtocolError
+from elastic.errors import ConfigError
 from elastic.failpoints import FailPoint, reach_inside
 from elastic.reduction import Reduced
 from elastic.replica import ReplicaEngine
@@ -161,16 +161,8 @@ class LocalEngine(ReplicaEngine):
     def has_updated(self) -> bool:
         return True
 
-    def optimizer_step(self, index: int) -> None:
-        """User code called step() of one optimizer; the last of them ends a local step, perhaps the slot, and the round."""
-        slot = self.slot
-        if slot is None:
-            raise ProtocolError(
-                "optimizer.step() was called outside the prepared loader's loop: step only inside `for ... in loader`"
-            )
-        self._stepped.add(index)
-        if len(self._stepped) < len(self.inner_steps):
-            return
+    def _end_batch(self, slot: Slot) -> None:
+        """All optimizers were stepped: a local step is over, with the last one the slot, and with the last slot the round."""
         if not slot.counts:
             self._say_warm()
         self.snapshots.finish()  # what is being captured are the committed parameters

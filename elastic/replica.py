@@ -236,8 +236,11 @@ class ReplicaEngine(Engine):
                 "optimizer.step() was called outside the prepared loader's loop: step only inside `for ... in loader`"
             )
         self._stepped.add(index)
-        if len(self._stepped) < len(self.inner_steps):
-            return
+        if len(self._stepped) == len(self.inner_steps):
+            self._end_batch(slot)
+
+    def _end_batch(self, slot: Slot) -> None:
+        """All optimizers were stepped: the slot is over, and with the last one the step."""
         if not slot.counts:
             # A joiner's own weights do not matter, since it is given the state; its optimizer's memory does: pages that
             # are touched now need not be touched while its peers wait. They need not wait for the word until then: what

@@ -2,53 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-import sys
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 
 from elastic.records import read_record
 from elastic.sampler import SlotSampler
-from tests.e2e.jobs import DEADLINE_S, Job, Status, members_of, pids_of
+from tests.e2e.jobs import Job, members_of, pids_of
+from tests.e2e.test_pipelines import finish
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
-SCRIPT = Path(__file__).with_name("train.py")
 SAMPLES, BATCH_SIZE, REPLICAS, EVERY = 1217, 4, 4, 5
 ROUNDS_PER_EPOCH = 16
 LOCAL = ("--diloco", EVERY, "--slots", REPLICAS, "--virtual-replicas", REPLICAS, "--model-only")
 
 
-@functools.cache
-def alone(*train: object) -> str:
-    """What one process without an agent ends with."""
-    with Job() as job:
-        done = job.call(sys.executable, SCRIPT, *train, "--out", job.folder / "out", timeout_s=300)
-        assert done.code == 0, done.err
-        return job.fingerprint()
-
-
-def finish(job: Job, process: str) -> Status:
-    job.let_go()
-    done = job.ended(job.started[process], 2 * DEADLINE_S)
-    assert done.code == 0, done.err
-    summary = job.summary()
-    assert summary["state"] == "succeeded", summary
-    return summary
-
-
 @pytest.mark.parametrize("workers", [2, 3])
-def test_any_number_of_workers_comes_to_the_bits_of_one_process(job: Job, workers: int) -> None:
+def test_any_number_of_workers_comes_to_the_bits_of_one_process(
+    job: Job, undisturbed: Callable[..., str], workers: int
+) -> None:
     """Batch norm and dropout, AdamW, clipping and a schedule: each replica has its own, whoever computes it."""
     train = (*LOCAL, "--epochs", 2)
     job.run(workers, train=(*train, "--out", job.folder / "out"))
     summary = finish(job, "run")
     assert summary["step"] == 2 * ROUNDS_PER_EPOCH
-    assert job.fingerprint() == alone(*train)
+    assert job.fingerprint() == undisturbed(*train)
 
 
-def test_a_replica_that_is_lost_is_computed_again_and_a_joiner_is_given_what_is_agreed(job: Job) -> None:
+def test_a_replica_that_is_lost_is_computed_again_and_a_joiner_is_given_what_is_agreed(
+    job: Job, undisturbed: Callable[..., str]
+) -> None:
     """With an inner optimizer that learns nothing, so that nothing is lost with a replica: the same bits."""
     record = job.folder / "record"
     train = (*LOCAL, "--optimizer", "plain", "--epochs", 6)
@@ -67,10 +51,12 @@ def test_a_replica_that_is_lost_is_computed_again_and_a_joiner_is_given_what_is_
     steps = range(1, summary["step"] + 1)
     expected = {(step, slot): sampler.ids(step, slot) for step in steps for slot in range(REPLICAS)}
     assert read_record(record) == {key: ids for key, ids in expected.items() if ids}
-    assert job.fingerprint() == alone(*train)
+    assert job.fingerprint() == undisturbed(*train)
 
 
-def test_all_die_and_a_snapshot_of_what_was_agreed_is_gone_on_from(job: Job) -> None:
+def test_all_die_and_a_snapshot_of_what_was_agreed_is_gone_on_from(
+    job: Job, undisturbed: Callable[..., str]
+) -> None:
     train = (*LOCAL, "--optimizer", "plain", "--epochs", 3)
     job.run(2, "--snapshot-every", 1, train=(*train, *job.held, "--pause-ms", 15))
     before = job.wait_for_world(2, beyond_step=3)
@@ -78,4 +64,4 @@ def test_all_die_and_a_snapshot_of_what_was_agreed_is_gone_on_from(job: Job) -> 
         job.kill(pid)
     job.wait_for_world(2, beyond_step=before["step"] + 2)
     finish(job, "run")
-    assert job.fingerprint() == alone(*train)
+    assert job.fingerprint() == undisturbed(*train)
