@@ -25,7 +25,7 @@ from recovery.codec import Codec
 from recovery.placement import ProtectionGroup, Stripe
 
 PATIENCE_S = 5.0
-"""How long a node is asked again for what it does not have yet."""
+"""How long a node that was chosen is asked again for what it does not have yet."""
 LOOK_S = 0.02
 
 
@@ -135,9 +135,9 @@ class Assembly:
                 self._coded |= dict.fromkeys(group.nodes, _Coded(group, group.block_bytes(longest)))
 
     async def _testimony(self, node: str) -> Testimony:
-        """What a node has. It may have been chosen for what its agent holds, and has only now a keeper that can give it."""
+        """What a node has. If it was chosen for what its agent holds, its keeper may be told of that only now."""
         loop = asyncio.get_running_loop()
-        until_s = loop.time() + PATIENCE_S
+        until_s = loop.time() + (PATIENCE_S if node in self._order.sources.values() else 0.0)
         while True:
             try:
                 return await self._reader.testimony(node, Kind.TABLES)
