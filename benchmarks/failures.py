@@ -50,7 +50,7 @@ from examples.gpt import Windows
 
 NODES = 6
 EVERY = 25
-BASE = ("--join-timeout", "1", "--max-restarts", "1000")
+BASE = ("--join-timeout", "10", "--max-restarts", "1000")
 CHECKPOINTS = ("--snapshot-every", str(EVERY), "--checkpoint-every", str(EVERY))
 METHODS: dict[str, tuple[str, ...]] = {
     "none": ("--snapshot-every", "0"),

@@ -1,4 +1,4 @@
-"""The rounds of a worker whose replicas train by themselves for some steps and then agree: DiLoCo.
+"""The rounds of a worker whose replicas train by themselves for some steps and then agree: DiLoCo, at once or in parts.
 
 A round is a step of the job, and a slot of it one replica: `every` batches, each with an update of its own. What the replica
 has moved away from the committed parameters is then what a slot's gradient is elsewhere: it is summed in the order of the
@@ -6,7 +6,8 @@ slots, voted on, and applied by an outer optimizer, so that a loss, a join or a 
 replica whose worker is lost is computed again by another one, from the committed parameters and the samples that are its own.
 
 What the inner optimizers have learnt belongs to a replica alone: it is neither sent nor captured, and begins anew where the
-replica goes to another worker. This file must never let local parameters be taken for committed ones.
+replica goes to another worker. Where only a part of the model is agreed on at a time, the other parts stay a replica's own from
+round to round, and are lost with it. This file must never let local parameters be taken for committed ones.
 """
 
 from __future__ import annotations
@@ -20,17 +21,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from elastic.capture import Capturer
 from elastic.engine import Slot
 from elastic.errors import ConfigError
 from elastic.failpoints import FailPoint, reach_inside
+from elastic.fragments import fragments_of
 from elastic.reduction import Reduced
 from elastic.replica import ReplicaEngine
 from elastic.snapshots import share_of
 from elastic.state import TrainingState
-from elastic.sync import DiLoCo
+from elastic.sync import Rounds
 
 OUTER = "outer"
 """What the outer optimizer is called in the training state."""
@@ -45,7 +48,7 @@ class LocalEngine(ReplicaEngine):
         sync: how rounds are made.
     """
 
-    def __init__(self, *args: Any, sync: DiLoCo, snapshot_every: int = 0, **options: Any) -> None:
+    def __init__(self, *args: Any, sync: Rounds, snapshot_every: int = 0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.sync = sync
         parts = self.parts
@@ -53,6 +56,13 @@ class LocalEngine(ReplicaEngine):
             list(parts.parameters), lr=sync.outer_lr, momentum=sync.momentum, nesterov=sync.nesterov
         )
         self._phi = [parameter.detach().clone() for parameter in parts.parameters]
+        self._fragments = fragments_of(parts.models.values(), parts.parameters, sync.fragments)
+        self._reducers = [self.reducer]
+        if sync.fragments > 1:
+            self.reducer.close()
+            self._reducers = [self._make_reducer([parts.parameters[place] for place in each]) for each in self._fragments]
+        self._theta: dict[int, list[Tensor]] = {}  # slot -> its replica's own parameters as the round began, unless they are phi
+        self._ended: dict[int, list[Tensor]] = {}  # slot -> those with which it has ended the round
         self._learnt: dict[int, list[Any]] = {}  # slot -> what its inner optimizers have learnt
         self._schedules: dict[str, Any] | None = None  # what is alike for all replicas as the round began; None: as it is
         self._done = 0  # local steps that the slot in progress has had
@@ -72,13 +82,13 @@ class LocalEngine(ReplicaEngine):
         ids = self.sampler.ids(step, slot)
         count = self._count_of(step)  # alike for all slots, so that schedulers are, too
         shares = [share_of(len(ids), number, count) for number in range(count)]
-        return [(slot * self.sync.every + number, ids[share.start : share.stop]) for number, share in enumerate(shares)]
+        return [(slot * self.sync.local_steps + number, ids[share.start : share.stop]) for number, share in enumerate(shares)]
 
     def _count_of(self, step: int) -> int:
         """Local steps of each replica in a round: fewer in an epoch's last one."""
         least = min(size for size in self.sampler.sizes(step) if size)
-        full = self.sampler.batch_size // self.sync.every
-        return max(1, min(self.sync.every, least // full))
+        full = self.sampler.batch_size // self.sync.local_steps
+        return max(1, min(self.sync.local_steps, least // full))
 
     def next_slot(self) -> Slot | None:
         slot = self.slot
@@ -104,6 +114,8 @@ class LocalEngine(ReplicaEngine):
         """A slot begins: with the committed parameters, and what this worker has of its replica."""
         self._is_real = slot.counts and slot.slot in self.reducer.remaining_slots()
         self._restore_parameters()
+        if self._is_real and slot.slot in self._theta:
+            self._take(self._theta[slot.slot])
         if slot.counts:
             self._begin_schedules()
         self._turn_to(slot.slot if self._is_real else THROWAWAY)
@@ -136,10 +148,23 @@ class LocalEngine(ReplicaEngine):
             optimizer.state = mine
 
     def _restore_parameters(self) -> None:
+        self._take(self._phi)
+
+    def _take(self, values: Sequence[Tensor]) -> None:
+        """Make the parameters these."""
         with torch.no_grad():
-            for parameter, phi in zip(self.parts.parameters, self._phi, strict=True):
-                parameter.copy_(phi)
+            for parameter, value in zip(self.parts.parameters, values, strict=True):
+                parameter.copy_(value)
                 parameter.grad = None
+
+    def _own(self) -> list[Tensor]:
+        """The parameters as they are, copied."""
+        return [parameter.detach().clone() for parameter in self.parts.parameters]
+
+    @property
+    def _fragment(self) -> list[int]:
+        """The places of the parameters that are agreed on after this round."""
+        return self._fragments[(self.step - 1) % len(self._fragments)]
 
     def measure(self, name: str, value: float, call: str) -> None:
         """Take a local step's value: a slot's is the mean over its local steps."""
@@ -149,7 +174,7 @@ class LocalEngine(ReplicaEngine):
     def weigh(self, weight: float) -> None:
         """Refused. Raises ConfigError."""
         raise ConfigError(
-            "session.weight() is for gradients that are summed over slots, and with sync=DiLoCo(...) none are: leave it out"
+            "session.weight() is for gradients that are summed over slots, and with sync=... none are: leave it out"
         )
 
     def clip(self, request: Callable[[], None]) -> None:
@@ -186,10 +211,13 @@ class LocalEngine(ReplicaEngine):
         several = len(set(sizes) - {0}) > 1
         self.reducer.begin_slot(slot.slot)
         with torch.no_grad():
-            for parameter, phi in zip(self.parts.parameters, self._phi, strict=True):
-                moved = phi - parameter
+            for place in self._fragment:
+                parameter = self.parts.parameters[place]
+                moved = self._phi[place] - parameter
                 parameter.grad = moved * float(sizes[slot.slot]) if several else moved
         self._end_slot()
+        if len(self._fragments) > 1:
+            self._ended[slot.slot] = self._own()
         self._restore_parameters()
 
     # -- the end of a round --------------------------------------------------------------------------------------------
@@ -210,6 +238,11 @@ class LocalEngine(ReplicaEngine):
             self.buffers.restore()
         self.measures.commit(reduced.extras[self.buffers.extras :])
         self._note_parameters()
+        self._theta |= self._ended
+        self._ended = {}
+        for own in self._theta.values() if commit else ():
+            for place in self._fragment:
+                own[place].mul_(self.sync.mixing).add_(self._phi[place], alpha=1 - self.sync.mixing)
 
     def _note_parameters(self) -> None:
         """The parameters are the committed ones, and another round begins with them."""
@@ -220,10 +253,14 @@ class LocalEngine(ReplicaEngine):
         self._schedules = None
 
     def _plan_step(self) -> None:
+        self.reducer = self._reducers[(self.step - 1) % len(self._reducers)]
         super()._plan_step()
         assert self.plan is not None
         own = set(self.recorded_slots(self.plan, self.rank))
+        again = set(self.reducer.remaining_slots())
         self._learnt = {slot: learnt for slot, learnt in self._learnt.items() if slot in own}
+        self._theta = {slot: theta for slot, theta in self._theta.items() if slot in own}
+        self._ended = {slot: theta for slot, theta in self._ended.items() if slot in own - again}
         slot = self.slot
         if slot is not None and slot.counts and slot.slot not in self.reducer.remaining_slots():
             self._done = self._steps_of(slot)  # it is complete, or another worker's by now
@@ -233,7 +270,7 @@ class LocalEngine(ReplicaEngine):
     def _pass_state(self, joiners: tuple[int, ...]) -> int | None:
         if self.rank in joiners:
             return super()._pass_state(joiners)
-        local = [parameter.detach().clone() for parameter in self.parts.parameters]
+        local = self._own()
         schedules = {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
         self._restore_parameters()
         if self._schedules is not None:
@@ -243,14 +280,12 @@ class LocalEngine(ReplicaEngine):
         finally:  # this worker may be in the middle of a slot
             for name, thing in self._alike.items():
                 thing.load_state_dict(schedules[name])
-            with torch.no_grad():
-                for parameter, value in zip(self.parts.parameters, local, strict=True):
-                    parameter.copy_(value)
+            self._take(local)
 
     def _take_over(self) -> None:
         super()._take_over()
         self._note_parameters()
-        self._learnt = {}
+        self._learnt, self._theta, self._ended = {}, {}, {}
         self.slot = None
 
     def _leave_loop(self) -> None:

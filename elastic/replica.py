@@ -5,6 +5,7 @@ User code drives it: the loader's next opens a slot, the optimizer's step ends i
 
 from __future__ import annotations
 
+import functools
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -91,14 +92,15 @@ class ReplicaEngine(Engine):
         self.zero = Zero(parts.optimizers) if parts.shards_optimizer else None
         shards = self.zero.shards if self.zero is not None else None
         self.state = parts.state(self.measures, self.buffers.copies, shards)
-        self.reducer = Reducer(
-            parts.parameters,
+        self._make_reducer = functools.partial(
+            Reducer,
             replicas=replicas,
             reduction=reduction,
             extras=self.buffers.extras + measures.EXTRAS,
             shared=coordinator.settings.shares_memory,
             on_progress=self.beat,
         )
+        self.reducer = self._make_reducer(parts.parameters)
         if memory is not None and snapshot_every:
             self.take_snapshots(Capturer(self.state, memory, buffers=3 if snapshot_every == 1 else 2), snapshot_every)
         self.clips: list[Callable[[], None]] = []

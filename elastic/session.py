@@ -58,7 +58,7 @@ from elastic.replica import Parts, ReplicaEngine
 from elastic.sampler import SlotSampler
 from elastic.seeding import preserved, seed_everything
 from elastic.state import TrainingState
-from elastic.sync import AllReduce, DiLoCo, Sync
+from elastic.sync import AllReduce, Sync
 
 TRACEBACK_SIZE_BYTES_MAX = 16 * 1024
 SAMPLE_IDS_MAX = 1024
@@ -191,8 +191,9 @@ class Session:
             seed: For sampling and all randomness; None: the job's --seed.
             shard_optimizer: Hold each part of the optimizers' state on one worker only (ZeRO-1), with the same bits. For
                 elementwise optimizers; a lost worker's part comes from a snapshot, so start agents with --snapshot-every.
-            sync: How replicas agree: `elastic.sync.AllReduce()`, each step on its gradient, or `elastic.sync.DiLoCo(...)`: then a
-                slot is a replica that takes some steps by itself, and a step of the job the round after which all agree.
+            sync: How replicas agree: `elastic.sync.AllReduce()`, each step on its gradient, or `elastic.sync.DiLoCo(...)` and
+                `StreamingDiLoCo(...)`: then a slot is a replica that takes some steps by itself, and a step of the job the round
+                after which all agree.
 
         Returns:
             The same objects in the same order (the loader as an `ElasticLoader`); a single one is returned bare.
@@ -216,11 +217,11 @@ class Session:
         mode = _checked_numbers(slots, virtual_replicas, reduction)
         (loader,) = kinds["loader"]
         spec = LoaderSpec.of(loader)
-        if isinstance(sync, DiLoCo):
+        if not isinstance(sync, AllReduce):
             if shard_optimizer or any(scaler.is_enabled() for scaler in kinds["scaler"]):
                 other = "shard_optimizer=True" if shard_optimizer else "a GradScaler"
                 raise ConfigError(f"sync={sync} and {other} exclude each other: leave one out")
-            spec = replace(spec, batch_size=spec.batch_size * sync.every)
+            spec = replace(spec, batch_size=spec.batch_size * sync.local_steps)
             if spec.batch_size > spec.dataset_size:
                 raise ConfigError(
                     f"{sync} takes {spec.batch_size} samples for a round of one replica, and the dataset has "
@@ -242,7 +243,7 @@ class Session:
         sampler = SlotSampler(
             spec.dataset_size, spec.batch_size, admitted.slots, self._seed, spec.shuffle, spec.drop_last
         )
-        kind = functools.partial(LocalEngine, sync=sync) if isinstance(sync, DiLoCo) else ReplicaEngine
+        kind = ReplicaEngine if isinstance(sync, AllReduce) else functools.partial(LocalEngine, sync=sync)
         engine = self._engine = kind(
             self._coordinator,
             parts,

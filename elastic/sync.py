@@ -1,7 +1,8 @@
 """How replicas agree on what they train, for `session.prepare(..., sync=...)`.
 
 With `AllReduce` the gradient of every step is summed over all workers. With `DiLoCo` (arXiv 2311.08105) each replica trains by
-itself for some steps, and then all agree on a step of an outer optimizer: so much less is sent, and so much more rarely.
+itself for some steps, and then all agree on a step of an outer optimizer: so much less is sent, and so much more rarely. With
+`StreamingDiLoCo` (arXiv 2501.18512) they agree on one part of the model after the other.
 """
 
 from __future__ import annotations
@@ -38,14 +39,76 @@ class DiLoCo:
     nesterov: bool = True
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ConfigError(f"DiLoCo(every={self.every}): a round has at least one local step")
-        if not (math.isfinite(self.outer_lr) and self.outer_lr > 0):
-            raise ConfigError(f"DiLoCo(outer_lr={self.outer_lr}): give a rate above 0; the paper's is 0.7")
-        if not 0 <= self.momentum < 1:
-            raise ConfigError(f"DiLoCo(momentum={self.momentum}): it is at least 0 and below 1; the paper's is 0.9")
-        if self.nesterov and not self.momentum:
-            raise ConfigError("DiLoCo(nesterov=True, momentum=0): Nesterov's step needs a momentum; pass nesterov=False")
+        _check(self)
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps from one agreement to the next."""
+        return self.every
+
+    @property
+    def fragments(self) -> int:
+        """Into how many parts the model is taken, of which one is agreed on at a time."""
+        return 1
+
+    @property
+    def mixing(self) -> float:
+        """How much a replica keeps of its own parameters when they are agreed on."""
+        return 0.0
 
 
-Sync = AllReduce | DiLoCo
+@dataclass(frozen=True, slots=True)
+class StreamingDiLoCo:
+    """As `DiLoCo`, but one part of the model after the other is agreed on, so that less is sent at a time.
+
+    After every `every / fragments` local steps it is the next fragment's turn, so that each has its own every `every` steps. For
+    it Delta is the mean of phi - theta over all slots, phi takes the outer step, and each replica goes on with
+
+        theta <- mixing theta + (1 - mixing) phi
+
+    while the other fragments stay local (section 2 of arXiv 2501.18512, without its delay). Layers go to fragments in turns.
+
+    Attributes:
+        every: local steps from one agreement on a fragment to its next; a multiple of `fragments`.
+        fragments: how many. mixing: how much of its own a replica keeps, from 0 to below 1.
+        outer_lr, momentum, nesterov: of the outer SGD.
+    """
+
+    every: int = 100
+    fragments: int = 4
+    mixing: float = 0.0
+    outer_lr: float = 0.4
+    momentum: float = 0.9
+    nesterov: bool = True
+
+    def __post_init__(self) -> None:
+        _check(self)
+        if self.fragments < 2:
+            raise ConfigError(f"StreamingDiLoCo(fragments={self.fragments}): give at least 2, or use DiLoCo")
+        if self.every % self.fragments:
+            raise ConfigError(
+                f"StreamingDiLoCo(every={self.every}, fragments={self.fragments}): every has to be a multiple of fragments"
+            )
+        if not 0 <= self.mixing < 1:
+            raise ConfigError(f"StreamingDiLoCo(mixing={self.mixing}): it is at least 0 and below 1, where nothing is agreed on")
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps from one agreement to the next."""
+        return self.every // self.fragments
+
+
+Rounds = DiLoCo | StreamingDiLoCo
+Sync = AllReduce | Rounds
+
+
+def _check(sync: Rounds) -> None:
+    name = type(sync).__name__
+    if sync.every < 1:
+        raise ConfigError(f"{name}(every={sync.every}): a round has at least one local step")
+    if not (math.isfinite(sync.outer_lr) and sync.outer_lr > 0):
+        raise ConfigError(f"{name}(outer_lr={sync.outer_lr}): give a rate above 0; the papers' are 0.7, and 0.4 for streaming")
+    if not 0 <= sync.momentum < 1:
+        raise ConfigError(f"{name}(momentum={sync.momentum}): it is at least 0 and below 1; the papers' is 0.9")
+    if sync.nesterov and not sync.momentum:
+        raise ConfigError(f"{name}(nesterov=True, momentum=0): Nesterov's step needs a momentum; pass nesterov=False")

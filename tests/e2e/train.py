@@ -116,6 +116,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=("adamw", "sgd", "plain"), default="adamw")
     parser.add_argument("--shard-optimizer", action="store_true")
     parser.add_argument("--diloco", type=int, default=0, metavar="H", help="Agree after H local steps.")
+    parser.add_argument("--fragments", type=int, default=0, metavar="P", help="... on one of P fragments after H / P.")
     parser.add_argument("--model-only", action="store_true", help="Leave the optimizer out of the fingerprint.")
     parser.add_argument("--plain-model", action="store_true", help="Neither dropout nor batch norm.")
     parser.add_argument("--clip", type=float, default=0.5)
@@ -221,6 +222,13 @@ def save(args: argparse.Namespace, session: elastic.Session, model: nn.Module) -
     partial.replace(args.save)
 
 
+def sync_of(args: argparse.Namespace) -> Any:
+    """How replicas agree."""
+    if args.fragments:
+        return elastic.sync.StreamingDiLoCo(every=args.diloco, fragments=args.fragments)
+    return elastic.sync.DiLoCo(every=args.diloco) if args.diloco else elastic.sync.AllReduce()
+
+
 def main() -> None:
     """Train as the command line says."""
     args = arguments()
@@ -272,7 +280,7 @@ def main() -> None:
         virtual_replicas=args.virtual_replicas,
         reduction=args.reduction,
         shard_optimizer=args.shard_optimizer,
-        sync=elastic.sync.DiLoCo(every=args.diloco) if args.diloco else elastic.sync.AllReduce(),
+        sync=sync_of(args),
     )[-1:]
     network = torch.compile(model) if "compile" in features else model
     steps = args.epochs * len(loader)

@@ -14,18 +14,28 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from elastic.config import WorkerConfig
 from elastic.errors import ConfigError
+from elastic.fragments import fragments_of
 from elastic.sampler import SlotSampler
 from elastic.session import Session
-from elastic.sync import DiLoCo
+from elastic.sync import DiLoCo, Rounds, StreamingDiLoCo
 from tests.unit.test_session import data, model_and_optimizer
 
 BATCH_SIZE, REPLICAS, EVERY = 2, 3, 4
 
 
+SYNCS = [
+    DiLoCo(EVERY),
+    DiLoCo(EVERY, 1.0, 0.3, nesterov=False),
+    DiLoCo(1, 0.5),
+    StreamingDiLoCo(EVERY, 2),
+    StreamingDiLoCo(EVERY, 2, mixing=0.5, outer_lr=0.7),
+]
+
+
 class Run:
     """A prepared world of one, which computes all replicas one after the other."""
 
-    def __init__(self, size: int, sync: DiLoCo, **options: Any) -> None:
+    def __init__(self, size: int, sync: Rounds, **options: Any) -> None:
         self.session = Session(WorkerConfig())
         self.model, self.optimizer = model_and_optimizer()
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, step_size=3, gamma=0.9)
@@ -50,12 +60,12 @@ class Run:
                 self.scheduler.step()
 
 
-def steps_of(sync: DiLoCo, sizes: Sequence[int]) -> int:
+def steps_of(sync: Rounds, sizes: Sequence[int]) -> int:
     """Local steps of each replica in a round."""
-    return max(1, min(sync.every, min(size for size in sizes if size) // BATCH_SIZE))
+    return max(1, min(sync.local_steps, min(size for size in sizes if size) // BATCH_SIZE))
 
 
-def by_hand(size: int, sync: DiLoCo, rounds: int, clip: float) -> tuple[nn.Module, float]:
+def by_hand(size: int, sync: Rounds, rounds: int, clip: float) -> tuple[nn.Module, float]:
     """The same in plain PyTorch: one model, one optimizer and one scheduler for each replica."""
     whole, _ = model_and_optimizer()
     replicas: list[tuple[nn.Module, Any, Any]] = []
@@ -63,7 +73,8 @@ def by_hand(size: int, sync: DiLoCo, rounds: int, clip: float) -> tuple[nn.Modul
         model, optimizer = model_and_optimizer()
         replicas.append((model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.9)))
     outer = torch.optim.SGD(whole.parameters(), lr=sync.outer_lr, momentum=sync.momentum, nesterov=sync.nesterov)
-    sampler = SlotSampler(size, BATCH_SIZE * sync.every, REPLICAS, 0, True, False)
+    sampler = SlotSampler(size, BATCH_SIZE * sync.local_steps, REPLICAS, 0, True, False)
+    fragments = fragments_of([whole], list(whole.parameters()), sync.fragments)
     tensors = data().tensors
     loss = 0.0
     for step in range(1, rounds + 1):
@@ -72,7 +83,8 @@ def by_hand(size: int, sync: DiLoCo, rounds: int, clip: float) -> tuple[nn.Modul
         moved: list[list[torch.Tensor]] = []
         losses = []
         for slot, (model, optimizer, scheduler) in enumerate(replicas):
-            model.load_state_dict(copy.deepcopy(whole.state_dict()))
+            if sync.fragments == 1:
+                model.load_state_dict(copy.deepcopy(whole.state_dict()))
             ids = sampler.ids(step, slot)
             given = []
             for piece in range(count):
@@ -90,18 +102,26 @@ def by_hand(size: int, sync: DiLoCo, rounds: int, clip: float) -> tuple[nn.Modul
                 scheduler.step()
             losses.append(sum(given) / max(1, len(given)))
             moved.append([p.detach() - q.detach() for p, q in zip(whole.parameters(), model.parameters(), strict=True)])
+        fragment = fragments[(step - 1) % sync.fragments]
         for place, parameter in enumerate(whole.parameters()):
+            parameter.grad = None
+            if place not in fragment:
+                continue
             total = sum(size * each[place] for size, each in zip(sizes, moved, strict=True))
             parameter.grad = total / sum(sizes)
         outer.step()
+        for model, _, _ in replicas:
+            for place in fragment:
+                own, agreed = list(model.parameters())[place].data, list(whole.parameters())[place].data
+                own.copy_(sync.mixing * own + (1 - sync.mixing) * agreed)
         loss = sum(size * value for size, value in zip(sizes, losses, strict=True)) / sum(sizes)
     return whole, loss
 
 
 @pytest.mark.parametrize("size", [24, 43], ids=["whole rounds", "a short last round"])
-@pytest.mark.parametrize("sync", [DiLoCo(EVERY), DiLoCo(EVERY, 1.0, 0.3, nesterov=False), DiLoCo(1, 0.5)], ids=repr)
+@pytest.mark.parametrize("sync", SYNCS, ids=repr)
 @pytest.mark.parametrize("clip", [0.0, 0.3])
-def test_a_round_is_what_the_paper_says(size: int, sync: DiLoCo, clip: float) -> None:
+def test_a_round_is_what_the_paper_says(size: int, sync: Rounds, clip: float) -> None:
     run = Run(size, sync)
     run.train(3, clip=clip)
     rounds = 3 * len(run.loader)
@@ -110,11 +130,24 @@ def test_a_round_is_what_the_paper_says(size: int, sync: DiLoCo, clip: float) ->
     for mine, theirs in zip(run.model.parameters(), model.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     assert run.session.loss == pytest.approx(loss, rel=1e-4)
-    sampler = SlotSampler(size, BATCH_SIZE * sync.every, REPLICAS, 0, True, False)
+    sampler = SlotSampler(size, BATCH_SIZE * sync.local_steps, REPLICAS, 0, True, False)
     counts = [steps_of(sync, sampler.sizes(s)) for s in range(1, rounds + 1)]
     replicas = [sum(each > 0 for each in sampler.sizes(s)) for s in range(1, rounds + 1)]
     assert run.batches == sum(a * b for a, b in zip(counts, replicas, strict=True))
     assert run.scheduler.last_epoch == sum(counts), "a scheduler takes a step with each local one of one replica"
+
+
+def test_layers_go_to_fragments_in_turns_and_the_rest_to_the_smallest() -> None:
+    model = nn.Sequential(nn.Embedding(7, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(5)), nn.Linear(2, 7))
+    parameters = list(model.parameters())
+    found = fragments_of([model], parameters, 2)
+    assert sorted(place for places in found for place in places) == list(range(len(parameters)))
+    layers = [[2 * number + 1, 2 * number + 2] for number in range(5)]  # the embedding is first
+    assert [place for layer in layers[::2] for place in layer] == [p for p in found[0] if 0 < p < 11]
+    assert 0 in found[1], "it is smaller before it has the embedding"
+    assert fragments_of([model], parameters, 1) == [list(range(len(parameters)))]
+    with pytest.raises(ConfigError, match="fragments=6, and the model has 5 layer"):
+        fragments_of([model], parameters, 6)
 
 
 def test_readers_ahead_give_the_same_batches() -> None:
@@ -133,6 +166,10 @@ def test_readers_ahead_give_the_same_batches() -> None:
         (lambda: DiLoCo(outer_lr=0.0), "give a rate above 0"),
         (lambda: DiLoCo(momentum=1.0), "at least 0 and below 1"),
         (lambda: DiLoCo(momentum=0.0), "Nesterov's step needs a momentum"),
+        (lambda: StreamingDiLoCo(4, 1), "give at least 2, or use DiLoCo"),
+        (lambda: StreamingDiLoCo(5, 2), "every has to be a multiple of fragments"),
+        (lambda: StreamingDiLoCo(4, 2, mixing=1.0), "at least 0 and below 1"),
+        (lambda: Run(24, StreamingDiLoCo(8, 4)), "fragments=4, and the model has 2 layer"),
         (lambda: Run(24, DiLoCo(100)), "takes 200 samples for a round of one replica, and the dataset has 24"),
         (lambda: Run(24, DiLoCo(4), shard_optimizer=True), "exclude each other"),
     ],
