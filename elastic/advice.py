@@ -1,14 +1,16 @@
 """What a link costs each way of agreeing: predicted steps, from the bytes that are sent. A pure function of numbers.
 
 Each worker gives every other one its share of the sum and gets theirs (reduce-scatter), and then all get all of it (all-gather):
-2 P (N-1)/N numbers of 4 bytes each way, and two messages one after the other. With `DiLoCo` that is once a round.
+2 P (N-1)/N numbers each way, of 4 bytes or in a code with a scale for each block, and two messages one after the other. With
+local rounds that is once a round.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-GRADIENT_BYTES = 4
+BYTES = {"": 4.0, "int8": 1 + 4 / 256, "fp4": 0.5 + 4 / 256}
+"""Of each number: as it is, and in the codes of `elastic/quantize.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +46,14 @@ class Advice:
     bytes_per_step: float
 
 
-def exchange_bytes(site: Site) -> float:
+def exchange_bytes(site: Site, code: str = "") -> float:
     """Bytes that each node sends, and as many that it receives, for one exchange of the whole model."""
-    return 2 * site.parameters * GRADIENT_BYTES * (site.nodes - 1) / site.nodes
+    return 2 * site.parameters * BYTES[code] * (site.nodes - 1) / site.nodes
 
 
-def exchange_s(site: Site) -> float:
+def exchange_s(site: Site, code: str = "") -> float:
     """Seconds of one exchange of the whole model."""
-    return exchange_bytes(site) / site.bytes_per_s + 2 * site.latency_s if site.nodes > 1 else 0.0
+    return exchange_bytes(site, code) / site.bytes_per_s + 2 * site.latency_s if site.nodes > 1 else 0.0
 
 
 def every_for(site: Site, utilisation: float) -> int:
@@ -68,13 +70,14 @@ def every_for(site: Site, utilisation: float) -> int:
     return high
 
 
-def advise(site: Site, every: int = 0) -> list[Advice]:
+def advise(site: Site, every: int) -> list[Advice]:
     """Return what each way of agreeing costs: every step, every so many steps, and as rarely as it takes for 90 and 95 %."""
-    rounds = {"DiLoCo, for 90 %": every_for(site, 0.9), "DiLoCo, for 95 %": every_for(site, 0.95)}
-    chosen = {"AllReduce": 1} | ({f"DiLoCo(every={every})": every} if every else {}) | rounds
+    ways = [("AllReduce", 1, ""), (f"DiLoCo({every})", every, "")]
+    ways += [(f"DiLoCo({every}, {code})", every, code) for code in BYTES if code]
+    ways += [(f"DiLoCo, for {share:.0%}", every_for(site, share), "") for share in (0.9, 0.95)]
     found = []
-    for name, steps in chosen.items():
-        waits_s = exchange_s(site)
+    for name, steps, code in ways:
+        waits_s = exchange_s(site, code)
         step_s = site.step_s + waits_s / steps
-        found.append(Advice(name, steps, waits_s, step_s, site.step_s / step_s, exchange_bytes(site) / steps))
+        found.append(Advice(name, steps, waits_s, step_s, site.step_s / step_s, exchange_bytes(site, code) / steps))
     return found

@@ -90,13 +90,14 @@ def blocks(slots: int, replicas: int) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(range(a, b)) for a, b in itertools.pairwise(starts))
 
 
-def plan_fold(owners: Sequence[int], replicas: int, empty: Iterable[int] = ()) -> Fold:
+def plan_fold(owners: Sequence[int], replicas: int, empty: Iterable[int] = (), *, merge: bool = True) -> Fold:
     """Divide the sum of a step into the fewest terms that keep every addition.
 
     Args:
         owners: the rank that computes each slot.
         replicas: V, the number of virtual replicas.
         empty: slots without samples; they are left out of the sum, and so is a replica of empty slots only.
+        merge: whether whole replicas that follow one another from the first on may be one term.
 
     Returns:
         The fold; without any term if every slot is empty.
@@ -112,7 +113,7 @@ def plan_fold(owners: Sequence[int], replicas: int, empty: Iterable[int] = ()) -
         # Addition is not associative: only a run that begins a replica is a partial result of its fold.
         length = next((i for i, slot in enumerate(slots) if owners[slot] != owner), len(slots))
         prefix, rest = slots[:length], slots[length:]
-        if not rest and _extends_total(stretches, owner):
+        if merge and not rest and _extends_total(stretches, owner):
             stretches[0][2].append(prefix)
             continue
         kind = TermKind.TOTAL if not rest and not stretches else TermKind.PREFIX

@@ -13,6 +13,7 @@ round to round, and are lost with it. This file must never let local parameters 
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import zlib
 from collections import defaultdict
@@ -29,7 +30,8 @@ from elastic.engine import Slot
 from elastic.errors import ConfigError
 from elastic.failpoints import FailPoint, reach_inside
 from elastic.fragments import fragments_of
-from elastic.reduction import Reduced
+from elastic.quantize import Code
+from elastic.reduction import Reduced, Reduction
 from elastic.replica import ReplicaEngine
 from elastic.snapshots import share_of
 from elastic.state import TrainingState
@@ -58,9 +60,15 @@ class LocalEngine(ReplicaEngine):
         self._phi = [parameter.detach().clone() for parameter in parts.parameters]
         self._fragments = fragments_of(parts.models.values(), parts.parameters, sync.fragments)
         self._reducers = [self.reducer]
-        if sync.fragments > 1:
+        if sync.fragments > 1 or sync.quantize:
             self.reducer.close()
-            self._reducers = [self._make_reducer([parts.parameters[place] for place in each]) for each in self._fragments]
+            coded: dict[str, Any] = {}
+            if sync.quantize:
+                each_slot = {"replicas": self.sampler.slots, "reduction": Reduction.ORDERED}
+                coded = {"code": Code(sync.quantize), "shared": False, **each_slot}
+            make = functools.partial(self._make_reducer, **coded)
+            self._reducers = [make([parts.parameters[place] for place in each]) for each in self._fragments]
+        self.reducer = self._reducers[0]
         self._theta: dict[int, list[Tensor]] = {}  # slot -> its replica's own parameters as the round began, unless they are phi
         self._ended: dict[int, list[Tensor]] = {}  # slot -> those with which it has ended the round
         self._learnt: dict[int, list[Any]] = {}  # slot -> what its inner optimizers have learnt

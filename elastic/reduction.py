@@ -18,12 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
+from elastic.coded import CodedExchange
 from elastic.errors import CollectiveAborted
 from elastic.exchange import Alone, Exchange, Lane, OrderedExchange
 from elastic.flat import Layout, is_finite
 from elastic.folds import Fold, plan_fold, plan_shares
 from elastic.group import Messages
 from elastic.partials import Partial, PartialSums
+from elastic.quantize import Code
 from elastic.shared import Neighbours
 
 BUCKET_BYTES = 25 * 1024 * 1024
@@ -83,6 +85,7 @@ class Reducer:
         on_progress: called for each gradient that comes.
         in_place: autograd adds to the partial sums by itself, without a call for each gradient, once a slot has shown
             that each gradient comes in one piece. Then no exchange can begin inside a backward (`arm`).
+        code: in which gradients are exchanged, if each slot is a virtual replica and `reduction` is ORDERED; None: as they are.
     """
 
     def __init__(
@@ -96,6 +99,7 @@ class Reducer:
         shared: bool = False,
         on_progress: Callable[[], None] | None = None,
         in_place: bool = False,
+        code: Code | None = None,
     ) -> None:
         self._layout = Layout(parameters, extras, bucket_bytes, shared=shared)
         self._neighbours = Neighbours()
@@ -121,6 +125,7 @@ class Reducer:
         self._piecewise: set[int] = set()
         self._has_seen_a_slot = False
         self._in_place = in_place
+        self._code = code
         self._is_adding = False  # the sum itself is in `p.grad` during the present slot
         # The exchange of the present step.
         self._exchange: Exchange | None = None
@@ -159,7 +164,7 @@ class Reducer:
         self._planned = planned
         self._group, owners, absent = planned
         if self._reduction is Reduction.ORDERED:
-            self._fold = plan_fold(owners, self._replicas, absent)
+            self._fold = plan_fold(owners, self._replicas, absent, merge=self._code is None)
         else:
             self._fold = plan_shares(owners, absent)
         self._sums.plan(self._fold.owned_by(group.rank))
@@ -414,7 +419,9 @@ class Reducer:
             return
         group = self._group
         assert group is not None
-        if self._size() == 1:
+        if self._code is not None:
+            self._exchange = CodedExchange(group if group.size > 1 else None, self._fold, self._code, self._neighbours)
+        elif self._size() == 1:
             self._exchange = Alone()
         else:
             self._exchange = OrderedExchange(group, self._fold, self._neighbours)

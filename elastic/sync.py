@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from elastic.errors import ConfigError
+
+Quantize = Literal["int8", "fp4"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +34,14 @@ class DiLoCo:
 
     Attributes:
         every: local steps of a round. outer_lr, momentum, nesterov: of the outer SGD.
+        quantize: what Delta is sent in: "int8" (a quarter of the bytes), "fp4" (an eighth); None: as it is.
     """
 
     every: int = 100
     outer_lr: float = 0.7
     momentum: float = 0.9
     nesterov: bool = True
+    quantize: Quantize | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -71,7 +76,7 @@ class StreamingDiLoCo:
     Attributes:
         every: local steps from one agreement on a fragment to its next; a multiple of `fragments`.
         fragments: how many. mixing: how much of its own a replica keeps, from 0 to below 1.
-        outer_lr, momentum, nesterov: of the outer SGD.
+        outer_lr, momentum, nesterov: of the outer SGD. quantize: as of `DiLoCo`.
     """
 
     every: int = 100
@@ -80,6 +85,7 @@ class StreamingDiLoCo:
     outer_lr: float = 0.4
     momentum: float = 0.9
     nesterov: bool = True
+    quantize: Quantize | None = None
 
     def __post_init__(self) -> None:
         _check(self)
@@ -110,5 +116,7 @@ def _check(sync: Rounds) -> None:
         raise ConfigError(f"{name}(outer_lr={sync.outer_lr}): give a rate above 0; the papers' are 0.7, and 0.4 for streaming")
     if not 0 <= sync.momentum < 1:
         raise ConfigError(f"{name}(momentum={sync.momentum}): it is at least 0 and below 1; the papers' is 0.9")
+    if sync.quantize not in (None, "int8", "fp4"):
+        raise ConfigError(f"{name}(quantize={sync.quantize!r}): choose int8 or fp4, or None")
     if sync.nesterov and not sync.momentum:
         raise ConfigError(f"{name}(nesterov=True, momentum=0): Nesterov's step needs a momentum; pass nesterov=False")

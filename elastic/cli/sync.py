@@ -10,7 +10,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from elastic.advice import GRADIENT_BYTES, Site, advise
+from elastic.advice import BYTES, Site, advise
 from elastic.cli import options
 
 _BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -44,7 +44,7 @@ def sync() -> None:
 @click.option("--nodes", type=click.IntRange(1), required=True, help="That agree.")
 @click.option("--step", type=Quantity("TIME", _SECONDS, "1s"), default="1s", show_default=True,
               help="What a step takes a node without any exchange.")  # fmt: skip
-@click.option("--every", type=click.IntRange(0), default=100, show_default=True, help="Local steps of a DiLoCo round.")
+@click.option("--every", type=click.IntRange(1), default=100, show_default=True, help="Local steps of a DiLoCo round.")
 @options.as_json
 def advise_(bandwidth: float, latency: float, params: float, nodes: int, step: float, every: int, as_json: bool) -> None:
     """Predict the steps of each way of agreeing over a link, and how often nodes compute."""
@@ -60,7 +60,7 @@ def advise_(bandwidth: float, latency: float, params: float, nodes: int, step: f
     console = Console()
     console.print(table)
     console.print(
-        f"Assumed: {params:,.0f} numbers of {GRADIENT_BYTES} bytes are exchanged as a reduce-scatter and an all-gather, so that "
+        f"Assumed: {params:,.0f} numbers of {BYTES['']:g} bytes are exchanged as a reduce-scatter and an all-gather, so that "
         f"each node sends and receives {(2 * (nodes - 1)) / nodes:.2f} times that many; every node has {bandwidth / 1e6:g} "
         f"Mbit/s each way to itself, a message takes {1000 * latency:g} ms, and nothing is sent while a node computes.",
         soft_wrap=True,

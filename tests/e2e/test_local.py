@@ -18,12 +18,14 @@ ROUNDS_PER_EPOCH = 16
 LOCAL = ("--diloco", EVERY, "--slots", REPLICAS, "--virtual-replicas", REPLICAS, "--model-only")
 
 
-@pytest.mark.parametrize(("workers", "fragments"), [(2, 0), (3, 0), (3, 2)])
+@pytest.mark.parametrize(
+    ("workers", "fragments", "options"), [(2, 0, ()), (3, 0, ("--quantize", "fp4")), (3, 2, ("--quantize", "int8"))]
+)
 def test_any_number_of_workers_comes_to_the_bits_of_one_process(
-    job: Job, undisturbed: Callable[..., str], workers: int, fragments: int
+    job: Job, undisturbed: Callable[..., str], workers: int, fragments: int, options: tuple[str, ...]
 ) -> None:
     """Batch norm and dropout, AdamW, clipping and a schedule: each replica has its own, whoever computes it."""
-    train = (*LOCAL, "--epochs", 2)
+    train = (*LOCAL, "--epochs", 2, *options)
     if fragments:
         train = (*train, "--diloco", fragments * EVERY, "--fragments", fragments)
     job.run(workers, train=(*train, "--out", job.folder / "out"))

@@ -117,6 +117,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shard-optimizer", action="store_true")
     parser.add_argument("--diloco", type=int, default=0, metavar="H", help="Agree after H local steps.")
     parser.add_argument("--fragments", type=int, default=0, metavar="P", help="... on one of P fragments after H / P.")
+    parser.add_argument("--quantize", choices=("int8", "fp4"))
     parser.add_argument("--model-only", action="store_true", help="Leave the optimizer out of the fingerprint.")
     parser.add_argument("--plain-model", action="store_true", help="Neither dropout nor batch norm.")
     parser.add_argument("--clip", type=float, default=0.5)
@@ -225,8 +226,8 @@ def save(args: argparse.Namespace, session: elastic.Session, model: nn.Module) -
 def sync_of(args: argparse.Namespace) -> Any:
     """How replicas agree."""
     if args.fragments:
-        return elastic.sync.StreamingDiLoCo(every=args.diloco, fragments=args.fragments)
-    return elastic.sync.DiLoCo(every=args.diloco) if args.diloco else elastic.sync.AllReduce()
+        return elastic.sync.StreamingDiLoCo(args.diloco, args.fragments, quantize=args.quantize)
+    return elastic.sync.DiLoCo(args.diloco, quantize=args.quantize) if args.diloco else elastic.sync.AllReduce()
 
 
 def main() -> None:

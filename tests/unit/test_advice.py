@@ -30,9 +30,10 @@ def test_the_fewest_steps_for_a_share_are_found(share: float) -> None:
 
 
 def test_what_is_sent_more_rarely_costs_less() -> None:
-    every_step, chosen, ninety, more = advise(SLOW, 100)
+    every_step, chosen, int8, fp4, ninety, more = advise(SLOW, 100)
     assert every_step.step_s == pytest.approx(0.1 + exchange_s(SLOW)) and chosen.every == 100
     assert chosen.bytes_per_step == every_step.bytes_per_step / 100
+    assert every_step.bytes_per_step / 3.9 > 100 * int8.bytes_per_step > 1.9 * 100 * fp4.bytes_per_step
     assert ninety.utilisation >= 0.9 and more.utilisation >= 0.95 and more.every > ninety.every
 
 

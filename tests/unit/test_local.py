@@ -137,6 +137,23 @@ def test_a_round_is_what_the_paper_says(size: int, sync: Rounds, clip: float) ->
     assert run.scheduler.last_epoch == sum(counts), "a scheduler takes a step with each local one of one replica"
 
 
+@pytest.mark.parametrize(("quantize", "off"), [("int8", 0.02), ("fp4", 0.3)])
+@pytest.mark.parametrize("fragments", [1, 2])
+def test_what_is_sent_in_few_bits_comes_to_nearly_the_same(quantize: Any, off: float, fragments: int) -> None:
+    def sync(code: Any) -> Rounds:
+        return DiLoCo(EVERY, quantize=code) if fragments == 1 else StreamingDiLoCo(EVERY, fragments, quantize=code)
+
+    begun = [parameter.detach().clone() for parameter in model_and_optimizer()[0].parameters()]
+    moved = []
+    for code in (None, quantize):
+        run = Run(24, sync(code))
+        run.train(1)
+        ended = zip(run.model.parameters(), begun, strict=True)
+        moved.append(torch.cat([(parameter.detach() - before).view(-1) for parameter, before in ended]))
+    error = float((moved[0] - moved[1]).norm() / moved[0].norm())
+    assert 0 < error < off
+
+
 def test_layers_go_to_fragments_in_turns_and_the_rest_to_the_smallest() -> None:
     model = nn.Sequential(nn.Embedding(7, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(5)), nn.Linear(2, 7))
     parameters = list(model.parameters())
@@ -170,6 +187,7 @@ def test_readers_ahead_give_the_same_batches() -> None:
         (lambda: StreamingDiLoCo(5, 2), "every has to be a multiple of fragments"),
         (lambda: StreamingDiLoCo(4, 2, mixing=1.0), "at least 0 and below 1"),
         (lambda: Run(24, StreamingDiLoCo(8, 4)), "fragments=4, and the model has 2 layer"),
+        (lambda: DiLoCo(quantize="int4"), "choose int8 or fp4"),  # type: ignore[arg-type]
         (lambda: Run(24, DiLoCo(100)), "takes 200 samples for a round of one replica, and the dataset has 24"),
         (lambda: Run(24, DiLoCo(4), shard_optimizer=True), "exclude each other"),
     ],
