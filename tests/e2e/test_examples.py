@@ -75,6 +75,15 @@ def test_gpt_trains_and_its_main_worker_tells_of_every_step(tmp_path: Path) -> N
     assert "step 12: loss" in printed
 
 
+def test_two_sites_agree_on_the_same_however_many_workers_there_are(tmp_path: Path) -> None:
+    small = ("--dim", "32", "--layers", "2", "--batch", "2", "--every", "4", "--fragments", "2", "--rounds", "6")
+    script = ("examples/gpt_two_sites.py", *small, "--quantize", "int8")
+    one, _ = train(tmp_path, 1, *script)
+    two, printed = train(tmp_path, 2, *script)
+    assert one["digest"] == two["digest"] != "" and one["step"] == two["step"] == 6
+    assert "agreement 6: loss" in printed and "2 site(s)" in printed
+
+
 def test_careful_stops_early_and_saves_once(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     saved = [tmp_path / "alone.pt", tmp_path / "two.pt"]
