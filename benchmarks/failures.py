@@ -4,7 +4,7 @@
 
 Six nodes with one worker each train a byte-level GPT of six blocks, a stage on each, from where 1,200 steps in one process have
 brought it (past the plateau where it knows pairs of bytes only). A trace says after which step the node of which stage is
-killed: its agent and worker by SIGKILL, with all that they have in memory, and the node is started again at once. Failures are
+killed: its agent and worker by SIGKILL, with all that they have in memory, and the node is started again 6 s later. Failures are
 drawn for each stage and step with one probability: that of the published 5, 10 and 16 % an hour, scaled alike so that the
 lowest rate has five failures to expect, and drawn again if there are fewer; none before step 50. After step 40 each job
 waits until its first checkpoint is written, and its clock begins. All methods are run on the same traces and batches:
@@ -66,6 +66,8 @@ FAILURES_MIN = 5
 HOLD_STEP, MARGIN_STEPS = 40, 10
 """After this step all wait until the first checkpoint is there; no node is killed before, or so late that it is not seen."""
 START_S, RUN_S = 120.0, 900.0
+REPLACED_S = 6.0
+"""A node that was killed is started again after so long."""
 
 Trace = tuple[tuple[int, int], ...]
 """(step, stage): after this step the stage's node is killed."""
@@ -112,7 +114,22 @@ class Nodes:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
+        self._away: list[tuple[float, str]] = []  # when a node comes back
         self.killed = 0
+
+    def _is_at(self, step: int) -> bool:
+        self._replace()
+        return self._cluster.status().step >= step
+
+    def _are_all_here(self) -> bool:
+        return self._is_at(0) and self._cluster.status().world_size == NODES
+
+    def _replace(self) -> None:
+        """Start the nodes whose time has come."""
+        due = [node for at_s, node in self._away if at_s <= time.monotonic()]
+        self._away = [(at_s, node) for at_s, node in self._away if node not in due]
+        for node in due:
+            self._cluster.start_agent(node)
 
     def start(self) -> None:
         """Start the nodes, and wait until they train."""
@@ -124,8 +141,8 @@ class Nodes:
         """Kill what is due, each time a step is committed for the first time; `is_calm` waits until all nodes train."""
         for step, stage in trace:
             if is_calm:
-                self._cluster.wait_for_world(NODES, RUN_S)
-            self._cluster.wait(f"step {step} is committed", lambda step=step: self._cluster.status().step >= step, RUN_S)
+                self._cluster.wait("all nodes train", self._are_all_here, RUN_S)
+            self._cluster.wait(f"step {step} is committed", lambda step=step: self._is_at(step), RUN_S)
             plan = self._cluster.plan()
             if not plan.stages:
                 continue
@@ -133,7 +150,8 @@ class Nodes:
             node = plan.members[rank].node
             self._cluster.kill_node(node)
             self.killed += 1
-            self._cluster.start_agent(node)
+            self._away.append((time.monotonic() + REPLACED_S, node))
+            self._replace()
 
 
 def run_once(
