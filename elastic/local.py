@@ -242,13 +242,14 @@ class LocalEngine(ReplicaEngine):
         if commit:
             self._outer.step()
             self.buffers.commit(reduced.extras[: self.buffers.extras], slots)
-        else:
+        else:  # what is not finite is in replicas, too: all begin anew
             self.buffers.restore()
+            self._learnt, self._theta, self._ended = {}, {}, {}
         self.measures.commit(reduced.extras[self.buffers.extras :])
         self._note_parameters()
         self._theta |= self._ended
         self._ended = {}
-        for own in self._theta.values() if commit else ():
+        for own in self._theta.values():
             for place in self._fragment:
                 own[place].mul_(self.sync.mixing).add_(self._phi[place], alpha=1 - self.sync.mixing)
 

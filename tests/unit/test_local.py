@@ -154,6 +154,25 @@ def test_what_is_sent_in_few_bits_comes_to_nearly_the_same(quantize: Any, off: f
     assert 0 < error < off
 
 
+@pytest.mark.parametrize("sync", [DiLoCo(EVERY), StreamingDiLoCo(EVERY, 2), DiLoCo(EVERY, quantize="int8")], ids=repr)
+def test_a_round_that_is_not_finite_moves_nothing_and_the_next_one_is_sound(sync: Rounds) -> None:
+    run = Run(24, sync)
+    values: list[list[torch.Tensor]] = []
+    for _ in run.session.epochs(4):
+        for x, y in run.loader:
+            run.batches += 1
+            loss = F.cross_entropy(run.model(x), y) * (float("nan") if run.batches == sync.local_steps + 1 else 1.0)
+            loss.backward()
+            run.optimizer.step()
+            run.scheduler.step()
+            if run.session.committed:
+                values.append([parameter.detach().clone() for parameter in run.model.parameters()])
+    begun = list(model_and_optimizer()[0].parameters())
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(values[0], begun, strict=True))
+    assert all(bool(value.isfinite().all()) for value in values[-1])
+    assert any(not torch.equal(mine, theirs) for mine, theirs in zip(values[0], values[-1], strict=True))
+
+
 def test_layers_go_to_fragments_in_turns_and_the_rest_to_the_smallest() -> None:
     model = nn.Sequential(nn.Embedding(7, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(5)), nn.Linear(2, 7))
     parameters = list(model.parameters())
