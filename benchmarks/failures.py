@@ -66,7 +66,7 @@ FAILURES_MIN = 5
 HOLD_STEP, MARGIN_STEPS = 40, 10
 """After this step all wait until the first checkpoint is there; no node is killed before, or so late that it is not seen."""
 START_S, RUN_S = 120.0, 900.0
-REPLACED_S = 6.0
+REPLACED_S, POLL_S = 6.0, 0.1
 """A node that was killed is started again after so long."""
 
 Trace = tuple[tuple[int, int], ...]
@@ -151,6 +151,8 @@ class Nodes:
             self._cluster.kill_node(node)
             self.killed += 1
             self._away.append((time.monotonic() + REPLACED_S, node))
+        while self._away:
+            time.sleep(POLL_S)
             self._replace()
 
 
