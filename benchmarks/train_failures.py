@@ -1,6 +1,6 @@
 """The training script of `benchmarks.failures`: a byte-level GPT as a pipeline, which begins where another left off.
 
-Each worker appends a JSON line per step to DIR/<pid>.jsonl: {"clock_s", "step"}, with the first layer's {"embedding": CRC-32,
+Each worker appends a JSON line per step to DIR/<pid>.jsonl: {"clock_s", "step", "generation"}, with the first layer's {"embedding": CRC-32,
 "is_owner"} where it is held, and every --eval-every steps {"loss"}: on windows that are never trained on, all slots straight.
 """
 
@@ -63,7 +63,7 @@ def main() -> None:
                     session.heartbeat()
                     time.sleep(0.02)
                 pipeline.step()
-                line: dict[str, Any] = {"clock_s": time.monotonic(), "step": batch.step}
+                line: dict[str, Any] = {"clock_s": time.monotonic(), "step": batch.step, "generation": session.generation}
                 embedding = next(layers[0].parameters())
                 if not embedding.is_meta:
                     crc = zlib.crc32(embedding.detach().numpy().tobytes())

@@ -172,7 +172,7 @@ def main() -> None:
         if args.trace is not None and not weight.is_meta:
             crc = zlib.crc32(weight.detach().numpy().tobytes())
             with (args.trace / str(os.getpid())).open("a") as file:
-                file.write(f"{step} {crc} {0 in pipeline.layers}\n")
+                file.write(f"{step} {session.generation} {crc} {0 in pipeline.layers}\n")
 
     losses: list[float] = []
     for _ in session.epochs(args.epochs):
