@@ -1,7 +1,8 @@
 """The training script of `benchmarks.failures`: a byte-level GPT as a pipeline, which begins where another left off.
 
-Each worker appends a JSON line per step to DIR/<pid>.jsonl: {"clock_s", "step", "generation"}, with the first layer's {"embedding": CRC-32,
-"is_owner"} where it is held, and every --eval-every steps {"loss"}: on windows that are never trained on, all slots straight.
+Each worker appends a JSON line per step to DIR/<pid>.jsonl: {"clock_s", "step", "generation"}; with the first layer's
+{"embedding": CRC-32, "is_owner"} where it is held, and every --eval-every steps {"loss"}: on windows that are never trained
+on, all slots straight.
 """
 
 from __future__ import annotations
