@@ -30,7 +30,7 @@ class LayerProfile:
 
     `state_bytes` are those of parameters, gradients and what an optimizer like Adam holds; `activation_bytes` what is kept
     between a forward and its backward; `output_bytes` what goes on to the next layer. `form` is alike for layers whose tensors
-    have the same names, shapes and dtypes, and 0 for those without any.
+    have the same names, shapes and dtypes, and 0 for those without any. `changes_buffers`: training changes buffers of it.
     """
 
     forward_s: float = 0.0
@@ -39,6 +39,7 @@ class LayerProfile:
     activation_bytes: int = 0
     output_bytes: int = 0
     form: int = 0
+    changes_buffers: bool = False
 
 
 @dataclass(frozen=True, slots=True)

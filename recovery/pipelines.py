@@ -158,8 +158,13 @@ def lay_out(
     if not candidates:
         if too_large:
             return NoLayout(f"{too_large[0]}: more workers are needed")
-        return _why_not(model, min(model.stages or ranks, ranks, len(model.layers)))
+        return _why_not(model, stages_for(model, ranks))
     return best_of(candidates)
+
+
+def stages_for(model: Model, workers: int) -> int:
+    """How many stages the model is cut into for so many workers."""
+    return min(model.stages or workers, workers, len(model.layers))
 
 
 def best_of(candidates: Sequence[Layout]) -> Layout:
@@ -174,7 +179,7 @@ def candidates_for(
 ) -> tuple[list[Layout], list[str]]:
     """Return the layouts among which `lay_out` chooses, and in words what was too large. Arguments as there."""
     held, speeds = held or {}, speeds or {}
-    count = min(model.stages or ranks, ranks, len(model.layers))
+    count = stages_for(model, ranks)
     costs = model.costs
     candidates: list[Layout] = []
     too_large: list[str] = []
@@ -369,14 +374,17 @@ def _routed(model: Model, stages: tuple[Stage, ...], held: Held, speeds: Mapping
 def copies_of(
     layers: Sequence[LayerProfile], stages: Sequence[Stage], partners: Mapping[int, int]
 ) -> tuple[LayerCopy, ...]:
-    """Return the layers of the first and the last stage that have no partner in another one, and who keeps up with them."""
+    """Return the layers of the first and the last stage that have no partner in another one, and who keeps up with them.
+
+    It does so by their gradients, so that layers with buffers that training changes are left out.
+    """
     if len(stages) < 2:
         return ()
     found = []
     for stage, neighbour in ((stages[0], stages[1]), (stages[-1], stages[-2])):
         for number in range(stage.first, stage.last):
             has_partner = not stage.first <= partners.get(number, number) < stage.last
-            if layers[number].form and not has_partner:
+            if layers[number].form and not layers[number].changes_buffers and not has_partner:
                 found.append(LayerCopy(number, number + 1, neighbour.ranks))
     return tuple(found)
 

@@ -20,7 +20,7 @@ from dataclasses import replace
 
 from elastic.domain import LayerProfile
 from elastic.pipeline.paths import fault_of
-from recovery.pipelines import Layout, Model, NoLayout, Ways, as_it_is, lay_out
+from recovery.pipelines import Layout, Model, NoLayout, Ways, as_it_is, lay_out, stages_for
 
 SKIPPED_MAX = 3
 """So many parts in a row may be passed by (SkipPipe jumps over no more)."""
@@ -93,11 +93,6 @@ def skipping_ways(model: Model, workers: int, ratio: float) -> Ways | NoLayout:
     if isinstance(layout, NoLayout):
         return layout
     return _ways_of(parts, _improved(typical, layout, parts, patterns, chosen))
-
-
-def stages_for(model: Model, workers: int) -> int:
-    """How many stages the model is cut into for so many workers."""
-    return min(model.stages or workers, workers, len(model.layers))
 
 
 def _blocks_of(layers: Sequence[LayerProfile]) -> range:

@@ -12,11 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from elastic.buffers import CommittedBuffers
-from elastic.checksum import crc32
 from elastic.domain import LayerCopy, Plan
-from elastic.encoding import flat_bytes, raw_view
-from elastic.errors import ConfigError
 from elastic.group import Group, Work
 from elastic.pipeline.layers import Layers
 
@@ -34,16 +30,6 @@ class Copies:
     def __init__(self, layers: Layers) -> None:
         self._layers = layers
         self._gradients: dict[int, Tensor] = {}
-
-    def check(self, plan: Plan, rank: int) -> None:
-        """Raise ConfigError if a layer cannot be kept up with by its gradients alone."""
-        for number in plan.copied_by(rank):
-            layer = self._layers[number]
-            if layer.is_held and CommittedBuffers(self._layers.models([number])).extras:
-                raise ConfigError(
-                    f"--swap-ends: {layer.label} has buffers that training changes, and is to be kept in duplicate by its "
-                    "gradients: use a layer without them at the ends of the pipeline, or leave --swap-ends out"
-                )
 
     def exchange(self, group: Group, plan: Plan, gradients: Mapping[int, Tensor]) -> None:
         """Give and take the gradients of a step. Raises CollectiveAborted.
@@ -81,7 +67,7 @@ class Copies:
             if group.rank not in (giver, taker):
                 continue
             for number in range(copy.first, copy.last):
-                mine = torch.tensor([step, self._crc_of(number)])
+                mine = torch.tensor([step, self._layers.crc([number])])
                 if group.rank == giver:
                     group.post(mine, taker, TAG + number)
                 else:
@@ -90,13 +76,6 @@ class Copies:
         for _, _, _, work in arriving:
             work.wait()
         return [number for number, mine, theirs, _ in arriving if not torch.equal(mine, theirs)]
-
-    def _crc_of(self, number: int) -> int:
-        crc = 0
-        for tensor in self._layers.state([number], {}).tensors():
-            data = flat_bytes(tensor).cpu()
-            crc = crc32(raw_view(data), crc)
-        return crc
 
     def _parameters(self, copy: LayerCopy) -> Iterator[tuple[int, nn.Parameter]]:
         numbers = range(copy.first, copy.last)

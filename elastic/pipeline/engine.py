@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from elastic import measures
 from elastic.buffers import CommittedBuffers, Rule
 from elastic.capture import Capturer, restore
-from elastic.checksum import crc32
 from elastic.control import Coordinator
 from elastic.digests import joined_digests
 from elastic.domain import LayerError, LayerMove, Plan, PlanKind, Stage
-from elastic.encoding import flat_bytes, raw_view
 from elastic.engine import LOSS, Engine, Slot
 from elastic.errors import CollectiveAborted, ConfigError, ProtocolError, TransferError
 from elastic.failpoints import FailPoint, reach, reach_inside
@@ -242,10 +240,7 @@ class PipelineEngine(Engine):
             )
         if part is None or part.size == 1:
             return
-        crc = 0
-        for tensor in self.layers.state(stage.numbers, {}, stage.buffers.copies).tensors():
-            data = flat_bytes(tensor).cpu()
-            crc = crc32(raw_view(data), crc)
+        crc = self.layers.crc(stage.numbers, stage.buffers.copies)
         mine = torch.tensor([self.committed, crc])
         theirs = {peer: torch.zeros_like(mine) for peer in part.peers}
         with self._waiting():
@@ -508,7 +503,6 @@ class PipelineEngine(Engine):
                 raise ProtocolError(f"layers {sorted(missing)} are nowhere to be had in generation {plan.generation}")
             self.layers.hold(own)
             self.layers.keep(own)
-            self._copies_kept.check(plan, world.rank)
         # In a first world nobody needs to be given layers: all were born with the same.
         if plan.kind is PlanKind.SWITCH:
             self._transfers = list(plan.moves)

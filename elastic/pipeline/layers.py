@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elastic.checksum import crc32
+from elastic.encoding import flat_bytes, raw_view
 from elastic.errors import ConfigError
 from elastic.state import TrainingState
 
@@ -261,6 +263,14 @@ class Layers:
     def digest(self, number: int, buffers: dict[str, Tensor] | None = None) -> str:
         """Hex digest of a layer's parameters and buffers, which is held."""
         return TrainingState(self.models([number]), {}, {}, buffers).digest_model()
+
+    def crc(self, numbers: Iterable[int], buffers: dict[str, Tensor] | None = None) -> int:
+        """CRC-32 of all of the state of some layers that are held, optimizers' too, to compare with another worker's."""
+        crc = 0
+        for tensor in self.state(numbers, {}, buffers).tensors():
+            data = flat_bytes(tensor).cpu()
+            crc = crc32(raw_view(data), crc)
+        return crc
 
     def key_of(self, number: int, key: str) -> str:
         """What the model itself calls a tensor of a layer."""

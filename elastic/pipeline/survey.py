@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from elastic.buffers import CommittedBuffers
 from elastic.domain import LayerProfile
 from elastic.errors import ConfigError
 from elastic.pipeline.layers import Layer, Layers
@@ -225,6 +226,7 @@ class _Pass:
                     activation_bytes=self.activation_bytes[number],
                     output_bytes=sum(spec.size_bytes for spec in boundaries[number]),
                     form=self._layers[number].form,
+                    changes_buffers=CommittedBuffers(self._layers.models([number])).extras > 0,
                 )
             )
         return Survey(boundaries, frozenset(self.clones), tuple(profiles))

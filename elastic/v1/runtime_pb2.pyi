@@ -156,6 +156,7 @@ class LayerProfile(_message.Message):
     ACTIVATION_BYTES_FIELD_NUMBER: _builtins.int
     OUTPUT_BYTES_FIELD_NUMBER: _builtins.int
     FORM_FIELD_NUMBER: _builtins.int
+    CHANGES_BUFFERS_FIELD_NUMBER: _builtins.int
     forward_s: _builtins.float
     """Of one slot."""
     backward_s: _builtins.float
@@ -167,6 +168,8 @@ class LayerProfile(_message.Message):
     """Sent to the next layer for one slot, if that is another worker's."""
     form: _builtins.int
     """Alike for layers whose tensors have the same names, shapes and dtypes; 0: it has none."""
+    changes_buffers: _builtins.bool
+    """Whether training changes buffers of it, as batch norm's."""
     def __init__(
         self,
         *,
@@ -176,10 +179,11 @@ class LayerProfile(_message.Message):
         activation_bytes: _builtins.int = ...,
         output_bytes: _builtins.int = ...,
         form: _builtins.int = ...,
+        changes_buffers: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "backward_s", b"backward_s", "form", b"form", "forward_s", b"forward_s", "output_bytes", b"output_bytes", "state_bytes", b"state_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["activation_bytes", b"activation_bytes", "backward_s", b"backward_s", "changes_buffers", b"changes_buffers", "form", b"form", "forward_s", b"forward_s", "output_bytes", b"output_bytes", "state_bytes", b"state_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

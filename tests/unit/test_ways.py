@@ -39,6 +39,8 @@ def test_every_other_slot_swaps_the_blocks_at_both_ends() -> None:
     assert copies_of(GPT.layers, SIX, ways.partners) == (LayerCopy(0, 1, (1,)), LayerCopy(7, 8, (4,)))
     # However it is cut, what has no partner in another stage is kept in duplicate.
     assert [copy.first for copy in copies_of(GPT.layers, stages_of(0, 3, 5, 8), ways.partners)] == [0, 1, 2, 5, 6, 7]
+    normed = [replace(layer, changes_buffers=number == 5) for number, layer in enumerate(GPT.layers)]
+    assert [copy.first for copy in copies_of(normed, stages_of(0, 3, 5, 8), ways.partners)] == [0, 1, 2, 6, 7]
     assert Ways().partners == {} == Ways(((0, 3), (0, 1, 2, 3)), (0, 1)).partners
 
 
