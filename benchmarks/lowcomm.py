@@ -31,7 +31,7 @@ from benchmarks.network import LabCluster
 from benchmarks.paired import median_interval
 from benchmarks.report import Reporter, command, main_of
 from benchmarks.train_sync import BATCH, CONTEXT, REPLICAS
-from elastic.advice import Site, exchange_bytes
+from elastic.sync.advice import Site, exchange_bytes
 from examples.cluster import ROOT, ClusterError
 from examples.gpt import GPT
 

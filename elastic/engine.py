@@ -130,9 +130,9 @@ class Engine(abc.ABC):
         self._committed_plan: Plan | None = None  # the world that committed the newest step, if this worker was in it
         self._recorded_dead: set[str] = set()  # whose share of that step this worker has recorded for them
 
-    def take_snapshots(self, capturer: Capturer, every: int) -> None:
-        """Capture the state from now on."""
-        self.snapshots = Snapshotter(capturer, every)
+    def take_snapshots(self, capturer: Capturer, every: int, period: int = 1) -> None:
+        """Capture the state from now on; `period` steps lie between those whose state can be captured."""
+        self.snapshots = Snapshotter(capturer, every, period)
 
     # -- what a subclass is --------------------------------------------------------------------------------------------
 

@@ -342,12 +342,22 @@ class ReplicaEngine(Engine):
 
     def _pass_state(self, joiners: tuple[int, ...]) -> int | None:
         assert self.plan is not None and self.group is not None
-        donors = tuple(rank for rank in range(self.plan.world_size) if rank not in joiners)
+        donors = self._donors(joiners)
         if self.rank in joiners:
             reach_inside(FailPoint.JOINER_COPYING)
-            return receive_state(self.group, self.state, donors)
-        serve_state(self.group, self.state, donors, joiners, self.committed)
+            return receive_state(self.group, self._living_state(), donors)
+        if self.rank in donors:
+            serve_state(self.group, self._living_state(), donors, joiners, self.committed)
         return None
+
+    def _donors(self, joiners: Sequence[int]) -> tuple[int, ...]:
+        """The ranks that give the state to joiners."""
+        assert self.plan is not None
+        return tuple(rank for rank in range(self.plan.world_size) if rank not in joiners)
+
+    def _living_state(self) -> TrainingState:
+        """What a joiner is given."""
+        return self.state
 
     def _must_settle(self) -> bool:
         return self.zero is not None and self.zero.must_settle

@@ -41,7 +41,6 @@ from elastic.domain import Admitted, Failed, TrainingSpec
 from elastic.engine import Engine
 from elastic.errors import ConfigError
 from elastic.loader import ElasticLoader, LoaderSpec, SlotReader
-from elastic.local import LocalEngine
 from elastic.measures import Measures
 from elastic.memory import SnapshotMemory
 from elastic.pipeline.actions import Schedule
@@ -58,7 +57,9 @@ from elastic.replica import Parts, ReplicaEngine
 from elastic.sampler import SlotSampler
 from elastic.seeding import preserved, seed_everything
 from elastic.state import TrainingState
-from elastic.sync import AllReduce, Sync
+from elastic.sync import AllReduce, NoLoCo, Sync
+from elastic.sync.diloco import OuterEngine
+from elastic.sync.noloco import SPREAD, PairEngine
 
 TRACEBACK_SIZE_BYTES_MAX = 16 * 1024
 SAMPLE_IDS_MAX = 1024
@@ -164,6 +165,14 @@ class Session:
         """Mean over the slots of the newest step of what was logged as loss; NaN before."""
         return self._engine.loss if self._engine is not None else math.nan
 
+    @property
+    def spread(self) -> float:
+        """How far apart the replicas of `sync=NoLoCo(...)` are: their root mean square distance, by parameter, from the mean.
+
+        As of the last round but one whose mean was made; NaN before, and where replicas agree.
+        """
+        return math.sqrt(self._engine.measures.mean(SPREAD)) if self._engine is not None else math.nan
+
     # -- training --------------------------------------------------------------------------------------------------
 
     def prepare(
@@ -191,9 +200,9 @@ class Session:
             seed: For sampling and all randomness; None: the job's --seed.
             shard_optimizer: Hold each part of the optimizers' state on one worker only (ZeRO-1), with the same bits. For
                 elementwise optimizers; a lost worker's part comes from a snapshot, so start agents with --snapshot-every.
-            sync: How replicas agree: `elastic.sync.AllReduce()`, each step on its gradient, or `elastic.sync.DiLoCo(...)` and
-                `StreamingDiLoCo(...)`: then a slot is a replica that takes some steps by itself, and a step of the job the round
-                after which all agree.
+            sync: How replicas agree: `elastic.sync.AllReduce()`, each step on its gradient, or `elastic.sync.DiLoCo(...)`,
+                `StreamingDiLoCo(...)` or `NoLoCo(...)`: then a slot is a replica that takes some steps by itself, and a step of
+                the job the round after which all agree, or pairs.
 
         Returns:
             The same objects in the same order (the loader as an `ElasticLoader`); a single one is returned bare.
@@ -243,7 +252,7 @@ class Session:
         sampler = SlotSampler(
             spec.dataset_size, spec.batch_size, admitted.slots, self._seed, spec.shuffle, spec.drop_last
         )
-        kind = ReplicaEngine if isinstance(sync, AllReduce) else functools.partial(LocalEngine, sync=sync)
+        kind = _engine_of(sync)
         engine = self._engine = kind(
             self._coordinator,
             parts,
@@ -678,6 +687,13 @@ def report_failure(error: BaseException, summary: str) -> None:
 
 def _warn(sentence: str) -> None:
     print(f"elastic: {sentence}", file=sys.stderr, flush=True)
+
+
+def _engine_of(sync: Sync) -> Callable[..., ReplicaEngine]:
+    """What drives the steps of a worker whose replicas agree like this."""
+    if isinstance(sync, AllReduce):
+        return ReplicaEngine
+    return functools.partial(PairEngine if isinstance(sync, NoLoCo) else OuterEngine, sync=sync)
 
 
 def _checked_numbers(slots: int, virtual_replicas: int, reduction: str) -> Reduction:

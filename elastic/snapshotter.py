@@ -58,15 +58,17 @@ class Snapshotter:
     Args:
         capturer: Copies the state; None where no snapshots are taken.
         every: Steps from one snapshot to the next; AUTO: as often as is cheap.
+        period: Steps from one whose state can be captured to the next; others are never captured.
 
     Attributes:
         stable: Newest step whose snapshot the whole world holds; NO_STEP for none.
         skipped: Snapshots that were due and for which there was no room.
     """
 
-    def __init__(self, capturer: Capturer | None = None, every: int = 0) -> None:
+    def __init__(self, capturer: Capturer | None = None, every: int = 0, period: int = 1) -> None:
         self._capturer = capturer if every else None
-        self._every = every
+        self._every = every if every == AUTO else -(-every // period) * period
+        self._period = period
         self._refused = False
         self._due: _Due | None = None
         self._captured: SnapshotId | None = None
@@ -101,6 +103,8 @@ class Snapshotter:
 
     def _is_due(self, step: int, plan: Plan, now_s: float) -> bool:
         assert self._capturer is not None
+        if step % self._period:
+            return False
         if self._captured is None or self._captured.generation != plan.generation:
             return True  # what an older world left is protected by others than those who are here
         if self._every != AUTO:

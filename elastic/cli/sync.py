@@ -10,8 +10,8 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from elastic.advice import BYTES, Site, advise
 from elastic.cli import options
+from elastic.sync.advice import BYTES, Site, advise
 
 _BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}

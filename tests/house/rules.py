@@ -68,6 +68,8 @@ PURE = (
     "elastic/pipeline/moves.py",
     "elastic/protocol.py",
     "elastic/sampler.py",
+    "elastic/sync/advice.py",
+    "elastic/sync/pairs.py",
     "monitoring/*",
     "recovery/*",
 )

@@ -7,8 +7,8 @@ import json
 import pytest
 from click.testing import CliRunner
 
-from elastic.advice import Site, advise, every_for, exchange_bytes, exchange_s
 from elastic.cli import elastic
+from elastic.sync.advice import Site, advise, every_for, exchange_bytes, exchange_s
 
 SLOW = Site(parameters=1e6, nodes=4, bytes_per_s=2.5e6, latency_s=0.04, step_s=0.1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from elastic.config import WorkerConfig
 from elastic.errors import ConfigError
-from elastic.fragments import fragments_of
 from elastic.sampler import SlotSampler
 from elastic.session import Session
-from elastic.sync import DiLoCo, Rounds, StreamingDiLoCo
+from elastic.sync import DiLoCo, NoLoCo, Rounds, StreamingDiLoCo
+from elastic.sync.fragments import fragments_of
 from tests.unit.test_session import data, model_and_optimizer
 
 BATCH_SIZE, REPLICAS, EVERY = 2, 3, 4
@@ -29,7 +30,10 @@ SYNCS = [
     DiLoCo(1, 0.5),
     StreamingDiLoCo(EVERY, 2),
     StreamingDiLoCo(EVERY, 2, mixing=0.5, outer_lr=0.7),
+    NoLoCo(EVERY, mean_every=1),
+    NoLoCo(EVERY, 0.3, 1.0, 0.4, mean_every=1),
 ]
+"""All of which one worker alone comes to by an outer SGD."""
 
 
 class Run:
@@ -65,6 +69,13 @@ def steps_of(sync: Rounds, sizes: Sequence[int]) -> int:
     return max(1, min(sync.local_steps, min(size for size in sizes if size) // BATCH_SIZE))
 
 
+def outer_of(sync: Rounds, parameters: Any) -> torch.optim.SGD:
+    """The outer optimizer; an odd replica of NoLoCo takes the step of a heavy ball, which beta belongs to."""
+    if isinstance(sync, NoLoCo):
+        return torch.optim.SGD(parameters, lr=sync.beta, momentum=sync.alpha)
+    return torch.optim.SGD(parameters, lr=sync.outer_lr, momentum=sync.momentum, nesterov=sync.nesterov)
+
+
 def by_hand(size: int, sync: Rounds, rounds: int, clip: float) -> tuple[nn.Module, float]:
     """The same in plain PyTorch: one model, one optimizer and one scheduler for each replica."""
     whole, _ = model_and_optimizer()
@@ -72,9 +83,10 @@ def by_hand(size: int, sync: Rounds, rounds: int, clip: float) -> tuple[nn.Modul
     for _ in range(REPLICAS):
         model, optimizer = model_and_optimizer()
         replicas.append((model, optimizer, torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.9)))
-    outer = torch.optim.SGD(whole.parameters(), lr=sync.outer_lr, momentum=sync.momentum, nesterov=sync.nesterov)
+    outer = outer_of(sync, whole.parameters())
     sampler = SlotSampler(size, BATCH_SIZE * sync.local_steps, REPLICAS, 0, True, False)
-    fragments = fragments_of([whole], list(whole.parameters()), sync.fragments)
+    count = getattr(sync, "fragments", 1)
+    fragments = fragments_of([whole], list(whole.parameters()), count)
     tensors = data().tensors
     loss = 0.0
     for step in range(1, rounds + 1):
@@ -83,7 +95,7 @@ def by_hand(size: int, sync: Rounds, rounds: int, clip: float) -> tuple[nn.Modul
         moved: list[list[torch.Tensor]] = []
         losses = []
         for slot, (model, optimizer, scheduler) in enumerate(replicas):
-            if sync.fragments == 1:
+            if len(fragments) == 1:
                 model.load_state_dict(copy.deepcopy(whole.state_dict()))
             ids = sampler.ids(step, slot)
             given = []
@@ -102,7 +114,7 @@ def by_hand(size: int, sync: Rounds, rounds: int, clip: float) -> tuple[nn.Modul
                 scheduler.step()
             losses.append(sum(given) / max(1, len(given)))
             moved.append([p.detach() - q.detach() for p, q in zip(whole.parameters(), model.parameters(), strict=True)])
-        fragment = fragments[(step - 1) % sync.fragments]
+        fragment = fragments[(step - 1) % len(fragments)]
         for place, parameter in enumerate(whole.parameters()):
             parameter.grad = None
             if place not in fragment:
@@ -113,7 +125,8 @@ def by_hand(size: int, sync: Rounds, rounds: int, clip: float) -> tuple[nn.Modul
         for model, _, _ in replicas:
             for place in fragment:
                 own, agreed = list(model.parameters())[place].data, list(whole.parameters())[place].data
-                own.copy_(sync.mixing * own + (1 - sync.mixing) * agreed)
+                mixing = getattr(sync, "mixing", 0.0)
+                own.copy_(mixing * own + (1 - mixing) * agreed)
         loss = sum(size * value for size, value in zip(sizes, losses, strict=True)) / sum(sizes)
     return whole, loss
 
@@ -208,6 +221,15 @@ def test_readers_ahead_give_the_same_batches() -> None:
         (lambda: Run(24, StreamingDiLoCo(8, 4)), "fragments=4, and the model has 2 layer"),
         (lambda: DiLoCo(quantize="int4"), "choose int8 or fp4"),  # type: ignore[arg-type]
         (lambda: Run(24, DiLoCo(100)), "takes 200 samples for a round of one replica, and the dataset has 24"),
+        (lambda: NoLoCo(0), "a round has at least one local step"),
+        (lambda: NoLoCo(alpha=1.0), "at least 0 and below 1"),
+        (lambda: NoLoCo(beta=0.0), "give a rate above 0"),
+        (lambda: NoLoCo(alpha=0.9), r"below 2 \(1 - alpha\^2\) = 0.38, from where their differences grow"),
+        (lambda: NoLoCo(gamma=1.5), r"= 1.5, from where"),
+        (lambda: NoLoCo(gamma=0.0), "or replicas never come together"),
+        (lambda: NoLoCo(beta=math.nan), "give a finite number"),
+        (lambda: NoLoCo(mean_every=0), "give at least 1 round"),
+        (lambda: NoLoCo(quantize="fp8"), "choose int8 or fp4"),  # type: ignore[arg-type]
         (lambda: Run(24, DiLoCo(4), shard_optimizer=True), "exclude each other"),
     ],
 )

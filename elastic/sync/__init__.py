@@ -2,7 +2,8 @@
 
 With `AllReduce` the gradient of every step is summed over all workers. With `DiLoCo` (arXiv 2311.08105) each replica trains by
 itself for some steps, and then all agree on a step of an outer optimizer: so much less is sent, and so much more rarely. With
-`StreamingDiLoCo` (arXiv 2501.18512) they agree on one part of the model after the other.
+`StreamingDiLoCo` (arXiv 2501.18512) they agree on one part of the model after the other. With `NoLoCo` (arXiv 2506.10911) they
+never all agree: two and two come nearer to each other.
 """
 
 from __future__ import annotations
@@ -104,19 +105,76 @@ class StreamingDiLoCo:
         return self.every // self.fragments
 
 
-Rounds = DiLoCo | StreamingDiLoCo
+@dataclass(frozen=True, slots=True)
+class NoLoCo:
+    """Every so many steps two and two replicas come nearer to each other: nothing is ever summed over all of them.
+
+    A worker is a replica i with slow parameters phi_i of its own. In a round each slot of it takes `every` steps of the prepared
+    optimizer from phi_i to theta, and Delta_i is the mean of theta - phi_i over them. Then, with the mean over the pair,
+
+        delta_i <- alpha delta_i + beta mean(Delta) - gamma (phi_i - mean(phi)),    phi_i <- phi_i + delta_i
+
+    (equation 2, with the sign that descends). The partner is drawn for each round and world; an odd worker takes the step by
+    itself. Means are weighted by samples, so that no pair moves the mean of all. phi is sent while the round is computed, and
+    Delta at its end. After every `mean_every` rounds the mean of all phi is made, too: that is the model that user code sees
+    between rounds, that is evaluated, captured and saved. No replica takes it over.
+
+    Attributes:
+        every: local steps of a round. alpha: what the outer momentum keeps. beta: the outer rate.
+        gamma: how strongly the two come together; below 2 (1 - alpha^2), above which replicas drift apart without end.
+        mean_every: rounds from one mean to the next. quantize: what Delta is sent in, as of `DiLoCo`.
+    """
+
+    every: int = 50
+    alpha: float = 0.5
+    beta: float = 0.7
+    gamma: float = 0.7
+    mean_every: int = 10
+    quantize: Quantize | None = None
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        for name in ("alpha", "beta", "gamma"):
+            if not math.isfinite(getattr(self, name)):
+                raise ConfigError(f"NoLoCo({name}={getattr(self, name)}): give a finite number")
+        if not 0 <= self.alpha < 1:
+            raise ConfigError(f"NoLoCo(alpha={self.alpha}): it is at least 0 and below 1; the paper's is 0.5")
+        if self.beta <= 0:
+            raise ConfigError(f"NoLoCo(beta={self.beta}): give a rate above 0; the paper's is 0.7")
+        bound = 2 * (1 - self.alpha**2)
+        if not 0 < self.gamma < bound:
+            raise ConfigError(
+                f"NoLoCo(alpha={self.alpha}, gamma={self.gamma}): gamma is above 0, or replicas never come together, and below "
+                f"2 (1 - alpha^2) = {bound:g}, from where their differences grow from round to round; the paper's is 0.7"
+            )
+        if self.mean_every < 1:
+            raise ConfigError(f"NoLoCo(mean_every={self.mean_every}): give at least 1 round")
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps of a round."""
+        return self.every
+
+
+Rounds = DiLoCo | StreamingDiLoCo | NoLoCo
+"""What has local steps."""
 Sync = AllReduce | Rounds
 
 
-def _check(sync: Rounds) -> None:
+def _check_common(sync: Rounds) -> None:
     name = type(sync).__name__
     if sync.every < 1:
         raise ConfigError(f"{name}(every={sync.every}): a round has at least one local step")
+    if sync.quantize not in (None, "int8", "fp4"):
+        raise ConfigError(f"{name}(quantize={sync.quantize!r}): choose int8 or fp4, or None")
+
+
+def _check(sync: DiLoCo | StreamingDiLoCo) -> None:
+    _check_common(sync)
+    name = type(sync).__name__
     if not (math.isfinite(sync.outer_lr) and sync.outer_lr > 0):
         raise ConfigError(f"{name}(outer_lr={sync.outer_lr}): give a rate above 0; the papers' are 0.7, and 0.4 for streaming")
     if not 0 <= sync.momentum < 1:
         raise ConfigError(f"{name}(momentum={sync.momentum}): it is at least 0 and below 1; the papers' is 0.9")
-    if sync.quantize not in (None, "int8", "fp4"):
-        raise ConfigError(f"{name}(quantize={sync.quantize!r}): choose int8 or fp4, or None")
     if sync.nesterov and not sync.momentum:
         raise ConfigError(f"{name}(nesterov=True, momentum=0): Nesterov's step needs a momentum; pass nesterov=False")

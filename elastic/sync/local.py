@@ -1,23 +1,21 @@
-"""The rounds of a worker whose replicas train by themselves for some steps and then agree: DiLoCo, at once or in parts.
+"""The rounds of a worker whose replicas train by themselves for some steps, and what is alike in all ways to agree then.
 
 A round is a step of the job, and a slot of it one replica: `every` batches, each with an update of its own. What the replica
-has moved away from the committed parameters is then what a slot's gradient is elsewhere: it is summed in the order of the
-slots, voted on, and applied by an outer optimizer, so that a loss, a join or a restart finds everything as it always is. A
-replica whose worker is lost is computed again by another one, from the committed parameters and the samples that are its own.
+has moved is then what a slot's gradient is elsewhere: it is exchanged, voted on and applied, so that a loss, a join or a
+restart finds everything as it always is. A slot whose worker is lost is computed again by another one. How replicas agree is a
+subclass's: `diloco.py`, by an outer optimizer for all; `noloco.py`, by pairs.
 
 What the inner optimizers have learnt belongs to a replica alone: it is neither sent nor captured, and begins anew where the
-replica goes to another worker. Where only a part of the model is agreed on at a time, the other parts stay a replica's own from
-round to round, and are lost with it. This file must never let local parameters be taken for committed ones.
+replica goes to another worker. This file must never let local parameters be taken for committed ones.
 """
 
 from __future__ import annotations
 
+import abc
 import copy
-import functools
 import math
-import zlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,60 +27,75 @@ from elastic.capture import Capturer
 from elastic.engine import Slot
 from elastic.errors import ConfigError
 from elastic.failpoints import FailPoint, reach_inside
-from elastic.fragments import fragments_of
-from elastic.quantize import Code
-from elastic.reduction import Reduced, Reduction
+from elastic.reduction import Reduced, Reducer
 from elastic.replica import ReplicaEngine
 from elastic.snapshots import share_of
 from elastic.state import TrainingState
 from elastic.sync import Rounds
 
-OUTER = "outer"
-"""What the outer optimizer is called in the training state."""
 THROWAWAY = -1
 """Nobody's replica: what is learnt of it is forgotten."""
 
 
-class LocalEngine(ReplicaEngine):
+class LocalEngine(ReplicaEngine, abc.ABC):
     """Drives the rounds of a worker; arguments as of `ReplicaEngine`.
 
     Args:
         sync: how rounds are made.
     """
 
+    capture_every = 1  # rounds from one whose state can be captured to the next
+
     def __init__(self, *args: Any, sync: Rounds, snapshot_every: int = 0, **options: Any) -> None:
         super().__init__(*args, **options)
         self.sync = sync
         parts = self.parts
-        self._outer = torch.optim.SGD(
-            list(parts.parameters), lr=sync.outer_lr, momentum=sync.momentum, nesterov=sync.nesterov
-        )
         self._phi = [parameter.detach().clone() for parameter in parts.parameters]
-        self._fragments = fragments_of(parts.models.values(), parts.parameters, sync.fragments)
-        self._reducers = [self.reducer]
-        if sync.fragments > 1 or sync.quantize:
-            self.reducer.close()
-            coded: dict[str, Any] = {}
-            if sync.quantize:
-                each_slot = {"replicas": self.sampler.slots, "reduction": Reduction.ORDERED}
-                coded = {"code": Code(sync.quantize), "shared": False, **each_slot}
-            make = functools.partial(self._make_reducer, **coded)
-            self._reducers = [make([parts.parameters[place] for place in each]) for each in self._fragments]
-        self.reducer = self._reducers[0]
-        self._theta: dict[int, list[Tensor]] = {}  # slot -> its replica's own parameters as the round began, unless they are phi
-        self._ended: dict[int, list[Tensor]] = {}  # slot -> those with which it has ended the round
         self._learnt: dict[int, list[Any]] = {}  # slot -> what its inner optimizers have learnt
         self._schedules: dict[str, Any] | None = None  # what is alike for all replicas as the round began; None: as it is
         self._done = 0  # local steps that the slot in progress has had
         self._is_real = False  # whether it is a replica of the round, and not one that is thrown away
         self._given: dict[str, list[float]] = {}  # measures of the slot in progress
         self._alike = {**parts.stateful, "elastic.inner": Hyperparameters(tuple(parts.optimizers.values()))}
-        models = {**parts.models, **parts.more_models}
-        stateful = {**self._alike, "elastic.measures": self.measures}
-        self.state = TrainingState(models, {OUTER: self._outer}, stateful, self.buffers.copies)
+        self._models = {**parts.models, **parts.more_models}
+        self._stateful = {**self._alike, "elastic.measures": self.measures}
+        self.state = TrainingState(self._models, self._begin_agreement(), self._stateful, self.buffers.copies)
         if self.memory is not None and snapshot_every:
             capturer = Capturer(self.state, self.memory, buffers=3 if snapshot_every == 1 else 2)
-            self.take_snapshots(capturer, snapshot_every)
+            self.take_snapshots(capturer, snapshot_every, self.capture_every)
+
+    # -- how replicas agree --------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def _begin_agreement(self) -> Mapping[str, Optimizer]:
+        """Make what it takes to agree; returns what of it belongs to the captured state."""
+
+    @abc.abstractmethod
+    def _reducer_of(self, step: int) -> Reducer:
+        """Return what sums up the contributions of a round's slots."""
+
+    @abc.abstractmethod
+    def _start_of(self, slot: int) -> Sequence[Tensor]:
+        """Return the parameters that a replica begins a round with."""
+
+    @abc.abstractmethod
+    def _contribute(self, slot: int, samples: int | None) -> None:
+        """A replica's local steps are over, and the parameters are its own: make what it gives `grad`, without autograd.
+
+        `samples` is what the slot weighs among those of its round; None where all weigh the same.
+        """
+
+    @abc.abstractmethod
+    def _agree(self) -> None:
+        """The round is committed, `grad` is the mean of what was given, and the parameters are the committed ones: step."""
+
+    @abc.abstractmethod
+    def _forget_replicas(self) -> None:
+        """The round is committed without a step, since something was not finite: what replicas have of their own may be too."""
+
+    @abc.abstractmethod
+    def _keep_replicas(self, own: set[int], again: set[int]) -> None:
+        """A round is dealt: forget what belongs to slots that are not this worker's own, or are computed again."""
 
     # -- local steps ---------------------------------------------------------------------------------------------------
 
@@ -121,9 +134,7 @@ class LocalEngine(ReplicaEngine):
     def _open_slot(self, slot: Slot) -> Slot:
         """A slot begins: with the committed parameters, and what this worker has of its replica."""
         self._is_real = slot.counts and slot.slot in self.reducer.remaining_slots()
-        self._restore_parameters()
-        if self._is_real and slot.slot in self._theta:
-            self._take(self._theta[slot.slot])
+        self._take(self._start_of(slot.slot) if self._is_real else self._phi)
         if slot.counts:
             self._begin_schedules()
         self._turn_to(slot.slot if self._is_real else THROWAWAY)
@@ -169,11 +180,6 @@ class LocalEngine(ReplicaEngine):
         """The parameters as they are, copied."""
         return [parameter.detach().clone() for parameter in self.parts.parameters]
 
-    @property
-    def _fragment(self) -> list[int]:
-        """The places of the parameters that are agreed on after this round."""
-        return self._fragments[(self.step - 1) % len(self._fragments)]
-
     def measure(self, name: str, value: float, call: str) -> None:
         """Take a local step's value: a slot's is the mean over its local steps."""
         self._refuse_outside_the_slot(call)
@@ -216,23 +222,13 @@ class LocalEngine(ReplicaEngine):
         for name, values in self._given.items():
             self.measures.give(name, math.fsum(values) / len(values))
         sizes = self.sampler.sizes(slot.step)
-        several = len(set(sizes) - {0}) > 1
         self.reducer.begin_slot(slot.slot)
         with torch.no_grad():
-            for place in self._fragment:
-                parameter = self.parts.parameters[place]
-                moved = self._phi[place] - parameter
-                parameter.grad = moved * float(sizes[slot.slot]) if several else moved
+            self._contribute(slot.slot, sizes[slot.slot] if len(set(sizes) - {0}) > 1 else None)
         self._end_slot()
-        if len(self._fragments) > 1:
-            self._ended[slot.slot] = self._own()
         self._restore_parameters()
 
     # -- the end of a round --------------------------------------------------------------------------------------------
-
-    def _groups_hash(self) -> int:
-        groups = [{k: v for k, v in group.items() if k != "params"} for group in self._outer.param_groups]
-        return zlib.crc32(repr(groups).encode())
 
     def _update(self, step: int, reduced: Reduced, presence: Sequence[bool], *, commit: bool) -> None:
         self._restore_parameters()
@@ -240,18 +236,15 @@ class LocalEngine(ReplicaEngine):
         slots = sum(1 for size in self.sampler.sizes(step) if size)
         reach_inside(FailPoint.APPLYING)
         if commit:
-            self._outer.step()
+            with torch.no_grad():
+                self._agree()
             self.buffers.commit(reduced.extras[: self.buffers.extras], slots)
-        else:  # what is not finite is in replicas, too: all begin anew
+        else:
             self.buffers.restore()
-            self._learnt, self._theta, self._ended = {}, {}, {}
+            self._learnt = {}
+            self._forget_replicas()
         self.measures.commit(reduced.extras[self.buffers.extras :])
         self._note_parameters()
-        self._theta |= self._ended
-        self._ended = {}
-        for own in self._theta.values():
-            for place in self._fragment:
-                own[place].mul_(self.sync.mixing).add_(self._phi[place], alpha=1 - self.sync.mixing)
 
     def _note_parameters(self) -> None:
         """The parameters are the committed ones, and another round begins with them."""
@@ -262,14 +255,13 @@ class LocalEngine(ReplicaEngine):
         self._schedules = None
 
     def _plan_step(self) -> None:
-        self.reducer = self._reducers[(self.step - 1) % len(self._reducers)]
+        self.reducer = self._reducer_of(self.step)
         super()._plan_step()
         assert self.plan is not None
         own = set(self.recorded_slots(self.plan, self.rank))
         again = set(self.reducer.remaining_slots())
         self._learnt = {slot: learnt for slot, learnt in self._learnt.items() if slot in own}
-        self._theta = {slot: theta for slot, theta in self._theta.items() if slot in own}
-        self._ended = {slot: theta for slot, theta in self._ended.items() if slot in own - again}
+        self._keep_replicas(own, again)
         slot = self.slot
         if slot is not None and slot.counts and slot.slot not in self.reducer.remaining_slots():
             self._done = self._steps_of(slot)  # it is complete, or another worker's by now
@@ -294,7 +286,8 @@ class LocalEngine(ReplicaEngine):
     def _take_over(self) -> None:
         super()._take_over()
         self._note_parameters()
-        self._learnt, self._theta, self._ended = {}, {}, {}
+        self._learnt = {}
+        self._forget_replicas()
         self.slot = None
 
     def _leave_loop(self) -> None:
