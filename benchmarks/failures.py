@@ -5,8 +5,8 @@
 Six nodes with one worker each train a byte-level GPT of six blocks, a stage on each, from where 1,200 steps in one process have
 brought it (past the plateau where it knows pairs of bytes only). A trace says after which step the node of which stage is
 killed: its agent and worker by SIGKILL, with all that they have in memory, and the node is started again 6 s later. Failures are
-drawn for each stage and step with one probability: that of the published 5, 10 and 16 % an hour, scaled alike so that the
-lowest rate has five failures to expect, and drawn again if there are fewer; none before step 50. After step 40 each job
+drawn for each stage and step with one probability: that of the published 5, 10 and 16 % an hour, scaled alike so that 5 % has
+five failures to expect, and drawn again if there are fewer; none before step 50. After step 40 each job
 waits until its first checkpoint is written, and its clock begins. All methods are run on the same traces and batches:
 
     none         nothing is killed
@@ -63,6 +63,8 @@ REDUNDANT = 151.04 / 91.35
 """How much longer an iteration takes with redundant computation (CheckFree, table 2, at 5 %)."""
 PRETRAINED_STEPS = 1200
 FAILURES_MIN = 5
+LOWEST_RATE = 5.0
+"""That rate, in per cent an hour, has so many failures to expect."""
 HOLD_STEP, MARGIN_STEPS = 40, 10
 """After this step all wait until the first checkpoint is there; no node is killed before, or so late that it is not seen."""
 START_S, RUN_S = 120.0, 900.0
@@ -73,9 +75,9 @@ Trace = tuple[tuple[int, int], ...]
 """(step, stage): after this step the stage's node is killed."""
 
 
-def draw_trace(rate: float, lowest: float, steps: int, seed: int) -> Trace:
+def draw_trace(rate: float, steps: int, seed: int) -> Trace:
     """Return which stages are lost when; at least `FAILURES_MIN`."""
-    probability = FAILURES_MIN * rate / lowest / (NODES * (steps - HOLD_STEP - 2 * MARGIN_STEPS))
+    probability = FAILURES_MIN * rate / LOWEST_RATE / (NODES * (steps - HOLD_STEP - 2 * MARGIN_STEPS))
     for attempt in itertools.count():
         dice = random.Random(f"{rate} {seed} {attempt}")
         places = itertools.product(range(HOLD_STEP + MARGIN_STEPS, steps - MARGIN_STEPS), range(NODES))
@@ -235,7 +237,6 @@ def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> 
     seeds, text = arguments.seeds or (1 if arguments.quick else 5), Windows(CONTEXT)
     torch.set_num_threads(1)
     weights = {swapped: pretrain(folder, reporter, text, swapped=swapped) for swapped in (False, True)}
-    lowest = min(rates) if len(rates) > 1 else 5.0
     undisturbed = {}
     for seed in range(seeds):
         for swapped in (False, True):
@@ -255,7 +256,7 @@ def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> 
         runs: dict[str, dict[int, Run]] = {"none": {seed: undisturbed[seed, False] for seed in range(seeds)}}
         failed: dict[str, int] = {}
         for seed in range(seeds):
-            trace = draw_trace(rate, lowest, arguments.steps, seed)
+            trace = draw_trace(rate, arguments.steps, seed)
             for method, options in METHODS.items():
                 if method == "none":
                     continue

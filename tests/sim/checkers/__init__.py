@@ -11,9 +11,10 @@ from tests.sim.checkers.endings import Endings
 from tests.sim.checkers.exactly_once import ExactlyOnce
 from tests.sim.checkers.fencing import Fencing
 from tests.sim.checkers.ledger_law import LedgerLaw
+from tests.sim.checkers.pairs import Pairs
 from tests.sim.site import Site
 
-Checker = Agreement | Endings | ExactlyOnce | Fencing | LedgerLaw
+Checker = Agreement | Endings | ExactlyOnce | Fencing | LedgerLaw | Pairs
 
 
 def make_checkers(site: Site) -> tuple[Checker, ...]:
@@ -23,4 +24,5 @@ def make_checkers(site: Site) -> tuple[Checker, ...]:
         Agreement(hostile=site.scenario.hostile, is_cut=site.scenario.spec.holds_parts),
         LedgerLaw(site),
         Endings(site),
+        Pairs(),
     )
