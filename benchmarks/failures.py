@@ -43,8 +43,7 @@ from rich.table import Table
 
 from benchmarks.lone_gpt import CONTEXT, Training
 from benchmarks.paired import median_interval
-from benchmarks.report import Reporter, command, main_of
-from elastic.errors import ConfigError
+from benchmarks.report import Reporter, command, main_of, pyplot
 from examples.cluster import Cluster, ClusterError
 from examples.gpt import Windows
 
@@ -233,7 +232,7 @@ def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> 
     """Run all methods on all traces; returns the report."""
     rates = [float(rate) for rate in (arguments.rates or ("10" if arguments.quick else "5,10,16")).split(",")]
     if arguments.plot:
-        _pyplot()  # before anything is trained for pictures that cannot be drawn
+        pyplot()  # before anything is trained for pictures that cannot be drawn
     seeds, text = arguments.seeds or (1 if arguments.quick else 5), Windows(CONTEXT)
     torch.set_num_threads(1)
     weights = {swapped: pretrain(folder, reporter, text, swapped=swapped) for swapped in (False, True)}
@@ -338,23 +337,12 @@ def _told(figure: dict[str, Any], form: str) -> str:
     return f"{figure['median']:{form}} ({low:{form}} .. {high:{form}})"
 
 
-def _pyplot() -> Any:
-    try:
-        import matplotlib  # only for pictures
-    except ImportError as error:
-        raise ConfigError("--plot draws with matplotlib: pip install 'elastic-runtime[plots]', or leave it out") from error
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw(curves: Mapping[float, Mapping[str, Mapping[int, Run]]], folder: Path) -> None:
     """Write a picture for each rate: the losses over time and over steps, of the first seed."""
-    pyplot = _pyplot()
+    plt = pyplot()
     folder.mkdir(parents=True, exist_ok=True)
     for rate, runs in curves.items():
-        figure, axes = pyplot.subplots(1, 2, figsize=(11, 4), sharey=True)
+        figure, axes = plt.subplots(1, 2, figsize=(11, 4), sharey=True)
         for method, found in runs.items():
             at, steps, losses = zip(*found[min(found)].curve, strict=True)
             axes[0].plot(at, losses, label=method, linewidth=1.2)
@@ -367,7 +355,7 @@ def draw(curves: Mapping[float, Mapping[str, Mapping[int, Run]]], folder: Path) 
         figure.suptitle(f"the trace of {rate:g} % an hour, first seed")
         figure.tight_layout()
         figure.savefig(folder / f"failures-{rate:g}.svg")
-        pyplot.close(figure)
+        plt.close(figure)
 
 
 def main() -> int:

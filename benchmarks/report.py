@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from elastic.errors import ElasticError
+from elastic.errors import ConfigError, ElasticError
 from examples.cluster import ClusterError, end_on_signals, temporary_folder
 
 
@@ -39,6 +39,18 @@ def command(documentation: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         description=documentation, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def pyplot() -> Any:
+    """Return what draws pictures. Raises ConfigError if it is not installed."""
+    try:
+        import matplotlib  # only for pictures
+    except ImportError as error:
+        raise ConfigError("--plot draws with matplotlib: pip install 'elastic-runtime[plots]', or leave it out") from error
+    matplotlib.use("agg")
+    from matplotlib import pyplot as found
+
+    return found
 
 
 Work = Callable[[argparse.Namespace, Path, Reporter], tuple[dict[str, Any], bool]]

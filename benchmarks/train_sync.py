@@ -1,7 +1,8 @@
-"""The training script of `benchmarks.lowcomm`: a small byte-level GPT whose replicas agree each step, or after some.
+"""The training script of `benchmarks.lowcomm` and `benchmarks.churn`: a small byte-level GPT whose replicas agree in some way.
 
-Each worker appends JSON lines to DIR/<pid>.jsonl: {"clock_s", "step", "local_steps", "rank"} at each commit; the last has the
-{"loss"} of what was agreed, on windows that are never trained on.
+Each worker appends JSON lines to DIR/<pid>.jsonl. At each commit: {"clock_s", "step", "local_steps", "rank", "generation", "lr",
+"spread", "digest"}, the last of what user code sees of the model; at the end also the {"loss"} of what was agreed, on windows
+that are never trained on.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import json
 import math
 import os
 import time
+import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -20,55 +23,90 @@ from torch.utils.data import DataLoader, Subset
 import elastic
 from examples.gpt import GPT, Windows
 
-CONTEXT, REPLICAS, BATCH = 64, 4, 4
-HELD_OUT = 128
-RATE = 1.5e-3
+CONTEXT, REPLICAS, BATCH, DIM, LAYERS = 64, 4, 4, 64, 4
+HELD_OUT = 512
+RATE, RATE_MIN = 1.5e-3, 0.1
+WARM_UP = 20
+FRAGMENTS = 2
+STRATEGIES = ("ddp", "diloco", "streaming_diloco", "noloco")
+
+
+def sync_of(arguments: argparse.Namespace) -> Any:
+    """Return the way to agree that the flags ask for."""
+    every, quantize = arguments.every, arguments.quantize or None
+    match arguments.sync:
+        case "diloco":
+            nesterov = arguments.momentum > 0.5
+            return elastic.sync.DiLoCo(every, arguments.outer_lr, arguments.momentum, nesterov, quantize)
+        case "streaming_diloco":
+            return elastic.sync.StreamingDiLoCo(
+                every * FRAGMENTS, FRAGMENTS, outer_lr=arguments.outer_lr, momentum=arguments.momentum,
+                nesterov=arguments.momentum > 0.5, mixing=arguments.mixing, quantize=quantize,
+            )  # fmt: skip
+        case "noloco":
+            return elastic.sync.NoLoCo(every, mean_every=arguments.mean_every, quantize=quantize)
+        case _:
+            return elastic.sync.AllReduce()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sync", choices=["ddp", "diloco"], required=True)
+    parser.add_argument("--sync", choices=STRATEGIES, required=True)
     parser.add_argument("--every", type=int, default=10, help="local steps of a round")
     parser.add_argument("--outer-lr", type=float, default=0.7)
-    parser.add_argument("--momentum", type=float, default=0.9)
+    parser.add_argument("--momentum", type=float, default=0.9, help="above 0.5 Nesterov's")
+    parser.add_argument("--mixing", type=float, default=0.0)
+    parser.add_argument("--mean-every", type=int, default=1)
+    parser.add_argument("--quantize", default="")
     parser.add_argument("--local-steps", type=int, default=400, help="of each replica, in all")
-    parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--slots", type=int, default=REPLICAS)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--weights", type=Path, help="begin with these")
+    parser.add_argument("--save", type=Path, help="write what was agreed")
+    parser.add_argument("--until", type=Path, help="go on until this file exists, with a constant rate")
     parser.add_argument("--log", type=Path, required=True)
     arguments = parser.parse_args()
 
     session = elastic.join()
-    torch.manual_seed(arguments.seed)
-    model = GPT(arguments.dim, arguments.layers, CONTEXT, dropout=0.0)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
+    torch.manual_seed(0)
+    model: Any = GPT(DIM, LAYERS, CONTEXT, dropout=0.0)
+    if arguments.weights:
+        model.load_state_dict(torch.load(arguments.weights))
+    optimizer: Any = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
     total = arguments.local_steps
-    scheduler = LambdaLR(optimizer, lambda step: 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / total)))
+
+    def share_of_rate(step: int) -> float:
+        falls = RATE_MIN + (1 - RATE_MIN) * 0.5 * (1 + math.cos(math.pi * min(1.0, step / total)))
+        return min(1.0, (step + 1) / WARM_UP) * (1.0 if arguments.until or arguments.save else falls)
+
+    scheduler: Any = LambdaLR(optimizer, share_of_rate)
     text = Windows(CONTEXT)
     train = Subset(text, range(len(text) - HELD_OUT))
-    is_local = arguments.sync == "diloco"
-    every = arguments.every if is_local else 1
-    sync = elastic.sync.DiLoCo(every, arguments.outer_lr, arguments.momentum) if is_local else elastic.sync.AllReduce()
+    sync = sync_of(arguments)
+    every = 1 if arguments.sync == "ddp" else arguments.every
+    loader: Any = DataLoader(train, batch_size=BATCH, shuffle=True)
     model, optimizer, scheduler, loader = session.prepare(
-        model,
-        optimizer,
-        scheduler,
-        DataLoader(train, batch_size=BATCH, shuffle=True),
-        slots=REPLICAS,
-        virtual_replicas=REPLICAS,
-        seed=arguments.seed,
+        model, optimizer, scheduler, loader, slots=arguments.slots, virtual_replicas=arguments.slots, seed=arguments.seed,
         sync=sync,
-    )
+    )  # fmt: skip
     arguments.log.mkdir(parents=True, exist_ok=True)
+
+    def is_last() -> bool:
+        if arguments.until:
+            return bool(arguments.until.exists())
+        return bool((session.step + 1) * every >= total)
+
     with (arguments.log / f"{os.getpid()}.jsonl").open("a") as log:
 
-        def write(**values: float) -> None:
-            line = {"clock_s": time.monotonic(), "step": session.step, "local_steps": session.step * every}
-            log.write(json.dumps(line | {"rank": session.rank} | values) + "\n")
+        def write(**values: Any) -> None:
+            line: dict[str, Any] = {"clock_s": time.monotonic(), "step": session.step, "local_steps": session.step * every}
+            log.write(json.dumps(line | {"rank": session.rank, "generation": session.generation} | values) + "\n")
             log.flush()
 
         for _ in session.epochs(10**9):
             for inputs, targets in loader:
+                if is_last():
+                    session.stop()
                 optimizer.zero_grad()
                 loss = model(inputs, targets)
                 session.log(loss=loss)
@@ -77,16 +115,17 @@ def main() -> None:
                 optimizer.step()
                 scheduler.step()
                 if session.committed:
-                    write()
-                    if session.step * every >= total:
-                        break
-            if session.step * every >= total:
-                break
+                    crc = 0
+                    for parameter in model.parameters():
+                        crc = zlib.crc32(parameter.detach().numpy().tobytes(), crc)
+                    write(lr=scheduler.get_last_lr()[0], spread=session.spread, digest=crc)
         session.close()
         pairs = [text[index] for index in range(len(text) - HELD_OUT, len(text))]
         with torch.no_grad():
             inputs, targets = (torch.stack([pair[place] for pair in pairs]) for place in range(2))
             write(loss=float(model(inputs, targets)))
+        if arguments.save and session.is_main:
+            torch.save(model.state_dict(), arguments.save)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,9 @@ class FailPoint(StrEnum):
     STATE_FOLLOWING = "state-following"
     """There, while the state of their optimizers follows and the next step is computed."""
 
+    PAIR_EXCHANGING = "pair-exchanging"
+    """With `sync=NoLoCo(...)`: what the partner needs is on its way, and what it gives is not here."""
+
 
 _folder = config.fail_points()
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from elastic.cli import options
-from elastic.sync.advice import BYTES, Site, advise
+from elastic.sync.advice import BYTES, MEAN_EVERY, Site, advise
 
 _BITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
 _SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
@@ -44,7 +44,7 @@ def sync() -> None:
 @click.option("--nodes", type=click.IntRange(1), required=True, help="That agree.")
 @click.option("--step", type=Quantity("TIME", _SECONDS, "1s"), default="1s", show_default=True,
               help="What a step takes a node without any exchange.")  # fmt: skip
-@click.option("--every", type=click.IntRange(1), default=100, show_default=True, help="Local steps of a DiLoCo round.")
+@click.option("--every", type=click.IntRange(1), default=100, show_default=True, help="Local steps of a round.")
 @options.as_json
 def advise_(bandwidth: float, latency: float, params: float, nodes: int, step: float, every: int, as_json: bool) -> None:
     """Predict the steps of each way of agreeing over a link, and how often nodes compute."""
@@ -62,6 +62,8 @@ def advise_(bandwidth: float, latency: float, params: float, nodes: int, step: f
     console.print(
         f"Assumed: {params:,.0f} numbers of {BYTES['']:g} bytes are exchanged as a reduce-scatter and an all-gather, so that "
         f"each node sends and receives {(2 * (nodes - 1)) / nodes:.2f} times that many; every node has {bandwidth / 1e6:g} "
-        f"Mbit/s each way to itself, a message takes {1000 * latency:g} ms, and nothing is sent while a node computes.",
+        f"Mbit/s each way to itself, a message takes {1000 * latency:g} ms, and nothing is sent while a node computes. In a pair "
+        f"(NoLoCo) each sends its slow parameters meanwhile, and as much again at the end of a round; the mean of all is made "
+        f"after every {MEAN_EVERY} rounds.",
         soft_wrap=True,
     )

@@ -20,9 +20,10 @@ from torch.optim import Optimizer
 
 from elastic.engine import Slot
 from elastic.errors import CollectiveAborted
+from elastic.failpoints import FailPoint, reach
 from elastic.group import Work
 from elastic.memory import SnapshotMemory
-from elastic.quantize import Code, decode, encode, encoded_bytes
+from elastic.quantize import Code, decode, encode
 from elastic.reduction import Reduced, Reducer
 from elastic.snapshots import SnapshotId
 from elastic.state import TrainingState
@@ -195,19 +196,15 @@ class PairEngine(LocalEngine):
         """Return this worker's Delta and its partner's, as both read them."""
         group, like = self.group, self._slow.of("phi")
         assert group is not None
-        if self.sync.quantize is None:
-            theirs = torch.empty_like(mine)
-            comes = group.take(theirs, partner, TAG_MOVED)
-            group.post(mine, partner, TAG_MOVED)
-            comes.wait()
-        else:
-            code = Code(self.sync.quantize)
-            data = encode(code, mine)
-            coming = torch.empty(encoded_bytes(code, mine.numel()), dtype=torch.uint8)
-            comes = group.take(coming, partner, TAG_MOVED)
-            group.post(data, partner, TAG_MOVED)
-            comes.wait()
-            mine, theirs = (decode(code, each, mine.numel()) for each in (data, coming))
+        code = Code(self.sync.quantize) if self.sync.quantize else None
+        sent = mine if code is None else encode(code, mine)
+        theirs = torch.empty_like(sent)
+        comes = group.take(theirs, partner, TAG_MOVED)
+        group.post(sent, partner, TAG_MOVED)
+        reach(FailPoint.PAIR_EXCHANGING)
+        comes.wait()
+        if code is not None:
+            mine, theirs = (decode(code, each, mine.numel()) for each in (sent, theirs))
         return _split(mine, like), _split(theirs, like)
 
     def _agree(self) -> None:

@@ -44,8 +44,8 @@ def strike(job: Job, workers: int, undisturbed: Callable[..., str], hits: int, e
     job.fail_points.mkdir()
     job.run(workers, "--record-samples", record, "--max-restarts", 0, train=(*train, *job.held, "--pause-ms", 10))
     for place in FailPoint:
-        if place in (FailPoint.LAYERS_MOVING, FailPoint.STATE_FOLLOWING):
-            continue  # these workers each hold the whole model
+        if place in (FailPoint.LAYERS_MOVING, FailPoint.STATE_FOLLOWING, FailPoint.PAIR_EXCHANGING):
+            continue  # these workers each hold the whole model, and all the same
         if workers == 2 and place in (FailPoint.COMMIT_HALF_SENT, FailPoint.PREPARED):
             continue  # one member is left: there is nobody else to tell, or it is the last that holds the state
         for number in range(hits):

@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 
+from elastic.failpoints import FailPoint
 from elastic.records import read_record
 from elastic.sampler import SlotSampler
 from elastic.sync import NoLoCo
 from elastic.sync.pairs import ALONE, partners_of
 from tests.e2e.jobs import Job, pids_of
+from tests.e2e.test_fail_points import hit
 from tests.e2e.test_pipelines import finish
 from tests.e2e.train_pairs import EVERY, MEAN_EVERY
 
@@ -103,13 +105,26 @@ def test_pairs_come_nearer_and_the_mean_is_that_of_all(job: Job, workers: int, o
     assert losses[40] < 0.7 * losses[1]
 
 
-def test_whoever_is_killed_no_pair_is_half_applied_and_each_sample_is_used_once(job: Job) -> None:
+PLACES = (
+    FailPoint.PAIR_EXCHANGING,
+    FailPoint.BEFORE_VOTE,
+    FailPoint.VOTED,
+    FailPoint.VERDICT_SEEN,
+    FailPoint.APPLYING,
+    FailPoint.STEP_ENDED,
+)
+
+
+def test_wherever_one_dies_no_pair_is_half_applied_and_each_sample_is_used_once(job: Job) -> None:
     record = job.folder / "record"
     train = ("--log", job.folder / "log", "--go", job.folder / "go")
+    job.fail_points.mkdir()
     job.run(5, "--max-restarts", 20, "--record-samples", record, train=(*train, "--slots", 6), script=SCRIPT)
+    for place in PLACES:
+        hit(job, 5, place)
     dice = random.Random(3)
-    after = job.wait_for_world(5, beyond_step=2)
-    for _ in range(6):
+    after = job.wait_for_world(5)
+    for _ in range(2):
         job.kill(dice.choice(sorted(pids_of(after))))
         after = job.wait_for_world(5, beyond_step=after["step"] + dice.randrange(1, 4))
     summary = finish(job, "run")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
 
 from elastic.cli import elastic
-from elastic.sync.advice import Site, advise, every_for, exchange_bytes, exchange_s
+from elastic.sync.advice import MEAN_EVERY, Site, advise, every_for, exchange_bytes, exchange_s, pair_bytes, pair_s
 
 SLOW = Site(parameters=1e6, nodes=4, bytes_per_s=2.5e6, latency_s=0.04, step_s=0.1)
 
@@ -30,11 +31,22 @@ def test_the_fewest_steps_for_a_share_are_found(share: float) -> None:
 
 
 def test_what_is_sent_more_rarely_costs_less() -> None:
-    every_step, chosen, int8, fp4, ninety, more = advise(SLOW, 100)
+    every_step, chosen, int8, fp4, ninety, more, streaming, pairs = advise(SLOW, 100)
     assert every_step.step_s == pytest.approx(0.1 + exchange_s(SLOW)) and chosen.every == 100
     assert chosen.bytes_per_step == every_step.bytes_per_step / 100
     assert every_step.bytes_per_step / 3.9 > 100 * int8.bytes_per_step > 1.9 * 100 * fp4.bytes_per_step
     assert ninety.utilisation >= 0.9 and more.utilisation >= 0.95 and more.every > ninety.every
+    assert streaming.every == 25 and streaming.bytes_per_step == pytest.approx(chosen.bytes_per_step)
+    assert streaming.exchange_s < 0.3 * chosen.exchange_s
+    assert pairs.bytes_per_step == pytest.approx((2 * 4e6 + exchange_bytes(SLOW) / MEAN_EVERY) / 100)
+
+
+def test_a_pair_sends_as_much_with_a_thousand_nodes_and_waits_for_half_of_it_unless_the_round_is_short() -> None:
+    many = replace(SLOW, nodes=1000)
+    assert pair_bytes(many) == pair_bytes(SLOW) == 8e6 and pair_bytes(replace(SLOW, nodes=1)) == 0.0
+    one_s = 4e6 / 2.5e6 + 0.04
+    assert pair_s(SLOW, 100) == pytest.approx(one_s + exchange_s(SLOW) / MEAN_EVERY)
+    assert pair_s(SLOW, 1) == pytest.approx(2 * one_s - 0.1 + exchange_s(SLOW) / MEAN_EVERY)
 
 
 def test_the_command_prints_its_assumptions_and_json() -> None:
