@@ -161,6 +161,15 @@ class CommittedBuffers:
         self._constants = [(name, buffer, buffer._version) for name, buffer, _ in self._constants]
         self.restore()
 
+    def held(self) -> list[Tensor]:
+        """Return what the modules have, which a slot in progress may have changed."""
+        return [kept.buffer.detach().clone() for kept in self._kept]
+
+    def put(self, values: Sequence[Tensor]) -> None:
+        """The inverse of `held`: a commit came in the middle of a slot, which goes on."""
+        for kept, value in zip(self._kept, values, strict=True):
+            kept.buffer.data.copy_(value)
+
     def restore(self) -> None:
         """Make the modules' buffers the committed copy (after a commit, a skipped step or a throwaway slot)."""
         # Always: a buffer's version does not tell whether it changed, since batch norm's kernels do not count it up.

@@ -62,6 +62,11 @@ class DiLoCo:
         """How much a replica keeps of its own parameters when they are agreed on."""
         return 0.0
 
+    @property
+    def overlap(self) -> int:
+        """Local steps of the next round that are taken while something is exchanged."""
+        return 0
+
 
 @dataclass(frozen=True, slots=True)
 class StreamingDiLoCo:
@@ -72,16 +77,20 @@ class StreamingDiLoCo:
 
         theta <- mixing theta + (1 - mixing) phi
 
-    while the other fragments stay local (section 2 of arXiv 2501.18512, without its delay). Layers go to fragments in turns.
+    while the other fragments stay local (section 2 of arXiv 2501.18512). Layers go to fragments in turns. With an overlap each
+    worker goes on with so many local steps while the fragment is exchanged, and brings it up to date behind them: then keep
+    something of what was learnt meanwhile (mixing=0.5).
 
     Attributes:
         every: local steps from one agreement on a fragment to its next; a multiple of `fragments`.
-        fragments: how many. mixing: how much of its own a replica keeps, from 0 to below 1.
+        fragments: how many. overlap: local steps during an exchange, fewer than a round has; the paper's runs have 1 to 5.
+        mixing: how much of its own a replica keeps, from 0 to below 1.
         outer_lr, momentum, nesterov: of the outer SGD. quantize: as of `DiLoCo`.
     """
 
     every: int = 100
     fragments: int = 4
+    overlap: int = 0
     mixing: float = 0.0
     outer_lr: float = 0.4
     momentum: float = 0.9
@@ -95,6 +104,11 @@ class StreamingDiLoCo:
         if self.every % self.fragments:
             raise ConfigError(
                 f"StreamingDiLoCo(every={self.every}, fragments={self.fragments}): every has to be a multiple of fragments"
+            )
+        if not 0 <= self.overlap < self.local_steps:
+            raise ConfigError(
+                f"StreamingDiLoCo(every={self.every}, fragments={self.fragments}, overlap={self.overlap}): an exchange has to "
+                f"end before the next one begins, {self.local_steps} local steps later: give 0 to {self.local_steps - 1}"
             )
         if not 0 <= self.mixing < 1:
             raise ConfigError(f"StreamingDiLoCo(mixing={self.mixing}): it is at least 0 and below 1, where nothing is agreed on")

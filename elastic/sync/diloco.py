@@ -32,6 +32,7 @@ class OuterEngine(LocalEngine):
 
     def _begin_agreement(self) -> Mapping[str, Optimizer]:
         sync, parts = self.sync, self.parts
+        self.overlap = sync.overlap
         self._outer = torch.optim.SGD(
             list(parts.parameters), lr=sync.outer_lr, momentum=sync.momentum, nesterov=sync.nesterov
         )
@@ -58,6 +59,8 @@ class OuterEngine(LocalEngine):
         return self._fragments[(self.step - 1) % len(self._fragments)]
 
     def _start_of(self, slot: int) -> Sequence[Tensor]:
+        if self._flight is not None and slot in self._ended:
+            return self._ended[slot]  # what it will be brought up to date with is on its way
         return self._theta.get(slot, self._phi)
 
     def _contribute(self, slot: int, samples: int | None) -> None:
@@ -72,11 +75,11 @@ class OuterEngine(LocalEngine):
         groups = [{k: v for k, v in group.items() if k != "params"} for group in self._outer.param_groups]
         return zlib.crc32(repr(groups).encode())
 
-    def _agree(self) -> None:
+    def _agree(self, ahead: list[list[Tensor]]) -> None:
         self._outer.step()
         self._theta |= self._ended
         self._ended = {}
-        for own in self._theta.values():
+        for own in (*self._theta.values(), *ahead):
             for place in self._fragment:
                 own[place].mul_(self.sync.mixing).add_(self.parts.parameters[place], alpha=1 - self.sync.mixing)
 

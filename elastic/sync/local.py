@@ -6,16 +6,23 @@ restart finds everything as it always is. A slot whose worker is lost is compute
 subclass's: `diloco.py`, by an outer optimizer for all; `noloco.py`, by pairs.
 
 What the inner optimizers have learnt belongs to a replica alone: it is neither sent nor captured, and begins anew where the
-replica goes to another worker. This file must never let local parameters be taken for committed ones.
+replica goes to another worker.
+
+With an overlap the sum of a round is made while the first local steps of the next one are taken: a worker then runs ahead of
+what is committed, by part of a slot, which is thrown away if the world breaks meanwhile. This file must never let local
+parameters be taken for committed ones.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import copy
 import math
+import threading
+import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +32,7 @@ from torch.optim import Optimizer
 
 from elastic.capture import Capturer
 from elastic.engine import Slot
-from elastic.errors import ConfigError
+from elastic.errors import CollectiveAborted, ConfigError
 from elastic.failpoints import FailPoint, reach_inside
 from elastic.reduction import Reduced, Reducer
 from elastic.replica import ReplicaEngine
@@ -45,6 +52,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
     """
 
     capture_every = 1  # rounds from one whose state can be captured to the next
+    overlap = 0  # local steps of the next round during which the sum of a round is made
 
     def __init__(self, *args: Any, sync: Rounds, snapshot_every: int = 0, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -52,9 +60,11 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         parts = self.parts
         self._phi = [parameter.detach().clone() for parameter in parts.parameters]
         self._learnt: dict[int, list[Any]] = {}  # slot -> what its inner optimizers have learnt
-        self._schedules: dict[str, Any] | None = None  # what is alike for all replicas as the round began; None: as it is
+        self._schedules: dict[int, dict[str, Any]] = {}  # round -> what is alike for all replicas as it began
         self._done = 0  # local steps that the slot in progress has had
         self._is_real = False  # whether it is a replica of the round, and not one that is thrown away
+        self._is_void = False  # the world has changed in the middle of it: it is complete, another worker's, or too early
+        self._flight: Flight | None = None  # the sum of the round before that of the slot in progress, if that runs ahead
         self._given: dict[str, list[float]] = {}  # measures of the slot in progress
         self._alike = {**parts.stateful, "elastic.inner": Hyperparameters(tuple(parts.optimizers.values()))}
         self._models = {**parts.models, **parts.more_models}
@@ -86,8 +96,11 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         """
 
     @abc.abstractmethod
-    def _agree(self) -> None:
-        """The round is committed, `grad` is the mean of what was given, and the parameters are the committed ones: step."""
+    def _agree(self, ahead: list[list[Tensor]]) -> None:
+        """The round is committed, `grad` is the mean of what was given, and the parameters are the committed ones: step.
+
+        `ahead` has the own parameters of a replica that is in its next round, to be brought up to date.
+        """
 
     @abc.abstractmethod
     def _forget_replicas(self) -> None:
@@ -113,7 +126,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
 
     def next_slot(self) -> Slot | None:
         slot = self.slot
-        if slot is None or not slot.counts or self._done >= self._steps_of(slot):
+        if slot is None or not slot.counts or self._has_ended(slot):
             return super().next_slot()
         self.beat()
         if len(self._stepped) < len(self.inner_steps):
@@ -123,9 +136,12 @@ class LocalEngine(ReplicaEngine, abc.ABC):
             )
         if not self._settle():
             return None
-        if self.slot is not slot or self._done >= self._steps_of(slot):
+        if self.slot is not slot or self._has_ended(slot):
             return super().next_slot()  # the world goes on from elsewhere, or the replica is another worker's now
         return self._open_piece(slot)
+
+    def _has_ended(self, slot: Slot) -> bool:
+        return self._is_void or self._done >= self._steps_of(slot)
 
     def _steps_of(self, slot: Slot) -> int:
         """Local steps of a slot; one of a throwaway, which is there for the sake of what comes behind it."""
@@ -133,10 +149,11 @@ class LocalEngine(ReplicaEngine, abc.ABC):
 
     def _open_slot(self, slot: Slot) -> Slot:
         """A slot begins: with the committed parameters, and what this worker has of its replica."""
-        self._is_real = slot.counts and slot.slot in self.reducer.remaining_slots()
+        self._is_real = slot.counts and (slot.step > self.step or slot.slot in self.reducer.remaining_slots())
+        self._is_void = False
         self._take(self._start_of(slot.slot) if self._is_real else self._phi)
         if slot.counts:
-            self._begin_schedules()
+            self._begin_schedules(slot.step)
         self._turn_to(slot.slot if self._is_real else THROWAWAY)
         self._done, self._given = 0, {}
         self.buffers.begin_slot()
@@ -151,13 +168,13 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         self.slot = replace(slot, ids=ids, place=place)
         return self.slot
 
-    def _begin_schedules(self) -> None:
+    def _begin_schedules(self, step: int) -> None:
         """All replicas of a round have the same learning rates, also those that a worker computes one after the other."""
-        if self._schedules is None:
-            self._schedules = {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
+        if step not in self._schedules:
+            self._schedules[step] = {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
             return
         for name, thing in self._alike.items():
-            thing.load_state_dict(copy.deepcopy(self._schedules[name]))
+            thing.load_state_dict(copy.deepcopy(self._schedules[step][name]))
 
     def _turn_to(self, slot: int) -> None:
         """Have the inner optimizers know what the slot's replica has learnt."""
@@ -210,12 +227,19 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         for parameter in self.parts.parameters:
             parameter.grad = None
         self._done += 1
-        if not slot.counts or self._done < self._steps_of(slot):
+        if self._is_ahead() and self._done >= min(self.overlap, self._steps_of(slot) - 1) and self._commit_step():
+            self._end_round_in_slot()
+        if not slot.counts or self._done < self._steps_of(slot) or self._is_ahead():
             return
-        if slot.slot in self.reducer.remaining_slots():
+        if slot.slot in self.reducer.remaining_slots() and not self._is_void:
             self._end_replica(slot)
-        if not self.reducer.remaining_slots():  # as it is now: the world may have changed in the middle of the slot
+        if self.reducer.remaining_slots():  # as it is now: the world may have changed in the middle of the slot
+            return
+        if self._ahead() is None:
             self._commit_step()
+        else:
+            reducer, divisor = self.reducer, self._divisor()
+            self._flight = Flight(lambda: reducer.finish(divisor))
 
     def _end_replica(self, slot: Slot) -> None:
         """What the replica has moved is its gradient."""
@@ -228,23 +252,80 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         self._end_slot()
         self._restore_parameters()
 
+    # -- the next round, while the sum of this one is made -------------------------------------------------------------
+
+    def _ahead(self) -> Slot | None:
+        """Return the slot of the next round with which this worker may run ahead; None if it has to commit first.
+
+        A joiner, a switch to another world or the end of the loop come with a commit, and are taken up before the slot ends.
+        """
+        assert self.plan is not None
+        step = self.step + 1
+        if not self.overlap or self.sampler.epoch_of(step) != self._loop_epoch or self._count_of(step) < 2:
+            return None
+        for slot in self.recorded_slots(self.plan, self.rank):
+            if ids := self.sampler.ids(step, slot):
+                return Slot(step, slot, ids, counts=True, is_last=False)
+        return None
+
+    def _is_ahead(self) -> bool:
+        """Whether the slot in progress is of the round behind the one that is not yet committed."""
+        slot = self.slot
+        return slot is not None and slot.counts and not self._is_void and slot.step == self.step + 1
+
+    def _choose(self) -> Slot:
+        ahead = self._ahead() if self._flight is not None else None
+        return super()._choose() if ahead is None else ahead
+
+    def _reduce(self) -> Reduced:
+        flight, self._flight = self._flight, None
+        return super()._reduce() if flight is None else flight.land()
+
+    def _end_round_in_slot(self) -> None:
+        """A round was committed in the middle of a slot of the next one: do now what is done behind a commit."""
+        assert self.plan is not None
+        with self._as_committed():
+            self.snapshots.step_ended(self.committed, self.plan.generation, time.monotonic())
+            self.snapshots.finish()
+            self._announce()
+
+    @contextlib.contextmanager
+    def _as_committed(self) -> Iterator[None]:
+        """The parameters and schedules are those of the newest commit meanwhile: this worker may be in the middle of a slot."""
+        local = self._own()
+        schedules = {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
+        self._restore_parameters()
+        if self.step in self._schedules:
+            self._begin_schedules(self.step)
+        try:
+            yield
+        finally:
+            for name, thing in self._alike.items():
+                thing.load_state_dict(schedules[name])
+            self._take(local)
+
     # -- the end of a round --------------------------------------------------------------------------------------------
 
     def _update(self, step: int, reduced: Reduced, presence: Sequence[bool], *, commit: bool) -> None:
+        ahead = (self._own(), self.buffers.held()) if self._is_ahead() else None
         self._restore_parameters()
         self.reducer.install(presence)
         slots = sum(1 for size in self.sampler.sizes(step) if size)
         reach_inside(FailPoint.APPLYING)
         if commit:
             with torch.no_grad():
-                self._agree()
+                self._agree([] if ahead is None else [ahead[0]])
             self.buffers.commit(reduced.extras[: self.buffers.extras], slots)
         else:
             self.buffers.restore()
-            self._learnt = {}
+            self._learnt, self._is_void = {}, True
             self._forget_replicas()
         self.measures.commit(reduced.extras[self.buffers.extras :])
         self._note_parameters()
+        self._schedules = {round_: found for round_, found in self._schedules.items() if round_ > step}
+        if ahead is not None and commit:
+            self._take(ahead[0])
+            self.buffers.put(ahead[1])
 
     def _note_parameters(self) -> None:
         """The parameters are the committed ones, and another round begins with them."""
@@ -252,9 +333,11 @@ class LocalEngine(ReplicaEngine, abc.ABC):
             for parameter, phi in zip(self.parts.parameters, self._phi, strict=True):
                 phi.copy_(parameter)
                 parameter.grad = None
-        self._schedules = None
 
     def _plan_step(self) -> None:
+        if self._flight is not None:
+            self._flight.give_up()  # what it sums up is kept, and summed up anew
+            self._flight = None
         self.reducer = self._reducer_of(self.step)
         super()._plan_step()
         assert self.plan is not None
@@ -263,38 +346,58 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         self._learnt = {slot: learnt for slot, learnt in self._learnt.items() if slot in own}
         self._keep_replicas(own, again)
         slot = self.slot
-        if slot is not None and slot.counts and slot.slot not in self.reducer.remaining_slots():
-            self._done = self._steps_of(slot)  # it is complete, or another worker's by now
+        self._is_void |= slot is not None and slot.counts and (slot.step != self.step or slot.slot not in again)
 
     # -- the state -----------------------------------------------------------------------------------------------------
 
     def _pass_state(self, joiners: tuple[int, ...]) -> int | None:
         if self.rank in joiners:
             return super()._pass_state(joiners)
-        local = self._own()
-        schedules = {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
-        self._restore_parameters()
-        if self._schedules is not None:
-            self._begin_schedules()
-        try:
+        with self._as_committed():
             return super()._pass_state(joiners)
-        finally:  # this worker may be in the middle of a slot
-            for name, thing in self._alike.items():
-                thing.load_state_dict(schedules[name])
-            self._take(local)
 
     def _take_over(self) -> None:
         super()._take_over()
         self._note_parameters()
-        self._learnt = {}
+        self._learnt, self._schedules = {}, {}
         self._forget_replicas()
         self.slot = None
 
     def _leave_loop(self) -> None:
         if not self.committed_in_slot:
             self.slot = None
+        self._flight = None  # nobody waits for what it does any more
         self._restore_parameters()
         super()._leave_loop()
+
+
+class Flight:
+    """A sum that another thread makes; the reducer is that thread's until it has landed."""
+
+    def __init__(self, reduce: Callable[[], Reduced]) -> None:
+        self._reduced: Reduced | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(reduce,), name="overlap", daemon=True)
+        self._thread.start()
+
+    def _run(self, reduce: Callable[[], Reduced]) -> None:
+        try:
+            self._reduced = reduce()
+        except Exception as error:
+            self._error = error  # raised where it lands
+
+    def land(self) -> Reduced:
+        """Return the sum; each message in it has the group's deadline. Raises CollectiveAborted."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._reduced is not None
+        return self._reduced
+
+    def give_up(self) -> None:
+        """Wait until it has ended, in a world that is over."""
+        with contextlib.suppress(CollectiveAborted):
+            self.land()
 
 
 class Hyperparameters:

@@ -207,7 +207,7 @@ class PairEngine(LocalEngine):
             mine, theirs = (decode(code, each, mine.numel()) for each in (sent, theirs))
         return _split(mine, like), _split(theirs, like)
 
-    def _agree(self) -> None:
+    def _agree(self, ahead: list[list[Tensor]]) -> None:
         assert self._next is not None
         for key, values in zip(("phi", "momentum"), self._next, strict=True):
             for mine, value in zip(self._slow.of(key), values, strict=True):

@@ -30,6 +30,8 @@ SYNCS = [
     DiLoCo(1, 0.5),
     StreamingDiLoCo(EVERY, 2),
     StreamingDiLoCo(EVERY, 2, mixing=0.5, outer_lr=0.7),
+    StreamingDiLoCo(EVERY, 2, overlap=1, mixing=0.5, outer_lr=0.7),
+    StreamingDiLoCo(2 * EVERY, 2, overlap=2, mixing=0.25),
     NoLoCo(EVERY, mean_every=1),
     NoLoCo(EVERY, 0.3, 1.0, 0.4, mean_every=1),
 ]
@@ -88,10 +90,18 @@ def by_hand(size: int, sync: Rounds, rounds: int, clip: float) -> tuple[nn.Modul
     count = getattr(sync, "fragments", 1)
     fragments = fragments_of([whole], list(whole.parameters()), count)
     tensors = data().tensors
-    loss = 0.0
+    loss, overlap = 0.0, getattr(sync, "overlap", 0)
+    to_come: list[int] = []  # places that the first replica is still to be brought up to date in
+
+    def bring_up_to_date(model: nn.Module, places: Sequence[int]) -> None:
+        mixing = getattr(sync, "mixing", 0.0)
+        for place in places:
+            own, agreed = list(model.parameters())[place].data, list(whole.parameters())[place].data
+            own.copy_(mixing * own + (1 - mixing) * agreed)
+
     for step in range(1, rounds + 1):
         sizes = sampler.sizes(step)
-        count = steps_of(sync, sizes)
+        steps = steps_of(sync, sizes)
         moved: list[list[torch.Tensor]] = []
         losses = []
         for slot, (model, optimizer, scheduler) in enumerate(replicas):
@@ -99,8 +109,8 @@ def by_hand(size: int, sync: Rounds, rounds: int, clip: float) -> tuple[nn.Modul
                 model.load_state_dict(copy.deepcopy(whole.state_dict()))
             ids = sampler.ids(step, slot)
             given = []
-            for piece in range(count):
-                own = list(ids[len(ids) * piece // count : len(ids) * (piece + 1) // count])
+            for piece in range(steps):
+                own = list(ids[len(ids) * piece // steps : len(ids) * (piece + 1) // steps])
                 if not own:  # in an epoch's last round a replica may have nothing; its learning rate goes on
                     scheduler.step()
                     continue
@@ -112,6 +122,9 @@ def by_hand(size: int, sync: Rounds, rounds: int, clip: float) -> tuple[nn.Modul
                     nn.utils.clip_grad_norm_(model.parameters(), clip)
                 optimizer.step()
                 scheduler.step()
+                if to_come and piece + 1 == min(overlap, steps - 1):
+                    bring_up_to_date(model, to_come)
+                    to_come = []
             losses.append(sum(given) / max(1, len(given)))
             moved.append([p.detach() - q.detach() for p, q in zip(whole.parameters(), model.parameters(), strict=True)])
         fragment = fragments[(step - 1) % len(fragments)]
@@ -122,11 +135,10 @@ def by_hand(size: int, sync: Rounds, rounds: int, clip: float) -> tuple[nn.Modul
             total = sum(size * each[place] for size, each in zip(sizes, moved, strict=True))
             parameter.grad = total / sum(sizes)
         outer.step()
-        for model, _, _ in replicas:
-            for place in fragment:
-                own, agreed = list(model.parameters())[place].data, list(whole.parameters())[place].data
-                mixing = getattr(sync, "mixing", 0.0)
-                own.copy_(mixing * own + (1 - mixing) * agreed)
+        runs_ahead = sampler.epoch_of(step + 1) == sampler.epoch_of(step) and steps_of(sync, sampler.sizes(step + 1)) > 1
+        to_come = fragment if overlap and runs_ahead else []
+        for model, _, _ in replicas[1 if to_come else 0 :]:
+            bring_up_to_date(model, fragment)
         loss = sum(size * value for size, value in zip(sizes, losses, strict=True)) / sum(sizes)
     return whole, loss
 
@@ -218,6 +230,7 @@ def test_readers_ahead_give_the_same_batches() -> None:
         (lambda: StreamingDiLoCo(4, 1), "give at least 2, or use DiLoCo"),
         (lambda: StreamingDiLoCo(5, 2), "every has to be a multiple of fragments"),
         (lambda: StreamingDiLoCo(4, 2, mixing=1.0), "at least 0 and below 1"),
+        (lambda: StreamingDiLoCo(8, 2, overlap=4), "end before the next one begins, 4 local steps later: give 0 to 3"),
         (lambda: Run(24, StreamingDiLoCo(8, 4)), "fragments=4, and the model has 2 layer"),
         (lambda: DiLoCo(quantize="int4"), "choose int8 or fp4"),  # type: ignore[arg-type]
         (lambda: Run(24, DiLoCo(100)), "takes 200 samples for a round of one replica, and the dataset has 24"),
