@@ -181,7 +181,8 @@ def run_once(
         nodes = Nodes(cluster)
         nodes.start()
         if where:
-            cluster.wait("a checkpoint is written", lambda: cluster.status().saved >= EVERY, START_S)
+            # Of whichever step: a pipeline that was cut anew before captures at once, and not again until all hold.
+            cluster.wait("a checkpoint is written", lambda: cluster.status().saved > 0, START_S)
         begin_s = time.monotonic()
         (folder / "go").touch()
         nodes.take_through(trace, is_calm=is_calm)

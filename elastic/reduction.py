@@ -21,6 +21,7 @@ import torch
 from elastic.coded import CodedExchange
 from elastic.errors import CollectiveAborted
 from elastic.exchange import Alone, Exchange, Lane, OrderedExchange
+from elastic.feedback import ErrorFeedback
 from elastic.flat import Layout, is_finite
 from elastic.folds import Fold, plan_fold, plan_shares
 from elastic.group import Messages
@@ -86,6 +87,7 @@ class Reducer:
         in_place: autograd adds to the partial sums by itself, without a call for each gradient, once a slot has shown
             that each gradient comes in one piece. Then no exchange can begin inside a backward (`arm`).
         code: in which gradients are exchanged, if each slot is a virtual replica and `reduction` is ORDERED; None: as they are.
+        feedback: what that code leaves out of each slot; None: it is lost.
     """
 
     def __init__(
@@ -100,6 +102,7 @@ class Reducer:
         on_progress: Callable[[], None] | None = None,
         in_place: bool = False,
         code: Code | None = None,
+        feedback: ErrorFeedback | None = None,
     ) -> None:
         self._layout = Layout(parameters, extras, bucket_bytes, shared=shared)
         self._neighbours = Neighbours()
@@ -125,7 +128,7 @@ class Reducer:
         self._piecewise: set[int] = set()
         self._has_seen_a_slot = False
         self._in_place = in_place
-        self._code = code
+        self._code, self._feedback = code, feedback
         self._is_adding = False  # the sum itself is in `p.grad` during the present slot
         # The exchange of the present step.
         self._exchange: Exchange | None = None
@@ -242,6 +245,11 @@ class Reducer:
             if extras.shape != (self._layout.extras,):
                 raise ValueError(f"extras of {tuple(extras.shape)} where {self._layout.extras} belong")
             partial.add_extras(extras)
+        if self._feedback is not None:
+            for bucket in self._buckets:
+                partial.complete(bucket)
+            gradients = [each for each in zip(partial.memory.buckets, self._buckets, strict=True) if each[1].parameters]
+            self._feedback.add(slot, [memory[: bucket.size] for memory, bucket in gradients])
         self._has_seen_a_slot = True
         if self._in_place and self._hooks and not self._piecewise and _Taken.NOT_YET not in self._taken:
             self._take_hooks_off()

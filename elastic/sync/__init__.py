@@ -36,6 +36,7 @@ class DiLoCo:
     Attributes:
         every: local steps of a round. outer_lr, momentum, nesterov: of the outer SGD.
         quantize: what Delta is sent in: "int8" (a quarter of the bytes), "fp4" (an eighth); None: as it is.
+        feedback: whether what that leaves out of a replica's Delta is sent with its next one.
     """
 
     every: int = 100
@@ -43,6 +44,7 @@ class DiLoCo:
     momentum: float = 0.9
     nesterov: bool = True
     quantize: Quantize | None = None
+    feedback: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -85,7 +87,7 @@ class StreamingDiLoCo:
         every: local steps from one agreement on a fragment to its next; a multiple of `fragments`.
         fragments: how many. overlap: local steps during an exchange, fewer than a round has; the paper's runs have 1 to 5.
         mixing: how much of its own a replica keeps, from 0 to below 1.
-        outer_lr, momentum, nesterov: of the outer SGD. quantize: as of `DiLoCo`.
+        outer_lr, momentum, nesterov: of the outer SGD. quantize, feedback: as of `DiLoCo`.
     """
 
     every: int = 100
@@ -96,6 +98,7 @@ class StreamingDiLoCo:
     momentum: float = 0.9
     nesterov: bool = True
     quantize: Quantize | None = None
+    feedback: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -190,5 +193,7 @@ def _check(sync: DiLoCo | StreamingDiLoCo) -> None:
         raise ConfigError(f"{name}(outer_lr={sync.outer_lr}): give a rate above 0; the papers' are 0.7, and 0.4 for streaming")
     if not 0 <= sync.momentum < 1:
         raise ConfigError(f"{name}(momentum={sync.momentum}): it is at least 0 and below 1; the papers' is 0.9")
+    if sync.feedback and sync.quantize is None:
+        raise ConfigError(f"{name}(feedback=True, quantize=None): nothing is left out of what is sent as it is; choose a code")
     if sync.nesterov and not sync.momentum:
         raise ConfigError(f"{name}(nesterov=True, momentum=0): Nesterov's step needs a momentum; pass nesterov=False")

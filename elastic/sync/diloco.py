@@ -6,15 +6,14 @@ part of the model is agreed on at a time, the other parts stay a replica's own f
 
 from __future__ import annotations
 
-import functools
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from elastic.feedback import ErrorFeedback
 from elastic.quantize import Code
 from elastic.reduction import Reducer, Reduction
 from elastic.sync import DiLoCo, StreamingDiLoCo
@@ -37,18 +36,29 @@ class OuterEngine(LocalEngine):
             list(parts.parameters), lr=sync.outer_lr, momentum=sync.momentum, nesterov=sync.nesterov
         )
         self._fragments = fragments_of(parts.models.values(), parts.parameters, sync.fragments)
+        self._feedbacks: list[ErrorFeedback] = []
         self._reducers = [self.reducer]
         if sync.fragments > 1 or sync.quantize:
             self.reducer.close()
-            coded: dict[str, Any] = {}
-            if sync.quantize:
-                each_slot = {"replicas": self.sampler.slots, "reduction": Reduction.ORDERED}
-                coded = {"code": Code(sync.quantize), "shared": False, **each_slot}
-            make = functools.partial(self._make_reducer, **coded)
-            self._reducers = [make([parts.parameters[place] for place in each]) for each in self._fragments]
+            self._reducers = [self._reducer_for([parts.parameters[place] for place in each]) for each in self._fragments]
         self._theta: dict[int, list[Tensor]] = {}  # slot -> its replica's own parameters as the round began, unless they are phi
         self._ended: dict[int, list[Tensor]] = {}  # slot -> those with which it has ended the round
         return {OUTER: self._outer}
+
+    def _reducer_for(self, parameters: Sequence[nn.Parameter]) -> Reducer:
+        if not self.sync.quantize:
+            return self._make_reducer(parameters)
+        code = Code(self.sync.quantize)
+        feedback = ErrorFeedback(code) if self.sync.feedback else None
+        self._feedbacks += [] if feedback is None else [feedback]
+        return self._make_reducer(
+            parameters,
+            replicas=self.sampler.slots,  # each slot is written in code by itself
+            reduction=Reduction.ORDERED,
+            shared=False,
+            code=code,
+            feedback=feedback,
+        )
 
     def _reducer_of(self, step: int) -> Reducer:
         return self._reducers[(step - 1) % len(self._reducers)]
@@ -68,6 +78,8 @@ class OuterEngine(LocalEngine):
             parameter = self.parts.parameters[place]
             moved = self._phi[place] - parameter
             parameter.grad = moved if samples is None else moved * float(samples)
+        for feedback in self._feedbacks:
+            feedback.pauses = samples is not None
         if len(self._fragments) > 1:
             self._ended[slot] = self._own()
 
@@ -77,6 +89,8 @@ class OuterEngine(LocalEngine):
 
     def _agree(self, ahead: list[list[Tensor]]) -> None:
         self._outer.step()
+        for feedback in self._feedbacks:
+            feedback.commit()
         self._theta |= self._ended
         self._ended = {}
         for own in (*self._theta.values(), *ahead):
@@ -85,7 +99,11 @@ class OuterEngine(LocalEngine):
 
     def _forget_replicas(self) -> None:
         self._theta, self._ended = {}, {}
+        for feedback in self._feedbacks:
+            feedback.keep(())
 
     def _keep_replicas(self, own: set[int], again: set[int]) -> None:
         self._theta = {slot: theta for slot, theta in self._theta.items() if slot in own}
         self._ended = {slot: theta for slot, theta in self._ended.items() if slot in own - again}
+        for feedback in self._feedbacks:
+            feedback.keep(own)

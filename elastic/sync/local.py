@@ -64,6 +64,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         self._done = 0  # local steps that the slot in progress has had
         self._is_real = False  # whether it is a replica of the round, and not one that is thrown away
         self._is_void = False  # the world has changed in the middle of it: it is complete, another worker's, or too early
+        self._has_given = False  # the slot in progress is over, but for what user code does behind its last update
         self._flight: Flight | None = None  # the sum of the round before that of the slot in progress, if that runs ahead
         self._given: dict[str, list[float]] = {}  # measures of the slot in progress
         self._alike = {**parts.stateful, "elastic.inner": Hyperparameters(tuple(parts.optimizers.values()))}
@@ -126,6 +127,9 @@ class LocalEngine(ReplicaEngine, abc.ABC):
 
     def next_slot(self) -> Slot | None:
         slot = self.slot
+        if slot is not None and self._has_given:
+            self._has_given = False
+            self._schedules.setdefault(slot.step + 1, self._schedule())  # all replicas come to the same
         if slot is None or not slot.counts or self._has_ended(slot):
             return super().next_slot()
         self.beat()
@@ -171,10 +175,13 @@ class LocalEngine(ReplicaEngine, abc.ABC):
     def _begin_schedules(self, step: int) -> None:
         """All replicas of a round have the same learning rates, also those that a worker computes one after the other."""
         if step not in self._schedules:
-            self._schedules[step] = {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
+            self._schedules[step] = self._schedule()
             return
         for name, thing in self._alike.items():
             thing.load_state_dict(copy.deepcopy(self._schedules[step][name]))
+
+    def _schedule(self) -> dict[str, Any]:
+        return {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
 
     def _turn_to(self, slot: int) -> None:
         """Have the inner optimizers know what the slot's replica has learnt."""
@@ -250,6 +257,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         with torch.no_grad():
             self._contribute(slot.slot, sizes[slot.slot] if len(set(sizes) - {0}) > 1 else None)
         self._end_slot()
+        self._has_given = True
         self._restore_parameters()
 
     # -- the next round, while the sum of this one is made -------------------------------------------------------------
@@ -292,8 +300,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
     @contextlib.contextmanager
     def _as_committed(self) -> Iterator[None]:
         """The parameters and schedules are those of the newest commit meanwhile: this worker may be in the middle of a slot."""
-        local = self._own()
-        schedules = {name: copy.deepcopy(thing.state_dict()) for name, thing in self._alike.items()}
+        local, schedule = self._own(), self._schedule()
         self._restore_parameters()
         if self.step in self._schedules:
             self._begin_schedules(self.step)
@@ -301,7 +308,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
             yield
         finally:
             for name, thing in self._alike.items():
-                thing.load_state_dict(schedules[name])
+                thing.load_state_dict(schedule[name])
             self._take(local)
 
     # -- the end of a round --------------------------------------------------------------------------------------------
@@ -322,7 +329,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
             self._forget_replicas()
         self.measures.commit(reduced.extras[self.buffers.extras :])
         self._note_parameters()
-        self._schedules = {round_: found for round_, found in self._schedules.items() if round_ > step}
+        self._schedules = {begun: found for begun, found in self._schedules.items() if begun > step}
         if ahead is not None and commit:
             self._take(ahead[0])
             self.buffers.put(ahead[1])

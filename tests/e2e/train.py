@@ -115,6 +115,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--reduction", default="ordered")
     parser.add_argument("--optimizer", choices=("adamw", "sgd", "plain"), default="adamw")
     parser.add_argument("--shard-optimizer", action="store_true")
+    parser.add_argument("--overlap", type=int, default=0, help="Local steps while a fragment is exchanged.")
     parser.add_argument("--diloco", type=int, default=0, metavar="H", help="Agree after H local steps.")
     parser.add_argument("--fragments", type=int, default=0, metavar="P", help="... on one of P fragments after H / P.")
     parser.add_argument("--quantize", choices=("int8", "fp4"))
@@ -226,7 +227,8 @@ def save(args: argparse.Namespace, session: elastic.Session, model: nn.Module) -
 def sync_of(args: argparse.Namespace) -> Any:
     """How replicas agree."""
     if args.fragments:
-        return elastic.sync.StreamingDiLoCo(args.diloco, args.fragments, quantize=args.quantize)
+        mixing = 0.5 if args.overlap else 0.0
+        return elastic.sync.StreamingDiLoCo(args.diloco, args.fragments, args.overlap, mixing, quantize=args.quantize)
     return elastic.sync.DiLoCo(args.diloco, quantize=args.quantize) if args.diloco else elastic.sync.AllReduce()
 
 
