@@ -154,7 +154,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
     def _open_slot(self, slot: Slot) -> Slot:
         """A slot begins: with the committed parameters, and what this worker has of its replica."""
         self._is_real = slot.counts and (slot.step > self.step or slot.slot in self.reducer.remaining_slots())
-        self._is_void = False
+        self._is_void = self._has_given = False
         self._take(self._start_of(slot.slot) if self._is_real else self._phi)
         if slot.counts:
             self._begin_schedules(slot.step)
@@ -246,7 +246,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
             self._commit_step()
         else:
             reducer, divisor = self.reducer, self._divisor()
-            self._flight = Flight(lambda: reducer.finish(divisor))
+            self._flight = Flight(lambda: reducer.finish(divisor), self.parts.parameters[0].device)
 
     def _end_replica(self, slot: Slot) -> None:
         """What the replica has moved is its gradient."""
@@ -381,14 +381,16 @@ class LocalEngine(ReplicaEngine, abc.ABC):
 class Flight:
     """A sum that another thread makes; the reducer is that thread's until it has landed."""
 
-    def __init__(self, reduce: Callable[[], Reduced]) -> None:
+    def __init__(self, reduce: Callable[[], Reduced], device: torch.device) -> None:
         self._reduced: Reduced | None = None
         self._error: Exception | None = None
-        self._thread = threading.Thread(target=self._run, args=(reduce,), name="overlap", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(reduce, device), name="overlap", daemon=True)
         self._thread.start()
 
-    def _run(self, reduce: Callable[[], Reduced]) -> None:
+    def _run(self, reduce: Callable[[], Reduced], device: torch.device) -> None:
         try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # each thread has its own
             self._reduced = reduce()
         except Exception as error:
             self._error = error  # raised where it lands
