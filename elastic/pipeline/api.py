@@ -23,9 +23,9 @@ from elastic.pipeline.executor import Batch
 Split = Callable[[Any], Batch]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class GlobalBatch:
-    """What the next `step()` will train on.
+    """What the next `step()` will train on; after it, what was trained: an earlier step, if the job went back meanwhile.
 
     Attributes:
         step: from 1. epoch: from 0. slots: how many micro-batches. samples: in all of them.
@@ -35,6 +35,10 @@ class GlobalBatch:
     epoch: int
     slots: int
     samples: int
+
+    def follow(self, other: GlobalBatch) -> None:
+        """Become another one."""
+        self.step, self.epoch, self.slots, self.samples = other.step, other.epoch, other.slots, other.samples
 
 
 class Pipeline:
@@ -49,6 +53,7 @@ class Pipeline:
         self._reader = reader
         self._split = split or split_batch
         self._is_due = False
+        self._batch = GlobalBatch(0, 0, 0, 0)
         self.left_early = False
         engine.batch = self._read
 
@@ -62,12 +67,12 @@ class Pipeline:
         engine.begin_epoch()
         self.left_early = True
         while engine.next_step():
-            step, sampler = engine.step, engine.sampler
+            self._batch = self._batch_of(engine.step)
             self._is_due = True
-            yield GlobalBatch(step, engine.epoch(), sampler.slots, sampler.samples(step))
+            yield self._batch
             if self._is_due:
                 raise ConfigError(
-                    f"step {step} was not trained: call pipeline.step() once for each batch of the pipeline"
+                    f"step {self._batch.step} was not trained: call pipeline.step() once for each batch of the pipeline"
                 )
         self.left_early = False
 
@@ -85,8 +90,14 @@ class Pipeline:
         if not self._is_due:
             raise ConfigError("pipeline.step() was called without a batch: call it once for each batch of the pipeline")
         self._is_due = False
-        self._engine.run_step()
+        if self._engine.run_step():
+            # All workers are to see the same one, also those that were ahead: they may make a call together depend on it.
+            self._batch.follow(self._batch_of(self._engine.committed))
         return self._engine.loss
+
+    def _batch_of(self, step: int) -> GlobalBatch:
+        sampler = self._engine.sampler
+        return GlobalBatch(step, sampler.epoch_of(step), sampler.slots, sampler.samples(step))
 
     @property
     def grad_norm(self) -> float:

@@ -90,6 +90,17 @@ def test_any_of_four_stages_comes_back_from_its_agent(job: Job) -> None:
     job.assert_nothing_is_left()
 
 
+def test_a_batch_says_which_step_was_trained_when_the_job_went_back(job: Job) -> None:
+    """Else those who were ahead, and they alone, would make calls that all have to make: the script evaluates each tenth step."""
+    job.run(3, "--snapshot-every", 7, "--max-restarts", 9, train=("--epochs", 1, "--stages", 3, *job.held), script=SCRIPT)
+    before = job.wait_for_world(3, beyond_step=12)
+    for _ in range(2):
+        job.kill(min(pids_of(before)))
+        before = job.wait_for_world(3, beyond_step=before["step"] + 8)
+    summary = finish(job, "run")
+    assert max(incident["steps_redone"] for incident in summary["incidents"]) > 1
+
+
 def test_from_four_stages_to_two_and_three(job: Job) -> None:
     # An epoch is one step, so that whatever moves would move at the end of a loop, and waits for the next one.
     train = ("--samples", SLOTS * BATCH_SIZE, "--epochs", 300, "--evaluate")

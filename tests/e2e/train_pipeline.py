@@ -183,6 +183,7 @@ def main() -> None:
             if not going():
                 time.sleep(args.pause_ms / 1000)
             loss = pipeline.step()
+            assert batch.step == session.step, f"the batch is of step {batch.step}, and {session.step} was trained"
             trace(batch.step)
             if batch.step % 10 == 0:
                 evaluate()
