@@ -3,8 +3,8 @@
     python -m benchmarks.lowcomm [--quick] [--json] [--seeds N] [--parts loss,link,churn] [--plot DIR]
 
 Four ways to train the same byte-level GPT (0.2 million parameters) with four replicas: `ddp`, which sums the gradient of every
-step, `diloco`, `streaming_diloco` (two fragments) and `noloco`; and the middle two of them in few bits. Each replica sees the
-same number of samples, with one cosine schedule over its local steps.
+step, `diloco`, `streaming_diloco` (two fragments), both with an outer heavy ball of 0.7 and 0.3, and `noloco`; and diloco in few
+bits. Each replica sees the same number of samples, with one cosine schedule over its local steps.
 
     loss        nats per byte on windows that are never trained on, after 400 local steps in 40 rounds, from where 1,200 steps of
                 `ddp` have brought the model (with --scratch: from nothing); medians over seeds with order-statistic intervals,

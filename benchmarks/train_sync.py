@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--sync", choices=STRATEGIES, required=True)
     parser.add_argument("--every", type=int, default=10, help="local steps of a round")
     parser.add_argument("--outer-lr", type=float, default=0.7)
-    parser.add_argument("--momentum", type=float, default=0.9, help="above 0.5 Nesterov's")
+    parser.add_argument("--momentum", type=float, default=0.3, help="above 0.5 Nesterov's")
     parser.add_argument("--mixing", type=float, default=0.0)
     parser.add_argument("--mean-every", type=int, default=1)
     parser.add_argument("--quantize", default="")
