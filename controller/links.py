@@ -5,7 +5,8 @@
     a node that went for a dead link       -> probe now and then; it reaches all again: its places are filled
 
 A world that waits for a worker in user code does not stand still, and one whose reduction takes long is left alone as long as
-no link is dead, up to the hang timeout. Here is also found a rank that has left the loop alone.
+no link is dead, up to the hang timeout; one that passes its state on, for as long as it takes. Here is also found a rank that
+has left the loop alone.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from controller.losses import workers_lost
 from controller.places import fill_places
 from controller.probing import begin_probing, dead_pairs, smallest_cover
 from controller.state import Node, Standstill, Worker
+from elastic.domain import PlanKind
 from monitoring.hangs import hang_timeout_s
 
 
@@ -118,12 +120,12 @@ def check_standstill(job: Job, now: float) -> None:
         return
     members = [job.workers[worker] for worker, _, _ in seen]
     leavers = [worker for worker in members if worker.leaving is not None]
-    if leavers and len(leavers) < len(members):
+    if leavers and len(leavers) < len(members) and job.attempt is None:
         _end_with_early_leavers(job, leavers, members, now)
         return
     assert job.plan is not None
     limit_s = hang_timeout_s(job.settings.hang_timeout_s, job.steps.median_s())
-    if now - still.since > limit_s:
+    if now - still.since > limit_s and not _passes_state(job):
         suspect(job, job.plan.generation, f"all workers waited for each other for {now - still.since:.1f} s", now)
         job.standstill = None
     elif now - still.probed_at >= patience_s or still.probed_at == still.since:
@@ -133,14 +135,24 @@ def check_standstill(job: Job, now: float) -> None:
 
 def _standstill_of(job: Job, now: float) -> tuple[tuple[str, int, int], ...] | None:
     """Return what the members' statuses say if all of them wait or have left the loop, else None."""
-    if job.plan is None or job.attempt is not None or job.suspicion is not None or job.restoring is not None:
+    attempt = job.attempt
+    if job.plan is None or job.suspicion is not None or job.restoring is not None or job.finishing:
         return None
-    if job.finishing:
-        return None
-    members = [job.workers[member.worker] for member in job.plan.members]
+    if attempt is not None and not attempt.committed and not attempt.may_be_abandoned:
+        return None  # nobody trains; it has a deadline of its own
+    leaving = () if attempt is None or not attempt.committed else attempt.leavers
+    members = [job.workers[member.worker] for member in (*job.plan.members, *leaving)]
     if not all(w.alive and (w.leaving or (w.status.waits and _is_fresh(job, w, now))) for w in members):
         return None
     return tuple((worker.id, worker.status.committed, worker.status.progress) for worker in members)
+
+
+def _passes_state(job: Job) -> bool:
+    """Whether a world has been entered in which somebody does not hold the state yet: nothing is committed meanwhile."""
+    attempt = job.attempt
+    if attempt is None or not attempt.committed:
+        return False
+    return attempt.plan.kind is not PlanKind.SWITCH or attempt.plan.workers() - job.joiners <= attempt.switched
 
 
 def _end_with_early_leavers(job: Job, leavers: list[Worker], members: list[Worker], now: float) -> None:

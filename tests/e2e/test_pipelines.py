@@ -101,6 +101,23 @@ def test_a_batch_says_which_step_was_trained_when_the_job_went_back(job: Job) ->
     assert max(incident["steps_redone"] for incident in summary["incidents"]) > 1
 
 
+def test_a_call_that_one_worker_makes_alone_costs_a_regroup(job: Job) -> None:
+    """All wait for each other, and every link works: found within the time of a hang, also while a joiner is to come in."""
+    stray = job.folder / "stray"
+    options = ("--hang-timeout", 5, "--snapshot-every", 1, "--max-restarts", 9)
+    job.run(3, *options, train=("--epochs", 1, "--stages", 3, "--stray", stray, *job.held), script=SCRIPT)
+    before = job.wait_for_world(3, beyond_step=3)
+    for killed in (False, True):
+        if killed:
+            job.kill(min(pids_of(before)))
+        stray.touch()
+        job.eventually(lambda: not stray.exists(), "somebody to stray")
+        before = job.wait_for_world(3, beyond_step=before["step"] + 4)
+    summary = finish(job, "run")
+    assert "collective broken" in [incident["kind"] for incident in summary["incidents"]], summary["incidents"]
+    assert job.fingerprint() == undisturbed("--epochs", 1)
+
+
 def test_from_four_stages_to_two_and_three(job: Job) -> None:
     # An epoch is one step, so that whatever moves would move at the end of a loop, and waits for the next one.
     train = ("--samples", SLOTS * BATCH_SIZE, "--epochs", 300, "--evaluate")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import time
 import zlib
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--slow", type=Path, help="File with NODE FACTOR: there they wait longer.")
     parser.add_argument("--pause-ms", type=float, default=60.0, help="Sleep per step until --go exists.")
     parser.add_argument("--trace", type=Path, help="Directory for what each process has of the first layer after each step.")
+    parser.add_argument("--stray", type=Path, help="Whoever removes this file makes a call alone that all have to make.")
     parser.add_argument("--go", type=Path)
     parser.add_argument("--out", type=Path, help="Directory for what each process ended with.")
     args = parser.parse_args()
@@ -167,6 +169,14 @@ def main() -> None:
         if args.evaluate:
             losses.append(pipeline.eval((tokens[: args.batch_size, :-1], tokens[: args.batch_size, 1:])))
 
+    def stray() -> None:
+        if args.stray is not None:
+            try:
+                args.stray.unlink()
+            except FileNotFoundError:
+                return
+            assert math.isnan(pipeline.eval((tokens[: args.batch_size, :-1], tokens[: args.batch_size, 1:])))
+
     def trace(step: int) -> None:
         (weight,) = layers[0].parameters()
         if args.trace is not None and not weight.is_meta:
@@ -185,6 +195,7 @@ def main() -> None:
             loss = pipeline.step()
             assert batch.step == session.step, f"the batch is of step {batch.step}, and {session.step} was trained"
             trace(batch.step)
+            stray()
             if batch.step % 10 == 0:
                 evaluate()
         evaluate()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from controller.events import (
@@ -315,6 +317,48 @@ def test_a_world_that_stands_still_for_too_long_is_fenced_anew() -> None:
         if job.machine.probing is not None:
             lines += job.probed()
     assert f"{A}: prepare 2 FENCE [{A} {B}]" in lines
+
+
+def _a_joiner_is_awaited(**settings: Any) -> Job:
+    """Two train, a third one joins, and its world is committed."""
+    job = Job(nodes_max=3, **settings)
+    job.running("n0", "n1")
+    job.attach("n2")
+    job.join(C)
+    job.prepare(2, 3, A, B, C)
+    assert job.machine.attempt is not None and job.machine.attempt.committed
+    return job
+
+
+def _stands_still(job: Job, seconds: int) -> list[str]:
+    lines: list[str] = []
+    for _ in range(seconds):
+        lines += job.tick(1.0)
+        if job.machine.probing is not None:
+            lines += job.probed()
+    return lines
+
+
+def test_a_world_that_stands_still_before_it_adopts_the_next_one_is_fenced_anew() -> None:
+    job = _a_joiner_is_awaited(hang_timeout_s=6.0)
+    waiting(job, 1, 3, A, B)
+    waiting(job, 2, 3, C)
+    assert f"{A}: prepare 3 FENCE [{A} {B} {C}]" in _stands_still(job, 10)
+
+
+def test_a_dead_link_is_found_also_before_a_joiner_has_its_state() -> None:
+    job = _a_joiner_is_awaited(hang_timeout_s=6.0)
+    waiting(job, 1, 3, A, B)
+    waiting(job, 2, 3, C)
+    job.tick(1.5)
+    assert f"{A}: prepare 3 FENCE [{A} {C}]" in job.probed(n1=("n0",))
+
+
+def test_a_joiner_may_be_given_its_state_for_as_long_as_it_takes() -> None:
+    job = _a_joiner_is_awaited(hang_timeout_s=6.0)
+    job.switch(2, 3, A, B)
+    waiting(job, 2, 3, A, B, C)
+    assert not any("FENCE" in line for line in _stands_still(job, 20))
 
 
 def test_a_rank_that_leaves_the_loop_alone_is_named() -> None:
