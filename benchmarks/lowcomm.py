@@ -11,10 +11,11 @@ bits. Each replica sees the same number of samples, with one cosine schedule ove
                 over ddp's of the same seed. `noloco` is the mean of all replicas; its spread is their root mean square distance
                 from that, in the last round, and `spread_follows_rate` the correlation of both over the last half of the rounds.
                 All but noloco in one process: the bits do not depend on the workers.
-    link        four nodes with a worker each, on hosts of their own at 20 Mbit/s and 40 ms from one to another: samples a second,
-                over ddp's, and the bytes that a node sends for an exchange, at its interface, over the formula: 2 P (N-1)/N x 4,
-                a fragment's share of it, or 2 P x 4 for a pair; times what Ethernet, IP and TCP add to full packets and to
-                their acknowledgements. Needs the right to make network namespaces.
+    link        four nodes with a worker each, on hosts of their own at 20 Mbit/s and 40 ms from one to another, 100 local steps
+                from one exchange to the next (streaming: of a fragment, with an overlap of 20): samples a second, over ddp's,
+                and the bytes that a node sends for an exchange, at its interface, over the formula: 2 P (N-1)/N x 4, a
+                fragment's share of it, or 2 P x 4 for a pair; times what Ethernet, IP and TCP add to full packets and to their
+                acknowledgements. Needs the right to make network namespaces.
     churn       `benchmarks.churn` for diloco and noloco: goodput, hangs, and whether replicas stay together.
 """
 
@@ -56,7 +57,9 @@ RATE, DELAY_MS = "20mbit", 20.0
 """Of each host; from one to another there are two wires."""
 ALONE_S, START_S, RUN_S = 900.0, 120.0, 300.0
 LINK_EVERY = 100
-LINK_ROUNDS = {"ddp": 24, "diloco": 5, "streaming_diloco": 6, "noloco": 5}
+LINK_ROUNDS = {"ddp": 24, "diloco": 8, "streaming_diloco": 14, "noloco": 8}
+LINK_OVERLAP = 20
+"""Local steps that streaming_diloco takes during an exchange."""
 SETTLED = 2
 """Commits before which nothing is counted."""
 SEGMENT, HEADERS = 1448, 66
@@ -143,6 +146,7 @@ def over_the_link(folder: Path, strategy: str, reporter: Reporter) -> dict[str, 
     script = [
         *("-m", "benchmarks.train_sync", "--sync", strategy, "--every", str(every), "--log", str(folder / "steps")),
         *("--local-steps", str(rounds * every), "--mean-every", str(rounds + 1)),
+        *(("--overlap", str(LINK_OVERLAP), "--mixing", "0.5") if strategy == "streaming_diloco" else ()),
     ]
     wire = Wire(delay_ms=DELAY_MS)
     lab = Lab("controller", *NODES, wires=dict.fromkeys(NODES, wire))

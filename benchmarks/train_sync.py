@@ -40,8 +40,8 @@ def sync_of(arguments: argparse.Namespace) -> Any:
             return elastic.sync.DiLoCo(every, arguments.outer_lr, arguments.momentum, nesterov, quantize)
         case "streaming_diloco":
             return elastic.sync.StreamingDiLoCo(
-                every * FRAGMENTS, FRAGMENTS, outer_lr=arguments.outer_lr, momentum=arguments.momentum,
-                nesterov=arguments.momentum > 0.5, mixing=arguments.mixing, quantize=quantize,
+                every * FRAGMENTS, FRAGMENTS, arguments.overlap, arguments.mixing, outer_lr=arguments.outer_lr,
+                momentum=arguments.momentum, nesterov=arguments.momentum > 0.5, quantize=quantize,
             )  # fmt: skip
         case "noloco":
             return elastic.sync.NoLoCo(every, mean_every=arguments.mean_every, quantize=quantize)
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--outer-lr", type=float, default=0.7)
     parser.add_argument("--momentum", type=float, default=0.3, help="above 0.5 Nesterov's")
     parser.add_argument("--mixing", type=float, default=0.0)
+    parser.add_argument("--overlap", type=int, default=0)
     parser.add_argument("--mean-every", type=int, default=1)
     parser.add_argument("--quantize", default="")
     parser.add_argument("--local-steps", type=int, default=400, help="of each replica, in all")
