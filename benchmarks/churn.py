@@ -80,8 +80,8 @@ def run(folder: Path, sync: str, minutes: float, reporter: Reporter, seed: int =
     go = folder / "go"
     script = ["-m", "benchmarks.train_sync", "--sync", sync, "--slots", str(NODES_MAX), "--until", str(go)]
     script += ["--log", str(folder / "steps")]
-    options = ("--join-timeout", "20", "--max-restarts", "1000")
-    with Cluster(folder, script, nodes_max=NODES_MAX, controller_options=options) as cluster:
+    options = ("--join-timeout", "3", "--max-restarts", "1000")
+    with Cluster(folder, script, nodes_min=NODES_BEGIN - 1, nodes_max=NODES_MAX, controller_options=options) as cluster:
         cluster.start_controller()
         crowd = Crowd(cluster, seed)
         for _ in range(NODES_BEGIN):
@@ -106,6 +106,7 @@ def run(folder: Path, sync: str, minutes: float, reporter: Reporter, seed: int =
         "killed": crowd.lost,
         "joined": crowd.came,
         "goodput": summary["goodput"],
+        "lost_s": sum(incident["seconds_lost"] for incident in summary["incidents"]),
         "hangs": crowd.hangs,
         "rounds": summary["step"],
         "incidents": len(summary["incidents"]),
