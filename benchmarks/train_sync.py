@@ -72,7 +72,7 @@ def main() -> None:
     torch.manual_seed(0)
     model: Any = GPT(DIM, LAYERS, CONTEXT, dropout=0.0)
     if arguments.weights:
-        model.load_state_dict(torch.load(arguments.weights))
+        model.load_state_dict(torch.load(arguments.weights, weights_only=True))
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.9, 0.95))
     total = arguments.local_steps
 

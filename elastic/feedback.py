@@ -1,4 +1,4 @@
-"""What a code leaves out of what a slot sends is sent with the slot's next: error feedback (section 6 of arXiv 2501.18512).
+"""What a code leaves out of what a slot sends is sent with the slot's next: error feedback.
 
 A slot's errors stay with the worker that computes it, and are those of the newest committed step: what is computed again after a
 loss begins with the same ones. They are lost with the worker, or when the slot is dealt to another one.

@@ -169,7 +169,7 @@ class Session:
     def spread(self) -> float:
         """How far apart the replicas of `sync=NoLoCo(...)` are: their root mean square distance, by parameter, from the mean.
 
-        As of the last round but one whose mean was made; NaN before, and where replicas agree.
+        As of the newest mean behind which another round was committed; NaN before, and where replicas agree.
         """
         return math.sqrt(self._engine.measures.mean(SPREAD)) if self._engine is not None else math.nan
 
