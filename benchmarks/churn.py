@@ -14,7 +14,6 @@ dice say whether a node is lost (its agent and worker by SIGKILL) or another one
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -24,6 +23,7 @@ from typing import Any
 
 from rich.table import Table
 
+from benchmarks.logs import read_lines
 from benchmarks.report import Reporter, command, main_of
 from examples.cluster import Cluster, ClusterError
 
@@ -99,8 +99,6 @@ def run(folder: Path, sync: str, minutes: float, reporter: Reporter, seed: int =
         if cluster.wait_for_end(END_S) != 0:
             raise ClusterError(f"the job failed{cluster.last_words()}")
         summary = cluster.summary()
-    logs = (folder / "steps").glob("*.jsonl")
-    lines = [json.loads(text) for log in logs for text in log.read_text().splitlines(keepends=True) if text.endswith("\n")]
     return {
         "minutes": minutes,
         "killed": crowd.lost,
@@ -110,7 +108,7 @@ def run(folder: Path, sync: str, minutes: float, reporter: Reporter, seed: int =
         "hangs": crowd.hangs,
         "rounds": summary["step"],
         "incidents": len(summary["incidents"]),
-        **_together(lines),
+        **_together(read_lines(folder / "steps")),
     }
 
 

@@ -29,7 +29,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 import time
@@ -41,6 +40,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from benchmarks.logs import read_lines
 from benchmarks.lone_gpt import CONTEXT, Training
 from benchmarks.paired import median_interval
 from benchmarks.report import Reporter, command, main_of, pyplot
@@ -189,8 +189,7 @@ def run_once(
         if cluster.wait_for_end(RUN_S) != 0:
             raise ClusterError(f"the job failed{cluster.last_words()}")
         summary = cluster.summary()
-    logs = (folder / "steps").glob("*.jsonl")
-    lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+    lines = read_lines(folder / "steps")
     done_s = max(line["clock_s"] for line in lines if line["step"] == steps) - begin_s
     evaluated = sorted((line["clock_s"] - begin_s, line["step"], line["loss"]) for line in lines if "loss" in line)
     # All workers say the same within a moment of each other.

@@ -1,4 +1,4 @@
-"""Reading what the workers of `benchmarks.train_gpt` have written, and the numbers that are made of it."""
+"""Reading what the workers of training scripts have written, and the numbers that are made of it."""
 
 from __future__ import annotations
 
@@ -19,17 +19,15 @@ class Commit:
     world_size: int
 
 
+def read_lines(folder: Path) -> list[dict[str, Any]]:
+    """Return all workers' lines; one that is being written, or was as its worker was killed, is left out."""
+    logs = sorted(folder.glob("*.jsonl"))
+    return [json.loads(line) for log in logs for line in log.read_text().splitlines() if line.endswith("}")]
+
+
 def read_events(folder: Path, event: str) -> list[dict[str, Any]]:
-    """Return all workers' lines of one kind; a line that is being written is left out."""
-    found = []
-    for path in sorted(folder.glob("*.jsonl")):
-        for line in path.read_text().splitlines():
-            if not line.endswith("}"):
-                continue
-            values = json.loads(line)
-            if values["event"] == event:
-                found.append(values)
-    return found
+    """Return all workers' lines of one kind."""
+    return [line for line in read_lines(folder) if line["event"] == event]
 
 
 def read_commits(folder: Path) -> list[Commit]:

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import statistics
 import subprocess
 import sys
@@ -35,6 +34,7 @@ from typing import Any
 from rich.table import Table
 
 from benchmarks import churn
+from benchmarks.logs import read_lines
 from benchmarks.netlab import Lab, Wire, obstacle
 from benchmarks.network import LabCluster
 from benchmarks.paired import median_interval
@@ -70,8 +70,7 @@ CHURN_MINUTES = 10.0
 
 def lines_of(folder: Path) -> list[dict[str, Any]]:
     """Return what the workers wrote, in the order of time."""
-    lines = [json.loads(line) for log in folder.glob("*.jsonl") for line in log.read_text().splitlines()]
-    return sorted(lines, key=lambda line: line["clock_s"])
+    return sorted(read_lines(folder), key=lambda line: line["clock_s"])
 
 
 def alone(folder: Path, *flags: str) -> list[dict[str, Any]]:
