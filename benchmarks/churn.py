@@ -1,9 +1,10 @@
 """Rented machines: every half minute a node is killed or another one comes, and replicas train on.
 
-    python -m benchmarks.churn [--quick] [--json] [--sync diloco] [--minutes 10]
+    python -m benchmarks.churn [--quick] [--json] [--sync diloco] [--dynamic] [--minutes 10]
 
 Four to six nodes with one worker each train a byte-level GPT in rounds of ten local steps, with six replicas. Every 30 s the
-dice say whether a node is lost (its agent and worker by SIGKILL) or another one starts. There are
+dice say whether a node is lost (its agent and worker by SIGKILL) or another one starts. With --dynamic rounds are dealt by
+speed, and nobody computes again what a lost node had. There are
 
     goodput     the part of the time that went into rounds that were kept, start-up and all: what the controller says
     hangs       times that nothing was committed for 20 s
@@ -74,12 +75,14 @@ class Crowd:
             self.hangs, self._hangs_now = self.hangs + 1, True
 
 
-def run(folder: Path, sync: str, minutes: float, reporter: Reporter, seed: int = 0) -> dict[str, Any]:
+def run(
+    folder: Path, sync: str, minutes: float, reporter: Reporter, *, dynamic: bool = False, seed: int = 0
+) -> dict[str, Any]:
     """Train for so long; returns what came of it. Raises ClusterError if the job fails."""
     folder.mkdir()
     go = folder / "go"
     script = ["-m", "benchmarks.train_sync", "--sync", sync, "--slots", str(NODES_MAX), "--until", str(go)]
-    script += ["--log", str(folder / "steps")]
+    script += ["--log", str(folder / "steps"), *(["--dynamic"] if dynamic else [])]
     options = ("--join-timeout", "3", "--max-restarts", "1000")
     with Cluster(folder, script, nodes_min=NODES_BEGIN - 1, nodes_max=NODES_MAX, controller_options=options) as cluster:
         cluster.start_controller()
@@ -144,7 +147,7 @@ def told(found: dict[str, Any]) -> str:
 def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> tuple[dict[str, Any], bool]:
     """Run it; returns the report."""
     minutes = arguments.minutes or (1.5 if arguments.quick else 10.0)
-    found = run(folder / arguments.sync, arguments.sync, minutes, reporter)
+    found = run(folder / arguments.sync, arguments.sync, minutes, reporter, dynamic=arguments.dynamic)
     return found, is_sound(found) and (arguments.quick or found["goodput"] >= GOODPUT_MIN)
 
 
@@ -159,7 +162,8 @@ def tabulate(report: dict[str, Any]) -> Table:
 
 def main() -> int:
     parser = command(__doc__)
-    parser.add_argument("--sync", choices=["diloco", "streaming_diloco", "noloco"], default="noloco", help="[noloco]")
+    parser.add_argument("--sync", choices=["diloco", "streaming_diloco", "noloco", "async"], default="noloco", help="[noloco]")
+    parser.add_argument("--dynamic", action="store_true", help="deal rounds by speed")
     parser.add_argument("--minutes", type=float, default=0.0, help="[10; with --quick 1.5]")
     return main_of(parser, measure, tabulate)
 

@@ -28,23 +28,30 @@ HELD_OUT = 512
 RATE, RATE_MIN = 1.5e-3, 0.1
 WARM_UP = 20
 FRAGMENTS = 2
-STRATEGIES = ("ddp", "diloco", "streaming_diloco", "noloco")
+TURNS = 2
+STRATEGIES = ("ddp", "diloco", "streaming_diloco", "noloco", "async")
 
 
 def sync_of(arguments: argparse.Namespace) -> Any:
     """Return the way to agree that the flags ask for."""
-    every, quantize = arguments.every, arguments.quantize or None
+    every, quantize, dynamic = arguments.every, arguments.quantize or None, arguments.dynamic
     match arguments.sync:
         case "diloco":
             nesterov = arguments.momentum > 0.5
-            return elastic.sync.DiLoCo(every, arguments.outer_lr, arguments.momentum, nesterov, quantize)
+            return elastic.sync.DiLoCo(
+                every, arguments.outer_lr, arguments.momentum, nesterov, quantize, dynamic=dynamic
+            )
         case "streaming_diloco":
             return elastic.sync.StreamingDiLoCo(
                 every * FRAGMENTS, FRAGMENTS, arguments.overlap, arguments.mixing, outer_lr=arguments.outer_lr,
-                momentum=arguments.momentum, nesterov=arguments.momentum > 0.5, quantize=quantize,
+                momentum=arguments.momentum, nesterov=arguments.momentum > 0.5, quantize=quantize, dynamic=dynamic,
             )  # fmt: skip
         case "noloco":
-            return elastic.sync.NoLoCo(every, mean_every=arguments.mean_every, quantize=quantize)
+            return elastic.sync.NoLoCo(every, mean_every=arguments.mean_every, quantize=quantize, dynamic=dynamic)
+        case "async":
+            return elastic.sync.AsyncLocalSGD(
+                every * TURNS, TURNS, arguments.outer_lr, arguments.momentum, quantize=quantize
+            )
         case _:
             return elastic.sync.AllReduce()
 
@@ -59,6 +66,7 @@ def main() -> None:
     parser.add_argument("--overlap", type=int, default=0)
     parser.add_argument("--mean-every", type=int, default=1)
     parser.add_argument("--quantize", default="")
+    parser.add_argument("--dynamic", action="store_true", help="deal rounds by speed")
     parser.add_argument("--local-steps", type=int, default=400, help="of each replica, in all")
     parser.add_argument("--slots", type=int, default=REPLICAS)
     parser.add_argument("--seed", type=int, default=0)

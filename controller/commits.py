@@ -122,7 +122,7 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
         job.workers[member.worker].holds_state = reports[member.worker].has_state and member.worker not in given
     job.note_world(plan)
     note_committed(job, before, plan)
-    redone = 1 if any(report.voted <= restore and plan.kind is PlanKind.FENCE for report in holders) else 0
+    redone = 1 if plan.kind is PlanKind.FENCE else 0  # the interrupted one, also where all have voted for it
     if snapshot is not None:
         redone = max(job.step_committed - restore + 1, 0)  # a first world may begin with a checkpoint
         job.restores += plan.kind is PlanKind.FENCE
@@ -156,9 +156,17 @@ def _commit(job: Job, attempt: Attempt, holders: list[Prepared], now: float) -> 
     # Whoever has seen the verdict that ends the loop knows after which step, and so do all others from now on.
     stop_after = max(report.stop_after for report in reports.values())
     captured_in = snapshot.generation if snapshot is not None else 0
-    command = Commit(plan.generation, restore, joiners, stop_after, captured_in, restores_per_s(job, now))
+    survivors = [report for worker, report in reports.items() if worker not in given]
+    kept = _kept_deal(restore, survivors) if plan.kind is PlanKind.FENCE else 0
+    command = Commit(plan.generation, restore, joiners, stop_after, captured_in, restores_per_s(job, now), kept)
     for worker_id in sorted(attempt.participants):
         job.tell(job.workers[worker_id], command)
+
+
+def _kept_deal(restore: int, survivors: list[Prepared]) -> int:
+    """Return the generation as dealt for which all survivors have the step after `restore`; 0 unless all have it so."""
+    found = {report.dealt if report.committed == restore else 0 for report in survivors}
+    return found.pop() if len(found) == 1 else 0
 
 
 def _tell_of_gaps(job: Job, plan: Plan) -> None:

@@ -149,7 +149,7 @@ def bind_scheduler(scheduler: Any, engine: ReplicaEngine) -> None:
 
     @functools.wraps(inner)
     def step(*args: Any, **kwargs: Any) -> None:
-        if engine.slot is None or engine.has_updated:
+        for _ in range(1 if engine.slot is None else engine.schedule_steps):
             inner(*args, **kwargs)
 
     @functools.wraps(inner_state_dict)

@@ -140,19 +140,21 @@ class CommittedBuffers:
         kept = (each for each in self._kept if each.name.startswith(tuple(prefixes)))
         return [slice(each.offset, each.offset + each.numel) for each in kept]
 
-    def commit(self, folded: Tensor, slots: int) -> None:
-        """Take over the fold of all slots' vectors; `slots` of them had samples."""
+    def commit(self, folded: Tensor, slots: Sequence[int]) -> None:
+        """Take over the fold of the vectors of these slots, which had samples."""
         for kept in self._kept:
             values = folded[kept.offset : kept.offset + kept.numel]
             if kept.rule == "mean":
-                kept.copy.copy_((values / slots).view(kept.copy.shape))
+                kept.copy.copy_((values / len(slots)).view(kept.copy.shape))
             elif kept.rule == "delta":
                 kept.copy.add_(values.view(kept.copy.shape).to(kept.copy.device, kept.copy.dtype))
             elif kept.rule == "first":
+                if 0 not in slots:
+                    continue  # it was nobody's, so that the committed copy stays
                 kept.copy.copy_(values.view(kept.copy.shape))
             else:
                 assert not isinstance(kept.rule, str)
-                stacked = values.view(self._slots, *kept.copy.shape)[:slots].to(kept.copy.device, kept.copy.dtype)
+                stacked = values.view(self._slots, *kept.copy.shape)[list(slots)].to(kept.copy.device, kept.copy.dtype)
                 kept.copy.copy_(kept.rule(kept.copy, stacked))
         self.restore()
 

@@ -137,6 +137,7 @@ class Prepared:
     voted: int = 0
     has_state: bool = False
     stop_after: int = 0
+    dealt: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -396,6 +397,7 @@ class Commit:
     stop_after: int = 0
     snapshot_generation: int = 0
     restores_per_s: float = 0.0
+    kept_deal: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,6 +124,7 @@ class Engine(abc.ABC):
         self.stop_asked = False
         self._donate: tuple[int, ...] = ()
         self._restore: SnapshotId | None = None  # what all ranks read the state from
+        self._kept_deal = 0  # the world as dealt for which all who are left have the step in progress; 0: they do not agree
         self._loop_epoch = 0  # epoch whose loop user code is in
         self._page = page
         self._record = record
@@ -211,8 +212,8 @@ class Engine(abc.ABC):
         """What is said of the state when the loop is over."""
 
     @abc.abstractmethod
-    def recorded_slots(self, plan: Plan, rank: int) -> list[int]:
-        """The slots whose samples a rank writes down."""
+    def recorded_slots(self, step: int, plan: Plan, rank: int) -> list[int]:
+        """The slots whose samples a rank writes down, of the step in progress or of the newest one."""
 
     # -- where the job is ----------------------------------------------------------------------------------------------
 
@@ -245,10 +246,10 @@ class Engine(abc.ABC):
 
     def own_slots(self) -> list[int]:
         """Return the slots of a step that this worker is to read, as they are dealt now."""
-        return [] if self.plan is None else self.recorded_slots(self.plan, self.rank)
+        return [] if self.plan is None else self.recorded_slots(self.step, self.plan, self.rank)
 
     def pieces(self, step: int, slot: int) -> list[tuple[int, tuple[int, ...]]]:
-        """Return what user code is given of a slot: place and sample ids of each batch."""
+        """Return what user code is given of a slot: place and sample ids of each batch; nothing if that is not known yet."""
         return [(slot, self.sampler.ids(step, slot))]
 
     # -- the end of a step ---------------------------------------------------------------------------------------------
@@ -316,7 +317,7 @@ class Engine(abc.ABC):
         self.snapshots.finish()
         self._update(step, reduced, presence, commit=commit)
         if self._record is not None:
-            mine = {slot: self.sampler.ids(step, slot) for slot in self.recorded_slots(self.plan, self.rank)}
+            mine = {slot: self.sampler.ids(step, slot) for slot in self.recorded_slots(step, self.plan, self.rank)}
             self._record.write(step, self.plan.generation, mine)
         self.committed, self._committed_plan, self._recorded_dead = step, self.plan, set()
         self.samples += self.sampler.samples(step)
@@ -396,7 +397,7 @@ class Engine(abc.ABC):
             self.coordinator.feed(StateSpoilt(str(error)))
         except TransferError as error:
             self.coordinator.end_process(str(error))
-        self._donate, self._restore = world.joiner_ranks, world.snapshot
+        self._donate, self._restore, self._kept_deal = world.joiner_ranks, world.snapshot, world.kept_deal
         self.snapshots.expect(world.restores_per_s)
         self._plan_step()
         self._show()
@@ -412,7 +413,7 @@ class Engine(abc.ABC):
             return
         lost = plan.workers() - new.workers() - self._recorded_dead
         gone = [member.rank for member in plan.members if member.worker in lost]
-        slots = [slot for rank in gone for slot in self.recorded_slots(plan, rank)]
+        slots = [slot for rank in gone for slot in self.recorded_slots(self.committed, plan, rank)]
         self._record.write(self.committed, plan.generation, {s: self.sampler.ids(self.committed, s) for s in slots})
         self._recorded_dead |= lost
 

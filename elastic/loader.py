@@ -103,11 +103,13 @@ class _Foresight:
         assert self.begin is not None
         yield [self.begin]
         mine = self._engine.own_slots()  # a joiner has none, and one slot to warm up
-        for step in itertools.count(self.begin[0]) if mine else ():
-            for slot in mine:
-                for place, ids in self._engine.pieces(step, slot):
-                    if ids and (step, place) > self.begin[:2]:
-                        yield [(step, place, ids)]
+        for step in itertools.count(self.begin[0]):
+            pieces = [piece for slot in mine for piece in self._engine.pieces(step, slot)]
+            if not pieces:
+                return
+            for place, ids in pieces:
+                if ids and (step, place) > self.begin[:2]:
+                    yield [(step, place, ids)]
 
 
 class SlotReader:

@@ -46,6 +46,10 @@ class Measures:
         """Expect the numbers of a slot with this many samples."""
         self._samples, self._weight, self._given = samples, None, {}
 
+    def resize(self, samples: int) -> None:
+        """The present slot turns out to have other samples than was expected."""
+        self._samples = samples
+
     def weigh(self, weight: float) -> None:
         """Take the user's word for what the slot weighs. Raises ConfigError unless it is finite and not negative."""
         if not (math.isfinite(weight) and weight >= 0):

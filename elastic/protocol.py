@@ -117,6 +117,14 @@ class Applied:
 
 
 @dataclass(frozen=True, slots=True)
+class Dealt:
+    """Main: `step`, the next one, is dealt by speed, for this generation."""
+
+    step: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
 class StateSpoilt:
     """Main: part of the state here has been changed, and the rest never will be: it is of no use any more."""
 
@@ -173,6 +181,7 @@ Event = (
     | AskVote
     | AskCommit
     | Applied
+    | Dealt
     | StateSpoilt
     | AskWorld
     | StateReceived
@@ -266,6 +275,7 @@ class EnterWorld:
     """Adopted: train in `plan` after step `committed`. Ranks in `joiner_ranks` must be given the state first.
 
     With a `snapshot` those are all ranks, and each reads it from its node's agent. `restores_per_s` is how often that happens.
+    `kept_deal` is the generation as dealt for which all who are left have the step in progress; 0: they do not agree.
     """
 
     plan: Plan
@@ -274,6 +284,7 @@ class EnterWorld:
     joiner_ranks: tuple[int, ...]
     snapshot: SnapshotId | None = None
     restores_per_s: float = 0.0
+    kept_deal: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -324,6 +335,7 @@ class WorkerMachine:
         self.layer_errors: tuple[LayerError, ...] = ()
         self.holds_parts = False  # of the state, that not every other worker has
         self.stop_after = 0  # the step whose verdict has said that all leave the loop after it
+        self.dealt: Dealt | None = None  # how the next step is, in jobs that deal steps by speed
         self.concluding = False  # this worker is to run what must run once after the loop
         self.finished = ""
 
@@ -352,6 +364,9 @@ class WorkerMachine:
                 return self._ask_commit(step, next_generation, stop)
             case Applied(step):
                 return self._applied(step)
+            case Dealt():
+                self.dealt = event
+                return []
             case StateSpoilt(reason):
                 return self._state_spoilt(reason)
             case AskWorld():
@@ -448,7 +463,8 @@ class WorkerMachine:
         if plan.kind is PlanKind.SWITCH and self.world is None and not self.warmed:
             return []  # its first slot would be a slow one, and its peers would wait for it
         self.pending_reported = True
-        return [Send(Prepared(plan.generation, self.committed, self.voted, self.has_state, self.stop_after))]
+        dealt = self.dealt.generation if self.dealt is not None and self.dealt.step == self.committed + 1 else 0
+        return [Send(Prepared(plan.generation, self.committed, self.voted, self.has_state, self.stop_after, dealt))]
 
     # -- the main thread's side ------------------------------------------------------------------------------------
 
@@ -566,6 +582,8 @@ class WorkerMachine:
             self.retired = self.world.generation
         if rank is not None and plan.is_given_layers(rank):
             self.has_state = False  # it has yet to be given some of what is its own from now on
+        if self.dealt is not None and order.kept_deal != self.dealt.generation:
+            self.dealt = None  # main is about to deal it anew
         self._forget_pending()
         self.word, self.broken, self.switch_decided = Word.OPEN, "", 0
         self.voted = self.committed  # an undecided step is redone: its reduced gradient is not a vote any more
@@ -576,5 +594,7 @@ class WorkerMachine:
             return [switched, HandOver(plan) if self.holds_parts else Wait(plan.reason)]
         self.world = plan
         snapshot = SnapshotId(order.restore_step, order.snapshot_generation) if order.snapshot_generation else None
-        entered = EnterWorld(plan, rank, self.committed, order.joiner_ranks, snapshot, order.restores_per_s)
+        entered = EnterWorld(
+            plan, rank, self.committed, order.joiner_ranks, snapshot, order.restores_per_s, order.kept_deal
+        )
         return [switched, entered]

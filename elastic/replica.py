@@ -85,6 +85,7 @@ class ReplicaEngine(Engine):
         record: SampleRecord | None,
         memory: SnapshotMemory | None = None,
         snapshot_every: int = 0,
+        more_extras: int = 0,
     ) -> None:
         super().__init__(coordinator, sampler, page=page, record=record, memory=memory)
         self.parts = parts
@@ -96,7 +97,7 @@ class ReplicaEngine(Engine):
             Reducer,
             replicas=replicas,
             reduction=reduction,
-            extras=self.buffers.extras + measures.EXTRAS,
+            extras=self.buffers.extras + measures.EXTRAS + more_extras,
             shared=coordinator.settings.shares_memory,
             on_progress=self.beat,
         )
@@ -154,23 +155,31 @@ class ReplicaEngine(Engine):
         self.end_iteration()
         self.beat()
         if self._must_warm:
-            slot = Slot(self.step, 0, self.sampler.ids(self.step, 0), counts=False, is_last=True)
-            return self._open_slot(slot)
+            return self._open_slot(self._throwaway(counts=False))
         if not self._settle():
             return None
         assert self.plan is not None
         self.snapshots.step_ended(self.committed, self.plan.generation, time.monotonic())
         return self._open_slot(self._choose())
 
-    def recorded_slots(self, plan: Plan, rank: int) -> list[int]:
-        return [slot for slot, owner in enumerate(plan.owners) if owner == rank]
+    def recorded_slots(self, step: int, plan: Plan, rank: int) -> list[int]:
+        return [slot for slot, owner in enumerate(self._owners(step, plan)) if owner == rank]
+
+    def _owners(self, step: int, plan: Plan) -> Sequence[int]:
+        """The rank that computes each slot of the step in progress, or has of the newest one, in a world."""
+        return plan.owners
+
+    def _throwaway(self, *, counts: bool) -> Slot:
+        """Some slot of the step in progress that is computed for nothing."""
+        slot = next(slot for slot, size in enumerate(self.sampler.sizes(self.step)) if size)
+        return Slot(self.step, slot, self.sampler.ids(self.step, slot), counts=counts, is_last=True)
 
     def _choose(self) -> Slot:
         remaining = self.reducer.remaining_slots()
         if not remaining:
             # Nothing to compute (an epoch's short last step, or all was kept through a regroup), but the code behind
             # optimizer.step() must run for this step too: a throwaway slot carries it.
-            return Slot(self.step, 0, self.sampler.ids(self.step, 0), counts=True, is_last=True)
+            return self._throwaway(counts=True)
         slot = remaining[0]
         return Slot(self.step, slot, self.sampler.ids(self.step, slot), counts=True, is_last=len(remaining) == 1)
 
@@ -201,7 +210,11 @@ class ReplicaEngine(Engine):
     def _end_slot(self) -> None:
         slot = self.slot
         assert slot is not None
-        self.reducer.end_slot(torch.cat([self.buffers.of_slot(slot.slot), self.measures.of_slot()]))
+        self.reducer.end_slot(torch.cat([self.buffers.of_slot(slot.slot), self.measures.of_slot(), *self._more_of_slot()]))
+
+    def _more_of_slot(self) -> Sequence[Tensor]:
+        """What else is folded of the present slot, as float64 vectors."""
+        return ()
 
     def measure(self, name: str, value: float, call: str) -> None:
         """Take a slot's value for the mean over its step.
@@ -261,9 +274,9 @@ class ReplicaEngine(Engine):
             self._commit_step()
 
     @property
-    def has_updated(self) -> bool:
-        """Whether the optimizer's step of the present iteration has changed the parameters."""
-        return self.committed_in_slot
+    def schedule_steps(self) -> int:
+        """How many steps a scheduler takes for the present iteration: as many as the optimizer's step has made updates."""
+        return int(self.committed_in_slot)
 
     def clip(self, request: Callable[[], None]) -> None:
         """Remember a clipping: it is done when the step commits, since until then peers may be reading the gradient."""
@@ -289,7 +302,7 @@ class ReplicaEngine(Engine):
 
     def _plan_step(self) -> None:
         assert self.plan is not None and self.group is not None
-        self.reducer.plan(self.group, self.plan.owners, self._empty_slots())
+        self.reducer.plan(self.group, self._owners(self.step, self.plan), self._empty_slots())
 
     def _has_more_to_do(self) -> bool:
         return bool(self.reducer.remaining_slots())
@@ -306,7 +319,7 @@ class ReplicaEngine(Engine):
         if self.zero is not None:
             self.zero.check(self.rank, self.plan.world_size)
         self.reducer.install(presence)
-        slots = sum(1 for size in self.sampler.sizes(step) if size)
+        slots = [slot for slot, size in enumerate(self.sampler.sizes(step)) if size]
         reach_inside(FailPoint.APPLYING)
         for deed in (*self.before_clipping, *((*self.clips, *self.inner_steps) if commit else self.on_skip)):
             deed()

@@ -57,9 +57,10 @@ from elastic.replica import Parts, ReplicaEngine
 from elastic.sampler import SlotSampler
 from elastic.seeding import preserved, seed_everything
 from elastic.state import TrainingState
-from elastic.sync import AllReduce, NoLoCo, Sync
+from elastic.sync import AllReduce, AsyncLocalSGD, NoLoCo, Sync
 from elastic.sync.diloco import OuterEngine
 from elastic.sync.noloco import SPREAD, PairEngine
+from elastic.sync.turns import TurnEngine
 
 TRACEBACK_SIZE_BYTES_MAX = 16 * 1024
 SAMPLE_IDS_MAX = 1024
@@ -201,8 +202,8 @@ class Session:
             shard_optimizer: Hold each part of the optimizers' state on one worker only (ZeRO-1), with the same bits. For
                 elementwise optimizers; a lost worker's part comes from a snapshot, so start agents with --snapshot-every.
             sync: How replicas agree: `elastic.sync.AllReduce()`, each step on its gradient, or `elastic.sync.DiLoCo(...)`,
-                `StreamingDiLoCo(...)` or `NoLoCo(...)`: then a slot is a replica that takes some steps by itself, and a step of
-                the job the round after which all agree, or pairs.
+                `StreamingDiLoCo(...)`, `NoLoCo(...)` or `AsyncLocalSGD(...)`: then a slot is a replica that takes some steps by
+                itself, and a step of the job the round after which all agree, or pairs.
 
         Returns:
             The same objects in the same order (the loader as an `ElasticLoader`); a single one is returned bare.
@@ -693,7 +694,8 @@ def _engine_of(sync: Sync) -> Callable[..., ReplicaEngine]:
     """What drives the steps of a worker whose replicas agree like this."""
     if isinstance(sync, AllReduce):
         return ReplicaEngine
-    return functools.partial(PairEngine if isinstance(sync, NoLoCo) else OuterEngine, sync=sync)
+    kinds = {NoLoCo: PairEngine, AsyncLocalSGD: TurnEngine}
+    return functools.partial(kinds.get(type(sync), OuterEngine), sync=sync)
 
 
 def _checked_numbers(slots: int, virtual_replicas: int, reduction: str) -> Reduction:

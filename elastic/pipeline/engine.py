@@ -381,7 +381,7 @@ class PipelineEngine(Engine):
                 self._page.reduced(norm_of(parameters))
             for number in (*stage.numbers, *copied):
                 self.layers[number].step(self._haste(number, step))
-            slots = sum(1 for size in self.sampler.sizes(step) if size)
+            slots = [slot for slot, size in enumerate(self.sampler.sizes(step)) if size]
             stage.buffers.commit(reduced.extras[: stage.buffers.extras], slots)
         else:
             stage.buffers.restore()
@@ -693,7 +693,7 @@ class PipelineEngine(Engine):
         }
         return LoopEnded(joined_digests(digests), self.samples, bool(self.on_end))
 
-    def recorded_slots(self, plan: Plan, rank: int) -> list[int]:
+    def recorded_slots(self, step: int, plan: Plan, rank: int) -> list[int]:
         return [slot for slot in range(plan.slots) if plan.route(slot)[-1] == rank]
 
     def own_slots(self) -> list[int]:

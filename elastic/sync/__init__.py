@@ -3,7 +3,11 @@
 With `AllReduce` the gradient of every step is summed over all workers. With `DiLoCo` (arXiv 2311.08105) each replica trains by
 itself for some steps, and then all agree on a step of an outer optimizer: so much less is sent, and so much more rarely. With
 `StreamingDiLoCo` (arXiv 2501.18512) they agree on one part of the model after the other. With `NoLoCo` (arXiv 2506.10911) they
-never all agree: two and two come nearer to each other.
+never all agree: two and two come nearer to each other. With `AsyncLocalSGD` (arXiv 2401.09135) they take turns.
+
+With `dynamic=True` a round is dealt by speed. Each worker then is one replica, whatever the number of slots, and takes as many
+local steps as fit beside the others; what a lost or a late one has not used is dealt with the next round. So nobody waits long
+for a slow one, no round is computed twice, and each sample is used once; but the result depends on who was how fast.
 """
 
 from __future__ import annotations
@@ -37,6 +41,7 @@ class DiLoCo:
         every: local steps of a round. outer_lr, momentum, nesterov: of the outer SGD.
         quantize: what Delta is sent in: "int8" (a quarter of the bytes), "fp4" (an eighth); None: as it is.
         feedback: whether what that leaves out of a replica's Delta is sent with its next one.
+        dynamic: whether rounds are dealt by speed; otherwise the bits are the same whoever computes what.
     """
 
     every: int = 100
@@ -45,6 +50,7 @@ class DiLoCo:
     nesterov: bool = True
     quantize: Quantize | None = None
     feedback: bool = False
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
@@ -87,7 +93,7 @@ class StreamingDiLoCo:
         every: local steps from one agreement on a fragment to its next; a multiple of `fragments`.
         fragments: how many. overlap: local steps during an exchange, fewer than a round has; the paper's runs have 1 to 5.
         mixing: how much of its own a replica keeps, from 0 to below 1.
-        outer_lr, momentum, nesterov: of the outer SGD. quantize, feedback: as of `DiLoCo`.
+        outer_lr, momentum, nesterov: of the outer SGD. quantize, feedback, dynamic: as of `DiLoCo`.
     """
 
     every: int = 100
@@ -99,9 +105,15 @@ class StreamingDiLoCo:
     nesterov: bool = True
     quantize: Quantize | None = None
     feedback: bool = False
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         _check(self)
+        if self.dynamic and self.overlap:
+            raise ConfigError(
+                f"StreamingDiLoCo(overlap={self.overlap}, dynamic=True): a round is dealt by how fast the one before was, and "
+                "with an overlap begins before that is known; leave one out"
+            )
         if self.fragments < 2:
             raise ConfigError(f"StreamingDiLoCo(fragments={self.fragments}): give at least 2, or use DiLoCo")
         if self.every % self.fragments:
@@ -139,7 +151,7 @@ class NoLoCo:
     Attributes:
         every: local steps of a round. alpha: what the outer momentum keeps. beta: the outer rate.
         gamma: how strongly the two come together; below 2 (1 - alpha^2), above which replicas drift apart without end.
-        mean_every: rounds from one mean to the next. quantize: what Delta is sent in, as of `DiLoCo`.
+        mean_every: rounds from one mean to the next. quantize: what Delta is sent in, as of `DiLoCo`. dynamic: as there.
     """
 
     every: int = 50
@@ -148,6 +160,7 @@ class NoLoCo:
     gamma: float = 0.7
     mean_every: int = 10
     quantize: Quantize | None = None
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         _check_common(self)
@@ -173,7 +186,64 @@ class NoLoCo:
         return self.every
 
 
-Rounds = DiLoCo | StreamingDiLoCo | NoLoCo
+@dataclass(frozen=True, slots=True)
+class AsyncLocalSGD:
+    """Replicas take turns: after every `every / turns` local steps some of them give what they have moved, and all others go on.
+
+    The one whose turn it is begins anew with what has been agreed on since, so that what it gave was made from older parameters.
+    With Delta the mean of phi - theta over those whose turn it is, and m the momentum,
+
+        b <- b + Delta
+        in every `delay`-th turn:   m <- momentum m + b / delay,   b <- 0
+                                    phi <- phi - outer_lr ((1 - share delay + share) momentum m + Delta / delay)
+        in any other turn:          phi <- phi - outer_lr (share momentum m + Delta / delay)
+
+    (delayed Nesterov, algorithm 3 of arXiv 2401.09135). Rounds are dealt by speed, as with `dynamic=True` elsewhere. A replica
+    that is lost is lost with what it had not given, and the samples of that are dealt again. With an epoch all turns end.
+
+    Attributes:
+        every: local steps from a replica's turn to its next; a multiple of `turns`. turns: how many; slots take them in order.
+        outer_lr, momentum: of the outer optimizer. delay: turns from one update of the momentum to the next; 0: `turns`.
+        share: of the momentum that acts in other turns, too; from 0 to 1 / delay. quantize: as of `DiLoCo`.
+    """
+
+    every: int = 100
+    turns: int = 2
+    outer_lr: float = 0.7
+    momentum: float = 0.9
+    delay: int = 0
+    share: float = 0.0
+    quantize: Quantize | None = None
+
+    def __post_init__(self) -> None:
+        _check_outer(self)
+        if self.turns < 1 or self.every % self.turns:
+            raise ConfigError(f"AsyncLocalSGD(every={self.every}, turns={self.turns}): every has to be a multiple of turns")
+        if self.delay < 0:
+            raise ConfigError(f"AsyncLocalSGD(delay={self.delay}): give a number of turns, or 0 for as many as there are")
+        if not 0 <= self.share * self.turns_of_momentum <= 1:
+            raise ConfigError(
+                f"AsyncLocalSGD(delay={self.turns_of_momentum}, share={self.share}): it is at least 0 and at most 1 / delay; the "
+                "paper's is 0"
+            )
+
+    @property
+    def turns_of_momentum(self) -> int:
+        """Turns from one update of the momentum to the next."""
+        return self.delay or self.turns
+
+    @property
+    def local_steps(self) -> int:
+        """Local steps of a turn."""
+        return self.every // self.turns
+
+    @property
+    def dynamic(self) -> bool:
+        """Turns are always dealt by speed."""
+        return True
+
+
+Rounds = DiLoCo | StreamingDiLoCo | NoLoCo | AsyncLocalSGD
 """What has local steps."""
 Sync = AllReduce | Rounds
 
@@ -187,13 +257,22 @@ def _check_common(sync: Rounds) -> None:
 
 
 def _check(sync: DiLoCo | StreamingDiLoCo) -> None:
+    _check_outer(sync)
+    name = type(sync).__name__
+    if sync.feedback and sync.quantize is None:
+        raise ConfigError(f"{name}(feedback=True, quantize=None): nothing is left out of what is sent as it is; choose a code")
+    if sync.feedback and sync.dynamic:
+        raise ConfigError(
+            f"{name}(feedback=True, dynamic=True): what a replica leaves out weighs other than its next Delta; leave one out"
+        )
+    if sync.nesterov and not sync.momentum:
+        raise ConfigError(f"{name}(nesterov=True, momentum=0): Nesterov's step needs a momentum; pass nesterov=False")
+
+
+def _check_outer(sync: DiLoCo | StreamingDiLoCo | AsyncLocalSGD) -> None:
     _check_common(sync)
     name = type(sync).__name__
     if not (math.isfinite(sync.outer_lr) and sync.outer_lr > 0):
         raise ConfigError(f"{name}(outer_lr={sync.outer_lr}): give a rate above 0; the papers' are 0.7, and 0.4 for streaming")
     if not 0 <= sync.momentum < 1:
         raise ConfigError(f"{name}(momentum={sync.momentum}): it is at least 0 and below 1; the papers' is 0.9")
-    if sync.feedback and sync.quantize is None:
-        raise ConfigError(f"{name}(feedback=True, quantize=None): nothing is left out of what is sent as it is; choose a code")
-    if sync.nesterov and not sync.momentum:
-        raise ConfigError(f"{name}(nesterov=True, momentum=0): Nesterov's step needs a momentum; pass nesterov=False")

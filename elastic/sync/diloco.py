@@ -18,10 +18,7 @@ from elastic.quantize import Code
 from elastic.reduction import Reducer, Reduction
 from elastic.sync import DiLoCo, StreamingDiLoCo
 from elastic.sync.fragments import fragments_of
-from elastic.sync.local import LocalEngine
-
-OUTER = "outer"
-"""What the outer optimizer is called in the training state."""
+from elastic.sync.local import OUTER, LocalEngine
 
 
 class OuterEngine(LocalEngine):
@@ -73,13 +70,13 @@ class OuterEngine(LocalEngine):
             return self._ended[slot]  # what it will be brought up to date with is on its way
         return self._theta.get(slot, self._phi)
 
-    def _contribute(self, slot: int, samples: int | None) -> None:
+    def _contribute(self, slot: int, weight: float | None) -> None:
         for place in self._fragment:
             parameter = self.parts.parameters[place]
             moved = self._phi[place] - parameter
-            parameter.grad = moved if samples is None else moved * float(samples)
+            parameter.grad = moved if weight is None else moved * weight
         for feedback in self._feedbacks:
-            feedback.pauses = samples is not None
+            feedback.pauses = weight is not None
         if len(self._fragments) > 1:
             self._ended[slot] = self._own()
 

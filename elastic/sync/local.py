@@ -8,6 +8,9 @@ subclass's: `diloco.py`, by an outer optimizer for all; `noloco.py`, by pairs.
 What the inner optimizers have learnt belongs to a replica alone: it is neither sent nor captured, and begins anew where the
 replica goes to another worker.
 
+With `dynamic` a round is dealt by speed (`dealer.py`): then a worker has one replica, which may take more or fewer local steps
+than others, and what a lost one has computed is not computed again, but dealt with the next round.
+
 With an overlap the sum of a round is made while the first local steps of the next one are taken: a worker then runs ahead of
 what is committed, by part of a slot, which is thrown away if the world breaks meanwhile. This file must never let local
 parameters be taken for committed ones.
@@ -31,15 +34,24 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from elastic.capture import Capturer
+from elastic.control import Coordinator
+from elastic.domain import Plan
 from elastic.engine import Slot
 from elastic.errors import CollectiveAborted, ConfigError
 from elastic.failpoints import FailPoint, reach_inside
+from elastic.measures import EXTRAS
+from elastic.memory import SnapshotMemory
+from elastic.protocol import Dealt
 from elastic.reduction import Reduced, Reducer
-from elastic.replica import ReplicaEngine
-from elastic.snapshots import share_of
+from elastic.replica import Parts, ReplicaEngine
+from elastic.sampler import SlotSampler
+from elastic.snapshots import SnapshotId, share_of
 from elastic.state import TrainingState
 from elastic.sync import Rounds
+from elastic.sync.dealer import Dealer
 
+OUTER = "outer"
+"""What an outer optimizer is called in the training state."""
 THROWAWAY = -1
 """Nobody's replica: what is learnt of it is forgotten."""
 
@@ -54,14 +66,28 @@ class LocalEngine(ReplicaEngine, abc.ABC):
     capture_every = 1  # rounds from one whose state can be captured to the next
     overlap = 0  # local steps of the next round during which the sum of a round is made
 
-    def __init__(self, *args: Any, sync: Rounds, snapshot_every: int = 0, **options: Any) -> None:
-        super().__init__(*args, **options)
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        parts: Parts,
+        sampler: SlotSampler,
+        *,
+        sync: Rounds,
+        snapshot_every: int = 0,
+        **options: Any,
+    ) -> None:
+        self._dealer = Dealer(sampler, sync.local_steps) if sync.dynamic else None
+        if self._dealer is not None:
+            sampler, options = self._dealer.sampler, {**options, "more_extras": self._dealer.extras}
+        super().__init__(coordinator, parts, sampler, **options)
         self.sync = sync
-        parts = self.parts
         self._phi = [parameter.detach().clone() for parameter in parts.parameters]
         self._learnt: dict[int, list[Any]] = {}  # slot -> what its inner optimizers have learnt
         self._schedules: dict[int, dict[str, Any]] = {}  # round -> what is alike for all replicas as it began
         self._done = 0  # local steps that the slot in progress has had
+        self._is_cut_short = False  # it ends with these, since the others wait
+        self._used = 0  # samples of them
+        self._ticks = 1  # steps of schedules that go with the newest one
         self._is_real = False  # whether it is a replica of the round, and not one that is thrown away
         self._is_void = False  # the world has changed in the middle of it: it is complete, another worker's, or too early
         self._has_given = False  # the slot in progress is over, but for what user code does behind its last update
@@ -70,6 +96,8 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         self._alike = {**parts.stateful, "elastic.inner": Hyperparameters(tuple(parts.optimizers.values()))}
         self._models = {**parts.models, **parts.more_models}
         self._stateful = {**self._alike, "elastic.measures": self.measures}
+        if self._dealer is not None:
+            self._stateful["elastic.deals"] = self._dealer.deals
         self.state = TrainingState(self._models, self._begin_agreement(), self._stateful, self.buffers.copies)
         if self.memory is not None and snapshot_every:
             capturer = Capturer(self.state, self.memory, buffers=3 if snapshot_every == 1 else 2)
@@ -90,10 +118,10 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         """Return the parameters that a replica begins a round with."""
 
     @abc.abstractmethod
-    def _contribute(self, slot: int, samples: int | None) -> None:
+    def _contribute(self, slot: int, weight: float | None) -> None:
         """A replica's local steps are over, and the parameters are its own: make what it gives `grad`, without autograd.
 
-        `samples` is what the slot weighs among those of its round; None where all weigh the same.
+        `weight` is what the slot weighs among those of its round; None where all weigh the same.
         """
 
     @abc.abstractmethod
@@ -114,6 +142,8 @@ class LocalEngine(ReplicaEngine, abc.ABC):
     # -- local steps ---------------------------------------------------------------------------------------------------
 
     def pieces(self, step: int, slot: int) -> list[tuple[int, tuple[int, ...]]]:
+        if self._dealer is not None:
+            return self._dealer.pieces(step, slot)
         ids = self.sampler.ids(step, slot)
         count = self._count_of(step)  # alike for all slots, so that schedulers are, too
         shares = [share_of(len(ids), number, count) for number in range(count)]
@@ -149,7 +179,11 @@ class LocalEngine(ReplicaEngine, abc.ABC):
 
     def _steps_of(self, slot: Slot) -> int:
         """Local steps of a slot; one of a throwaway, which is there for the sake of what comes behind it."""
-        return self._count_of(slot.step) if slot.counts and self._is_real else 1
+        if not (slot.counts and self._is_real):
+            return 1
+        if self._is_cut_short:
+            return self._done
+        return self._count_of(slot.step) if self._dealer is None else len(self._dealer.pieces(slot.step, slot.slot))
 
     def _open_slot(self, slot: Slot) -> Slot:
         """A slot begins: with the committed parameters, and what this worker has of its replica."""
@@ -159,7 +193,9 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         if slot.counts:
             self._begin_schedules(slot.step)
         self._turn_to(slot.slot if self._is_real else THROWAWAY)
-        self._done, self._given = 0, {}
+        self._done, self._used, self._is_cut_short, self._given = 0, 0, False, {}
+        if self._dealer is not None:
+            self._dealer.begin(slot.step, time.monotonic())
         self.buffers.begin_slot()
         self.measures.begin_slot(len(slot.ids))
         return self._open_piece(slot)
@@ -221,8 +257,9 @@ class LocalEngine(ReplicaEngine, abc.ABC):
             self.clips.append(request)
 
     @property
-    def has_updated(self) -> bool:
-        return True
+    def schedule_steps(self) -> int:
+        """One for a local step; where replicas take different numbers of these, as many as bring all to the same in the end."""
+        return self._ticks
 
     def _end_batch(self, slot: Slot) -> None:
         """All optimizers were stepped: a local step is over, with the last one the slot, and with the last slot the round."""
@@ -234,6 +271,10 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         for parameter in self.parts.parameters:
             parameter.grad = None
         self._done += 1
+        self._used += len(slot.ids)
+        if self._dealer is not None and slot.counts and self._dealer.stepped(time.monotonic()):
+            self._is_cut_short = True
+        self._ticks = self._ticks_of(slot)
         if self._is_ahead() and self._done >= min(self.overlap, self._steps_of(slot) - 1) and self._commit_step():
             self._end_round_in_slot()
         if not slot.counts or self._done < self._steps_of(slot) or self._is_ahead():
@@ -252,13 +293,47 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         """What the replica has moved is its gradient."""
         for name, values in self._given.items():
             self.measures.give(name, math.fsum(values) / len(values))
-        sizes = self.sampler.sizes(slot.step)
+        weight = self._weight_of(slot)
+        if self._dealer is not None:
+            self.measures.resize(self._used)
         self.reducer.begin_slot(slot.slot)
         with torch.no_grad():
-            self._contribute(slot.slot, sizes[slot.slot] if len(set(sizes) - {0}) > 1 else None)
+            self._contribute(slot.slot, weight)
         self._end_slot()
         self._has_given = True
         self._restore_parameters()
+
+    def _ticks_of(self, slot: Slot) -> int:
+        if self._dealer is None or not slot.counts:
+            return 1
+        count = self._steps_of(slot)
+        return self._dealer.ticks(slot.step, self._done, count, is_last=self._done >= count)
+
+    def _weight_of(self, slot: Slot) -> float | None:
+        """What a replica weighs among those of its round; None where all weigh the same."""
+        if self._dealer is not None:
+            return float(self._used) if self._reports(slot.slot) else 0.0
+        sizes = self.sampler.sizes(slot.step)
+        return float(sizes[slot.slot]) if len(set(sizes) - {0}) > 1 else None
+
+    def _reports(self, slot: int) -> bool:
+        """Whether a replica gives what it has moved at the end of this round."""
+        return True
+
+    def _more_of_slot(self) -> Sequence[Tensor]:
+        slot = self.slot
+        if self._dealer is None or slot is None:
+            return ()
+        return (self._dealer.report(slot.slot, self._used, self._weight_of(slot) or 0.0),)
+
+    def _divisor(self) -> float | Callable[[Tensor], float]:
+        dealer = self._dealer
+        if dealer is None:
+            return super()._divisor()
+        return lambda folded: dealer.weight_of_all(folded[-dealer.extras :])
+
+    def _owners(self, step: int, plan: Plan) -> Sequence[int]:
+        return super()._owners(step, plan) if self._dealer is None else self._dealer.owners(plan, step)
 
     # -- the next round, while the sum of this one is made -------------------------------------------------------------
 
@@ -271,7 +346,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         step = self.step + 1
         if not self.overlap or self.sampler.epoch_of(step) != self._loop_epoch or self._count_of(step) < 2:
             return None
-        for slot in self.recorded_slots(self.plan, self.rank):
+        for slot in self.recorded_slots(step, self.plan, self.rank):
             if ids := self.sampler.ids(step, slot):
                 return Slot(step, slot, ids, counts=True, is_last=False)
         return None
@@ -317,7 +392,9 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         ahead = (self._own(), self.buffers.held()) if self._is_ahead() else None
         self._restore_parameters()
         self.reducer.install(presence)
-        slots = sum(1 for size in self.sampler.sizes(step) if size)
+        slots = [slot for slot, size in enumerate(self.sampler.sizes(step)) if size]
+        if self._dealer is not None:
+            slots = self._dealer.close(reduced.extras[-self._dealer.extras :])
         reach_inside(FailPoint.APPLYING)
         if commit:
             with torch.no_grad():
@@ -327,7 +404,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
             self.buffers.restore()
             self._learnt, self._is_void = {}, True
             self._forget_replicas()
-        self.measures.commit(reduced.extras[self.buffers.extras :])
+        self.measures.commit(reduced.extras[self.buffers.extras : self.buffers.extras + EXTRAS])
         self._note_parameters()
         self._schedules = {begun: found for begun, found in self._schedules.items() if begun > step}
         if ahead is not None and commit:
@@ -346,9 +423,16 @@ class LocalEngine(ReplicaEngine, abc.ABC):
             self._flight.give_up()  # what it sums up is kept, and summed up anew
             self._flight = None
         self.reducer = self._reducer_of(self.step)
-        super()._plan_step()
         assert self.plan is not None
-        own = set(self.recorded_slots(self.plan, self.rank))
+        is_dealt_anew = False
+        if self._dealer is not None and self.coordinator.machine.has_state:
+            is_dealt_anew = self._dealer.take_up(self.plan, self.step, self._kept_deal)
+            self.coordinator.feed(Dealt(self.step, self._dealer.generation))
+        super()._plan_step()
+        if is_dealt_anew:  # what was computed of it is of no use
+            self.reducer.clear()
+            self._is_void = True
+        own = set(self.recorded_slots(self.step, self.plan, self.rank))
         again = set(self.reducer.remaining_slots())
         self._learnt = {slot: learnt for slot, learnt in self._learnt.items() if slot in own}
         self._keep_replicas(own, again)
@@ -362,6 +446,11 @@ class LocalEngine(ReplicaEngine, abc.ABC):
             return super()._pass_state(joiners)
         with self._as_committed():
             return super()._pass_state(joiners)
+
+    def _read_snapshot(self, memory: SnapshotMemory, snapshot: SnapshotId) -> None:
+        super()._read_snapshot(memory, snapshot)
+        if self._dealer is not None:
+            self._dealer.forget()
 
     def _take_over(self) -> None:
         super()._take_over()

@@ -103,13 +103,13 @@ class PairEngine(LocalEngine):
                 self._begin_exchange()
         return opened
 
-    def _contribute(self, slot: int, samples: int | None) -> None:
+    def _contribute(self, slot: int, weight: float | None) -> None:
         phi, momentum = self._slow.of("phi"), self._slow.of("momentum")
         theta = self.parts.parameters
         self._moved[slot] = [own.to(start.dtype) - start for own, start in zip(theta, phi, strict=True)]
         if self._makes_mean(self.step):
             # The steps of pairs leave the mean of all where it is, so that it is the mean of what replicas do by themselves.
-            alpha, beta, weight = self.sync.alpha, self.sync.beta, 1.0 if samples is None else float(samples)
+            alpha, beta, weight = self.sync.alpha, self.sync.beta, 1.0 if weight is None else weight
             for parameter, start, before, moved in zip(theta, phi, momentum, self._moved[slot], strict=True):
                 parameter.grad = ((start + alpha * before + beta * moved) * weight).to(parameter.dtype)
         else:
@@ -187,7 +187,7 @@ class PairEngine(LocalEngine):
         """What this worker weighs in the pair, by the samples of the round."""
         assert self.plan is not None
         sizes, mine, theirs = self.sampler.sizes(self.step), 0, 0
-        for slot, owner in enumerate(self.plan.owners):
+        for slot, owner in enumerate(self._owners(self.step, self.plan)):
             mine += sizes[slot] * (owner == self.rank)
             theirs += sizes[slot] * (owner == partner)
         return mine / (mine + theirs) if mine + theirs else 0.5

@@ -237,6 +237,7 @@ class Prepared(_message.Message):
     VOTED_FIELD_NUMBER: _builtins.int
     HAS_STATE_FIELD_NUMBER: _builtins.int
     STOP_AFTER_FIELD_NUMBER: _builtins.int
+    DEALT_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     committed: _builtins.int
     """Steps committed by this worker."""
@@ -246,6 +247,8 @@ class Prepared(_message.Message):
     """False: it joins and must be given the state."""
     stop_after: _builtins.int
     """The step whose verdict said that all leave the loop after it; 0: none has."""
+    dealt: _builtins.int
+    """The generation as dealt for which the step after `committed` is trained here; 0: none is."""
     def __init__(
         self,
         *,
@@ -254,10 +257,11 @@ class Prepared(_message.Message):
         voted: _builtins.int = ...,
         has_state: _builtins.bool = ...,
         stop_after: _builtins.int = ...,
+        dealt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "generation", b"generation", "has_state", b"has_state", "stop_after", b"stop_after", "voted", b"voted"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "dealt", b"dealt", "generation", b"generation", "has_state", b"has_state", "stop_after", b"stop_after", "voted", b"voted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -997,6 +1001,7 @@ class Commit(_message.Message):
     STOP_AFTER_FIELD_NUMBER: _builtins.int
     SNAPSHOT_GENERATION_FIELD_NUMBER: _builtins.int
     RESTORES_PER_S_FIELD_NUMBER: _builtins.int
+    KEPT_DEAL_FIELD_NUMBER: _builtins.int
     generation: _builtins.int
     restore_step: _builtins.int
     """FENCE and FOUND: everyone continues after this step. SWITCH: unused."""
@@ -1006,6 +1011,8 @@ class Commit(_message.Message):
     """Not 0: all read the state of `restore_step`, captured in that generation, from their agents."""
     restores_per_s: _builtins.float
     """How often that is so in this job, as far as it can be told; for the cadence of snapshots."""
+    kept_deal: _builtins.int
+    """FENCE: all who are left train the next step as dealt for this generation; 0: not all do."""
     @_builtins.property
     def joiner_ranks(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Ranks without state: every other rank gives it to them."""
@@ -1019,10 +1026,11 @@ class Commit(_message.Message):
         stop_after: _builtins.int = ...,
         snapshot_generation: _builtins.int = ...,
         restores_per_s: _builtins.float = ...,
+        kept_deal: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joiner_ranks", b"joiner_ranks", "restore_step", b"restore_step", "restores_per_s", b"restores_per_s", "snapshot_generation", b"snapshot_generation", "stop_after", b"stop_after"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "joiner_ranks", b"joiner_ranks", "kept_deal", b"kept_deal", "restore_step", b"restore_step", "restores_per_s", b"restores_per_s", "snapshot_generation", b"snapshot_generation", "stop_after", b"stop_after"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

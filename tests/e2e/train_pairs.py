@@ -51,12 +51,12 @@ def main() -> None:
         return [torch.cat([part.flatten() for part in slow.of(key)]).tolist() for key in ("phi", "momentum")]
 
     arguments.log.mkdir(parents=True, exist_ok=True)
-    before, counted = own(), -1
+    before, counted = own(), (-1, -1)
     with (arguments.log / f"{os.getpid()}.jsonl").open("a") as log:
         for _ in session.epochs(10**6):
             for x, y in loader:
-                if session.step != counted:
-                    before, counted = own(), session.step
+                if (session.generation, session.step) != counted:  # a joiner's first batch is of no world
+                    before, counted = own(), (session.generation, session.step)
                 optimizer.zero_grad()
                 loss = F.mse_loss(model(x), y)
                 session.log(loss=loss)

@@ -69,6 +69,7 @@ PURE = (
     "elastic/protocol.py",
     "elastic/sampler.py",
     "elastic/sync/advice.py",
+    "elastic/sync/deals.py",
     "elastic/sync/pairs.py",
     "monitoring/*",
     "recovery/*",

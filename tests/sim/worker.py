@@ -23,6 +23,7 @@ from elastic.protocol import (
     AskWorld,
     BuildGroup,
     CollectiveBroke,
+    Dealt,
     DropGroup,
     EnterWorld,
     Event,
@@ -138,6 +139,8 @@ class Worker(Process):
         self.donate: tuple[int, ...] = ()
         self.snapshot: SnapshotId | None = None  # that all read the state from
         self.part: Part | None = None  # of a state that is cut; None before the first step
+        self.dealt: Dealt | None = None  # for which world the next step is dealt, as in `elastic/sync/dealer.py`
+        self.kept_deal = 0
         self.settles = False  # parts are still to be moved in the world that was entered
         self.has_left = False  # the loop
         self.follows = self.takes = False  # what optimizers need comes behind the layers; some of it comes here
@@ -391,10 +394,30 @@ class Worker(Process):
             raise Violation(f"worker {self.id} has committed {self.committed}, its machine says {world.committed}")
         self.world.observe("entered", self, world)
         self.world.moment("entered", self)
+        self.kept_deal = world.kept_deal
+        self._deal()
         if self.world.scenario.spec.shard_optimizer:
             yield from self._take_part(world, before)
         elif world.plan.stages:
             yield from self._take_layers(world, before)
+
+    def _deal(self) -> None:
+        """Deal the next step for the present world, unless it is dealt already and stays so."""
+        plan = self.plan
+        assert plan is not None
+        if self.world.scenario.spec.holds_parts or not self.machine.has_state:
+            return
+        step, dealt = self.committed + 1, self.dealt
+        is_old = dealt is not None and dealt.step == step
+        stays = dealt is not None and (
+            dealt.generation == plan.generation or (plan.kind is PlanKind.FENCE and dealt.generation == self.kept_deal)
+        )
+        if not (is_old and stays):
+            self.dealt = Dealt(step, plan.generation)
+            self.slots_done = {} if is_old else self.slots_done
+        assert self.dealt is not None
+        self.world.moment("dealing", self)
+        self.feed(self.dealt)
 
     # -- a pipeline, as in `elastic/pipeline/engine.py` ------------------------------------------------------------
 
@@ -594,7 +617,7 @@ class Worker(Process):
         if self.snapshot is not None:
             yield from self._restore(self.snapshot)
             return True
-        values = yield Collective((TRANSFER, len(self.donate)), None if joins else (self.committed, self.digest))
+        values = yield Collective((TRANSFER, len(self.donate)), None if joins else (self.committed, self.digest, self.dealt))
         if isinstance(values, Broken):
             self.feed(CollectiveBroke(values.reason))
             return False
@@ -602,8 +625,8 @@ class Worker(Process):
         if joins:
             given = {value for value in values.values() if value is not None}
             if len(given) != 1:
-                raise Violation(f"joiner {self.id} is given different states: {sorted(given)}")
-            self.committed, self.digest = given.pop()
+                raise Violation(f"joiner {self.id} is given different states: {given}")
+            self.committed, self.digest, self.dealt = given.pop()
             self.slots_done, self.reduced = {}, None
             self.page_committed = self.committed
         if self.settles and self.plan is not None and self.plan.stages and not (yield from self._settle_layers(joins)):
@@ -611,6 +634,7 @@ class Worker(Process):
         if joins:
             self.world.observe("received", self)
             self.feed(StateReceived(self.committed))
+            self._deal()
         return True
 
     def _restore(self, snapshot: SnapshotId) -> Generator[Request, Any, None]:
@@ -631,6 +655,8 @@ class Worker(Process):
         self.world.observe("received", self)
         self.world.moment("restored", self)
         self.feed(StateReceived(self.committed))
+        self.dealt = None
+        self._deal()
 
     def _commit_step(self) -> Generator[Request, Any, bool]:
         """Inside optimizer.step(). Returns without a commit if the regrouped world gives more slots; True when finished."""
@@ -717,4 +743,5 @@ class Worker(Process):
         yield Sleep(self._moment_s())
         self.feed(Applied(step))
         self.world.moment("applied", self)
+        self._deal()
         return None

@@ -235,7 +235,8 @@ def _short_command(command: WorkerCommand) -> str:
         case Commit(snapshot_generation=from_memory) if from_memory:
             return f"commit {command.generation} from memory, step {command.restore_step} of generation {from_memory}"
         case Commit(generation, restore_step, joiner_ranks, stop):
-            return f"commit {generation} after {restore_step}, {'stop' if stop else f'joiners {list(joiner_ranks)}'}"
+            dealt = f", as dealt for {command.kept_deal}" if command.kept_deal else ""
+            return f"commit {generation} after {restore_step}, {'stop' if stop else f'joiners {list(joiner_ranks)}'}{dealt}"
         case Conclude():
             return "conclude"
         case Abandon(generation):

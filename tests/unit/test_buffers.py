@@ -47,7 +47,7 @@ def test_a_commit_is_the_mean_of_the_slots_and_one_count() -> None:
     folded = left[0].clone()
     for other in left[1:]:
         folded += other
-    buffers.commit(folded, 4)
+    buffers.commit(folded, range(4))
     mean = torch.stack([one[:3] for one in left]).mean(0)
     torch.testing.assert_close(norm.running_mean, mean.float())
     assert norm.num_batches_tracked.item() == 1

@@ -165,6 +165,15 @@ def test_a_step_that_only_the_dead_committed_is_finished_where_all_voted_for_it(
     assert job.say(B, Prepared(2, 3, 4, True))[-1] == f"{B}: commit 2 after 4, joiners []"
 
 
+def test_a_step_that_all_voted_for_and_nobody_saw_committed_counts_as_redone() -> None:
+    job = Job(nodes_max=3)
+    job.running("n0", "n1", "n2")
+    job.exits(C)
+    job.say(A, Prepared(2, 3, 4, True))
+    assert job.say(B, Prepared(2, 3, 4, True))[-1] == f"{B}: commit 2 after 3, joiners []"
+    assert [incident.steps_redone for incident in job.machine.incidents.newest()] == [1]
+
+
 def test_a_step_that_not_all_voted_for_is_redone() -> None:
     job = Job(nodes_max=3)
     job.running("n0", "n1", "n2")
@@ -413,6 +422,20 @@ def test_who_has_seen_the_verdict_knows_whether_the_loop_ends() -> None:
     job.exits(C)
     job.say(A, Prepared(2, 4, 4, True, True))
     assert job.say(B, Prepared(2, 3, 4, True))[-1] == f"{B}: commit 2 after 4, stop"
+
+
+def test_a_step_stays_as_it_was_dealt_only_if_all_who_are_left_have_it_so() -> None:
+    for one, other, words in (
+        (Prepared(2, 4, 4, True, dealt=1), Prepared(2, 4, 4, True, dealt=1), ", as dealt for 1"),
+        (Prepared(2, 4, 4, True, dealt=1), Prepared(2, 4, 5, True, dealt=1), ", as dealt for 1"),
+        (Prepared(2, 4, 4, True, dealt=1), Prepared(2, 4, 4, True), ""),
+        (Prepared(2, 4, 4, True, dealt=1), Prepared(2, 3, 4, True, dealt=1), ""),  # it is about step 4 there
+    ):
+        job = Job(nodes_max=3)
+        job.running("n0", "n1", "n2")
+        job.exits(C)
+        job.say(A, one)
+        assert job.say(B, other)[-1] == f"{B}: commit 2 after 4, joiners []{words}"
 
 
 def test_generations_that_fail_with_nobody_lost_end_the_job() -> None:

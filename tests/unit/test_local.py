@@ -17,8 +17,9 @@ from elastic.config import WorkerConfig
 from elastic.errors import ConfigError
 from elastic.sampler import SlotSampler
 from elastic.session import Session
-from elastic.sync import DiLoCo, NoLoCo, Rounds, StreamingDiLoCo
+from elastic.sync import AsyncLocalSGD, DiLoCo, NoLoCo, Rounds, StreamingDiLoCo
 from elastic.sync.fragments import fragments_of
+from elastic.sync.turns import DelayedNesterov
 from tests.unit.test_session import data, model_and_optimizer
 
 BATCH_SIZE, REPLICAS, EVERY = 2, 3, 4
@@ -162,6 +163,93 @@ def test_a_round_is_what_the_paper_says(size: int, sync: Rounds, clip: float) ->
     assert run.scheduler.last_epoch == sum(counts), "a scheduler takes a step with each local one of one replica"
 
 
+def one_replica(size: int, sync: Rounds, rounds: int) -> tuple[nn.Module, int]:
+    """In plain PyTorch: one replica that takes all local steps of a round; returns the model, and the steps of its schedule."""
+    whole, _ = model_and_optimizer()
+    model, optimizer = model_and_optimizer()
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=3, gamma=0.9)
+    outer: Any
+    if isinstance(sync, AsyncLocalSGD):
+        delay = sync.turns_of_momentum
+        outer = DelayedNesterov(
+            list(whole.parameters()), lr=sync.outer_lr, momentum=sync.momentum, delay=delay, share=sync.share
+        )
+    else:
+        outer = outer_of(sync, whole.parameters())
+    sampler = SlotSampler(size, BATCH_SIZE * sync.local_steps, REPLICAS, 0, True, False)
+    tensors, ticks, begun = data().tensors, 0, copy.deepcopy(whole)
+    turns = sync.turns if isinstance(sync, AsyncLocalSGD) else 1
+    turn = {step for step in range(1, rounds + 1) if step % turns == 0 or step % sampler.steps_per_epoch == 0}
+    for step in range(1, rounds + 1):
+        ids = [sample for slot in range(REPLICAS) for sample in sampler.ids(step, slot)]
+        batches = [ids[start : start + BATCH_SIZE] for start in range(0, len(ids), BATCH_SIZE)]
+        whole_round = max(1, min(sync.local_steps, len(ids) // (BATCH_SIZE * REPLICAS)))
+        for number, batch in enumerate(batches, 1):
+            optimizer.zero_grad()
+            F.cross_entropy(model(tensors[0][batch]), tensors[1][batch]).backward()
+            optimizer.step()
+            for _ in range(whole_round * number // len(batches) - whole_round * (number - 1) // len(batches)):
+                scheduler.step()
+        ticks += whole_round
+        for parameter, start, own in zip(whole.parameters(), begun.parameters(), model.parameters(), strict=True):
+            parameter.grad = (start - own).detach() if step in turn else None
+        outer.step()
+        if step in turn:
+            begun = copy.deepcopy(whole)
+            model.load_state_dict(whole.state_dict())
+    return whole, ticks
+
+
+@pytest.mark.parametrize("size", [24, 43], ids=["whole rounds", "a short last round"])
+@pytest.mark.parametrize(
+    "sync",
+    [
+        DiLoCo(EVERY, dynamic=True),
+        NoLoCo(EVERY, mean_every=1, dynamic=True),
+        AsyncLocalSGD(EVERY, 1),
+        AsyncLocalSGD(EVERY, 2),
+        AsyncLocalSGD(EVERY, 2, outer_lr=0.5, momentum=0.5, delay=3, share=0.2),
+    ],
+    ids=repr,
+)
+def test_dealt_by_speed_a_worker_alone_is_one_replica_that_takes_all_local_steps(size: int, sync: Rounds) -> None:
+    run = Run(size, sync)
+    run.train(3)
+    model, ticks = one_replica(size, sync, 3 * len(run.loader))
+    for mine, theirs in zip(run.model.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert run.batches == 3 * sum(
+        -(-sum(run.loader._engine.sampler.sizes(step)) // BATCH_SIZE) for step in range(1, len(run.loader) + 1)
+    )
+    assert run.scheduler.last_epoch == ticks
+
+
+def test_delayed_nesterov_is_what_the_paper_says() -> None:
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0]))
+    lr, beta, delay, share = 0.7, 0.9, 3, 0.25
+    optimizer = DelayedNesterov([parameter], lr=lr, momentum=beta, delay=delay, share=share)
+    theta, momentum, total = parameter.detach().clone(), torch.zeros(2), torch.zeros(2)
+    for turn in range(7):
+        gradient = torch.tensor([0.1 * (turn + 1), -0.3])
+        parameter.grad = gradient.clone()
+        optimizer.step()
+        total += gradient
+        if (turn + 1) % delay == 0:
+            momentum, total = beta * momentum + total / delay, torch.zeros(2)
+            theta = theta - lr * ((1 - share * delay + share) * beta * momentum + gradient / delay)
+        else:
+            theta = theta - lr * (share * beta * momentum + gradient / delay)
+        torch.testing.assert_close(parameter.detach(), theta)
+    nesterov, plain = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    mine = DelayedNesterov([nesterov], lr=lr, momentum=beta, delay=1, share=0.0)
+    theirs = torch.optim.SGD([plain], lr=lr, momentum=beta, nesterov=True)
+    for turn in range(4):
+        nesterov.grad = plain.grad = torch.tensor([0.2, turn * 0.1])
+        mine.step()
+        theirs.step()
+        torch.testing.assert_close(nesterov, plain)
+
+
 @pytest.mark.parametrize(("quantize", "off"), [("int8", 0.02), ("fp4", 0.3)])
 @pytest.mark.parametrize("fragments", [1, 2])
 def test_what_is_sent_in_few_bits_comes_to_nearly_the_same(quantize: Any, off: float, fragments: int) -> None:
@@ -244,6 +332,12 @@ def test_readers_ahead_give_the_same_batches() -> None:
         (lambda: NoLoCo(mean_every=0), "give at least 1 round"),
         (lambda: NoLoCo(quantize="fp8"), "choose int8 or fp4"),  # type: ignore[arg-type]
         (lambda: Run(24, DiLoCo(4), shard_optimizer=True), "exclude each other"),
+        (lambda: DiLoCo(quantize="fp4", feedback=True, dynamic=True), "leave one out"),
+        (lambda: StreamingDiLoCo(8, 2, overlap=1, dynamic=True), "begins before that is known; leave one out"),
+        (lambda: AsyncLocalSGD(5, 2), "every has to be a multiple of turns"),
+        (lambda: AsyncLocalSGD(delay=-1), "or 0 for as many as there are"),
+        (lambda: AsyncLocalSGD(delay=4, share=0.3), "at most 1 / delay"),
+        (lambda: AsyncLocalSGD(momentum=1.0), "at least 0 and below 1"),
     ],
 )
 def test_what_cannot_be_is_refused_in_words(make: Any, words: str) -> None:

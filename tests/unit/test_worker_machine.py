@@ -30,6 +30,7 @@ from elastic.protocol import (
     AskWorld,
     BuildGroup,
     CollectiveBroke,
+    Dealt,
     DropGroup,
     Effect,
     EnterWorld,
@@ -388,3 +389,23 @@ def test_a_stop_is_of_one_step_and_waits_until_that_is_done_again() -> None:
     feed(newcomer, Heard(Commit(2, 6, (0, 1), stop_after=7, snapshot_generation=1)), AskWorld(), StateReceived(6))
     feed(newcomer, AskVote(7), AskCommit(7, 2, False), Applied(7))
     assert newcomer.stopping
+
+
+def test_how_a_step_is_dealt_is_reported_as_long_as_it_is_that_of_the_next_step() -> None:
+    def dealt(machine: WorkerMachine, generation: int) -> int:
+        feed(machine, Heard(Prepare(plan(generation, PlanKind.FENCE, "a"))))
+        (prepared,) = [e.message for e in feed(machine, GroupStands(generation)) if isinstance(e, Send)]
+        assert isinstance(prepared, Prepared)
+        return prepared.dealt
+
+    machine = founder(6)
+    feed(machine, Dealt(7, 1))
+    assert dealt(machine, 2) == 1
+    feed(machine, Heard(Commit(2, 6, kept_deal=1)))
+    (entered,) = [effect for effect in feed(machine, AskWorld()) if isinstance(effect, EnterWorld)]
+    assert entered.kept_deal == 1
+    assert dealt(machine, 3) == 1, "it is kept, and the next fence comes before the main thread says so again"
+    feed(machine, Heard(Commit(3, 6)), AskWorld())
+    assert dealt(machine, 4) == 0, "the main thread is about to deal it anew"
+    feed(machine, Heard(Commit(4, 6)), AskWorld(), Dealt(7, 4), AskVote(7), AskCommit(7, 4, False), Applied(7))
+    assert dealt(machine, 5) == 0, "that was step 7, and step 8 has not been dealt"

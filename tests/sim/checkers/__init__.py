@@ -7,6 +7,7 @@ workers), forked, agent_ended, persisted, sent (of the controller), over.
 from __future__ import annotations
 
 from tests.sim.checkers.agreement import Agreement
+from tests.sim.checkers.deals import DealtAlike
 from tests.sim.checkers.endings import Endings
 from tests.sim.checkers.exactly_once import ExactlyOnce
 from tests.sim.checkers.fencing import Fencing
@@ -14,7 +15,7 @@ from tests.sim.checkers.ledger_law import LedgerLaw
 from tests.sim.checkers.pairs import Pairs
 from tests.sim.site import Site
 
-Checker = Agreement | Endings | ExactlyOnce | Fencing | LedgerLaw | Pairs
+Checker = Agreement | DealtAlike | Endings | ExactlyOnce | Fencing | LedgerLaw | Pairs
 
 
 def make_checkers(site: Site) -> tuple[Checker, ...]:
@@ -25,4 +26,5 @@ def make_checkers(site: Site) -> tuple[Checker, ...]:
         LedgerLaw(site),
         Endings(site),
         Pairs(),
+        *(() if site.scenario.spec.holds_parts else (DealtAlike(),)),  # parts and rounds exclude each other
     )
