@@ -103,7 +103,7 @@ def tell_of_no_layout(job: Job, found: NoLayout, now: float) -> None:
 
 def site_of(node: Node) -> PlanNode:
     """Return a node as plans name it."""
-    return PlanNode(node.id, node.domain, node.peer_address, node.data_key)
+    return PlanNode(node.id, node.domain, node.peer_address, node.data_key, node.island)
 
 
 def _candidate(job: Job, worker_id: str) -> Candidate:

@@ -49,7 +49,8 @@ def _found(job: Job, ready: list[Worker], now: float) -> None:
         if worker.spec is not None and (difference := worker.spec.difference(spec, with_state=True)):
             end_job(job, "failed", f"worker {worker.id} cannot train with the others: {difference}", now)
             return
-    if job.spec is None and not _fix_job(job, spec, len(ready), now):
+    islands = {job.nodes[worker.node].island or worker.id for worker in ready}
+    if job.spec is None and not _fix_job(job, spec, len(islands) if spec.crews else len(ready), now):
         return
     assert job.spec is not None
     fixed = job.spec
@@ -76,7 +77,11 @@ def _found(job: Job, ready: list[Worker], now: float) -> None:
 
 
 def _fix_job(job: Job, spec: TrainingSpec, workers: int, now: float) -> bool:
-    """Fix slots and virtual replicas for the job's whole life; ends the job where they make no sense."""
+    """Fix slots and virtual replicas for the job's whole life; ends the job where they make no sense.
+
+    Args:
+        workers: at the start; where those of an island train one slot between them, islands.
+    """
     stages = min(spec.stages or workers, workers, len(spec.layers)) if spec.is_pipeline else 1
     width = -(-workers // stages)
     slots = spec.slots or (2 * workers if spec.is_pipeline else workers)

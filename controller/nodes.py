@@ -44,6 +44,7 @@ def agent_attached(job: Job, hello: AgentHello, now: float) -> None:
         worker_address=hello.worker_address,
         heard_at=now,
         domain=dict(hello.labels).get("domain", ""),
+        island=dict(hello.labels).get("island", ""),
         data_key=hello.data_key,
         state="draining" if job.draining.get(hello.node) == hello.incarnation else "attached",
         restarts=known.restarts if known is not None else {},

@@ -91,6 +91,7 @@ class Node:
     worker_address: str
     heard_at: float
     domain: str = ""  # its failure domain; empty: one of its own
+    island: str = ""  # whose workers train one replica between them, with local rounds; empty: each trains one
     data_key: str = ""  # the public CURVE key of its keeper
     state: str = "attached"  # attached, draining, lost, left
     restarts: dict[int, int] = field(default_factory=dict)

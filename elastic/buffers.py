@@ -158,6 +158,11 @@ class CommittedBuffers:
                 kept.copy.copy_(kept.rule(kept.copy, stacked))
         self.restore()
 
+    def adopt(self) -> None:
+        """Make what the modules have the committed copy."""
+        for kept in self._kept:
+            kept.copy.copy_(kept.buffer)
+
     def received(self) -> None:
         """Take over what a joiner was given: the committed copies, and the constants in the modules themselves."""
         self._constants = [(name, buffer, buffer._version) for name, buffer, _ in self._constants]

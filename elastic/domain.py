@@ -42,6 +42,10 @@ class LayerProfile:
     changes_buffers: bool = False
 
 
+WORKERS_MAX = 2**20
+"""More workers than any job has."""
+
+
 @dataclass(frozen=True, slots=True)
 class TrainingSpec:
     """What a worker is about to train; all workers of a job must agree on it."""
@@ -64,6 +68,7 @@ class TrainingSpec:
     memory_bytes: int = 0
     layers: tuple[LayerProfile, ...] = ()
     sync: str = ""
+    crews: bool = False
 
     @property
     def is_pipeline(self) -> bool:
@@ -77,7 +82,9 @@ class TrainingSpec:
 
     @property
     def seats(self) -> int:
-        """How many workers can have something to do, once the slots are fixed: each a slot at some stage."""
+        """How many workers can have something to do, once the slots are fixed: each a slot at some stage, or a part of one."""
+        if self.crews:
+            return WORKERS_MAX
         return self.slots * (self.stages or len(self.layers) or 1)
 
     def difference(self, other: TrainingSpec, *, with_state: bool) -> str:
@@ -219,6 +226,7 @@ class PlanNode:
     domain: str = ""
     peer_address: str = ""
     data_key: str = ""
+    island: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +311,15 @@ class Plan:
     @property
     def slots(self) -> int:
         return len(self.owners)
+
+    def crews(self) -> list[tuple[str, ...]]:
+        """The workers of each island, in the order of their ranks; without an island a worker is one by itself."""
+        islands = {node.node: node.island for node in self.nodes}
+        crews: dict[tuple[str, str], list[str]] = {}
+        for member in self.members:
+            island = islands.get(member.node, "")
+            crews.setdefault((island, "" if island else member.worker), []).append(member.worker)
+        return [tuple(crew) for crew in crews.values()]
 
     def stage_of(self, rank: int) -> int:
         """Number of a rank's stage. Raises ValueError where it has none."""

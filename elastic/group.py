@@ -169,7 +169,7 @@ class Group:
         self._sockets = tuple(sockets)
         self._operation_timeout = timedelta(seconds=operation_timeout_s)
         self._works: set[_Awaited] = set()
-        self._posted: list[object] = []
+        self._posted: list[tuple[int, torch.Tensor, ForeignWork]] = []  # to whom, and what
         self._lock = threading.Lock()
         self._reason: str | None = None
 
@@ -231,6 +231,11 @@ class Group:
     def forget_posted(self, count: int) -> None:
         """Give the memory of the oldest posted messages back: all peers have shown that they received them."""
         del self._posted[:count]
+
+    def forget_posted_to(self, peers: Iterable[int], count: int) -> None:
+        """The same for those of the oldest posted messages that went to these peers, who alone have shown it."""
+        received = frozenset(peers)
+        self._posted[:count] = [message for message in self._posted[:count] if message[0] not in received]
 
     def abort(self, reason: str) -> None:
         """End the group from any thread: every pending operation raises soon, every later one at once.
@@ -297,7 +302,7 @@ class Group:
         return self._keep(_Received(self, mark, data, tensor, receipt))
 
     def _post(self, tensor: torch.Tensor, dst: int, tag: int, kind: _Kind) -> None:
-        self._posted.append((tensor, self._send(tensor, dst, tag, kind)))
+        self._posted.append((dst, tensor, self._send(tensor, dst, tag, kind)))
 
     def _keep(self, work: _Awaited) -> Work:
         self._works.add(work)

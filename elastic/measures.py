@@ -90,6 +90,11 @@ class Measures:
             if weight:
                 self._means[name] = total / weight
 
+    @property
+    def given(self) -> tuple[str, ...]:
+        """Of which the present slot has given a value."""
+        return tuple(self._given)
+
     def mean(self, name: str) -> float:
         """Return the mean over the newest committed step that had values; NaN before."""
         return self._means.get(name, math.nan)

@@ -329,6 +329,25 @@ class Reducer:
         self._forget_exchange()
         return reduced
 
+    def pass_on(self, group: Messages, ranks: Iterable[int], tag: int) -> None:
+        """Send the newest reduced gradient, with all that travels along, to ranks that `receive` it."""
+        for number, (memory, bucket) in enumerate(zip(self._output.buckets, self._buckets, strict=True)):
+            whole = memory[: bucket.size].cpu()
+            for rank in ranks:
+                group.post(whole, rank, tag + number)
+
+    def receive(self, group: Messages, rank: int, tag: int) -> Reduced:
+        """Take part in a sum to which this rank has nothing to give: get what another one has. Raises CollectiveAborted."""
+        arriving = []
+        for number, (memory, bucket) in enumerate(zip(self._output.buckets, self._buckets, strict=True)):
+            whole = memory[: bucket.size]
+            landed = torch.empty_like(whole, device="cpu")
+            arriving.append((group.take(landed, rank, tag + number), landed, whole))
+        for work, landed, whole in arriving:
+            work.wait()
+            whole.copy_(landed)
+        return Reduced(self.output_is_finite(), True, self._output.extras.clone())
+
     def install(self, presence: Sequence[bool]) -> None:
         """Make `p.grad` the reduced gradient, and None where no worker had one.
 

@@ -24,7 +24,7 @@ from elastic.domain import Plan
 from elastic.engine import Engine, Slot
 from elastic.errors import CollectiveAborted, ConfigError, ProtocolError
 from elastic.failpoints import FailPoint, reach, reach_inside
-from elastic.group import Group
+from elastic.group import Group, Messages
 from elastic.memory import SnapshotMemory
 from elastic.progress import ProgressPage
 from elastic.protocol import EnterWorld, LoopEnded, StateSpoilt, Warmed
@@ -302,7 +302,12 @@ class ReplicaEngine(Engine):
 
     def _plan_step(self) -> None:
         assert self.plan is not None and self.group is not None
-        self.reducer.plan(self.group, self._owners(self.step, self.plan), self._empty_slots())
+        group, owners = self._reduction(self.plan, self.group)
+        self.reducer.plan(group, owners, self._empty_slots())
+
+    def _reduction(self, plan: Plan, group: Group) -> tuple[Messages, Sequence[int]]:
+        """Between whom the step is reduced, and which of them computes each slot."""
+        return group, self._owners(self.step, plan)
 
     def _has_more_to_do(self) -> bool:
         return bool(self.reducer.remaining_slots())

@@ -57,7 +57,7 @@ from elastic.replica import Parts, ReplicaEngine
 from elastic.sampler import SlotSampler
 from elastic.seeding import preserved, seed_everything
 from elastic.state import TrainingState
-from elastic.sync import AllReduce, AsyncLocalSGD, NoLoCo, Sync
+from elastic.sync import AllReduce, AsyncLocalSGD, NoLoCo, Sync, takes_crews
 from elastic.sync.diloco import OuterEngine
 from elastic.sync.noloco import SPREAD, PairEngine
 from elastic.sync.turns import TurnEngine
@@ -454,6 +454,7 @@ class Session:
                 state_digest=state.digest_model(),
                 shard_optimizer=parts.shards_optimizer,
                 sync="" if isinstance(sync, AllReduce) else repr(sync),
+                crews=takes_crews(sync),
                 **self._common_spec(loader, spec, mode),
             )
         )

@@ -45,13 +45,11 @@ def make_plan(
     finished some of the interrupted step. All other worlds begin at a boundary and are dealt afresh. `layout` is how a
     pipeline is cut, `blends` how lost layers of it are made from others (None: no stage is lost), `rebuilt` which were not
     long ago. `nodes` are those of the members, and `redundancy` the data and parity shards that snapshots of this world are
-    protected with; none if there are too few nodes for it. Raises ValueError without members or
-    with more members than slots, which the caller must have prevented.
+    protected with; none if there are too few nodes for it. With more members than slots some have none of their own, as the
+    workers of an island. Raises ValueError without members, which the caller must have prevented.
     """
     if not members:
         raise ValueError("a world needs at least one member")
-    if layout is None and len(members) > slots:
-        raise ValueError(f"{len(members)} members cannot share {slots} slots")
     names = [candidate.worker for candidate in members]
     if layout is not None:
         owners: Sequence[str] = [names[rank] for rank in layout.owners]

@@ -183,7 +183,7 @@ agent_settings = together(
     click.option("--share-memory/--no-share-memory", default=True, show_default=True,
                  help="Let workers of this node read each other's gradients in shared memory."),
     snapshot_memory,
-    click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label of this node."),
+    click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label of this node (domain=..., island=...)."),
     click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as in python -m."),
 )  # fmt: skip
 

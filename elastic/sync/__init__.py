@@ -248,6 +248,11 @@ Rounds = DiLoCo | StreamingDiLoCo | NoLoCo | AsyncLocalSGD
 Sync = AllReduce | Rounds
 
 
+def takes_crews(sync: Sync) -> bool:
+    """Whether several workers of an island can train one replica between them."""
+    return not isinstance(sync, AllReduce | NoLoCo) and sync.dynamic
+
+
 def _check_common(sync: Rounds) -> None:
     name = type(sync).__name__
     if sync.every < 1:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from elastic.domain import Plan, PlanKind
 from elastic.sampler import SlotSampler
-from elastic.sync.deals import Deals, DealtSampler, deadline_s, deal
+from elastic.sync.deals import Deals, DealtSampler, crew_of, deadline_s, deal, named
 
 
 class Dealer:
@@ -47,16 +47,17 @@ class Dealer:
         Args:
             kept: after a fault, the world as dealt for which all who are left have this round; 0 if they do not agree.
         """
-        dealt, members = self.deals.present, [member.worker for member in plan.members]
+        dealt = self.deals.present
         is_old = dealt is not None and dealt.step == step
         if dealt is not None and is_old:
             if dealt.generation == plan.generation:
                 return False
             if plan.kind is PlanKind.FENCE and dealt.generation == kept:
                 # Nothing may be owed at the end of an epoch: then others compute what was lost.
-                self.deals.present = dealt if self.is_last(step) else dealt.among(members)
+                self.deals.present = dealt if self.is_last(step) else dealt.among(plan.workers())
                 return False
-        self.deals.present = deal(self.deals.books, members, self.sampler, plan.generation, self._batch_size)
+        crews = [named(crew) for crew in plan.crews()]
+        self.deals.present = deal(self.deals.books, crews, self.sampler, plan.generation, self._batch_size)
         return is_old
 
     @property
@@ -69,13 +70,34 @@ class Dealer:
         self.deals.present = None
 
     def owners(self, plan: Plan, step: int) -> tuple[int, ...]:
-        """Return the rank that computes each slot of the round in progress, or of the newest one, in a world."""
+        """Return the rank that computes each slot of the round in progress, or of the newest one, in a world.
+
+        Of a crew that is the first one; what a lost one had, if others compute it, is dealt to all in turn.
+        """
         books, dealt = self.deals.books, self.deals.present
         workers = dealt.workers if dealt is not None and dealt.step == step else books.workers
         if not workers:
             return plan.owners  # nothing has been dealt yet, or this worker is yet to be told
+        crews = (self._ranks(plan, name) for name in workers)
+        return tuple(ranks[0] if ranks else slot % plan.world_size for slot, ranks in enumerate(crews))
+
+    def place_of(self, worker: str, step: int) -> tuple[int, str] | None:
+        """Return the slot of the round in progress that a worker trains, and as whose replica; None if it has none."""
+        dealt = self.deals.present
+        slot = dealt.slot_of(worker) if dealt is not None and dealt.step == step else None
+        return None if slot is None or dealt is None else (slot, dealt.workers[slot])
+
+    def _ranks(self, plan: Plan, name: str) -> tuple[int, ...]:
+        """The ranks of a crew, in its order; none unless all of it is there."""
         ranks = {member.worker: member.rank for member in plan.members}
-        return tuple(ranks.get(worker, slot % plan.world_size) for slot, worker in enumerate(workers))
+        crew = crew_of(name)
+        return tuple(ranks[worker] for worker in crew) if all(worker in ranks for worker in crew) else ()
+
+    def crews(self, plan: Plan, step: int) -> list[tuple[int, ...]]:
+        """Return the ranks of each crew that trains a replica in the round in progress."""
+        dealt = self.deals.present
+        workers = dealt.workers if dealt is not None and dealt.step == step else ()
+        return [ranks for name in workers if (ranks := self._ranks(plan, name))]
 
     def is_last(self, step: int) -> bool:
         """Whether an epoch ends with a round: then nobody owes anything."""

@@ -4,6 +4,9 @@ A round has as many samples as ever. They are dealt to its replicas, one for eac
 updates: arXiv 2401.09135, section 5). What a replica does not come to (it was lost, or late) is owed, and dealt with the next
 round: so each sample is used once, by whoever it was. Replicas keep their numbers (slots) as long as their workers live.
 
+Where several workers train a replica between them (an island), they are a crew, which has a slot as long as it has the same
+members.
+
 Everything here follows from what a step leaves behind on all workers alike, from the plan, and from the sampler. This file must
 never know a clock.
 """
@@ -22,6 +25,17 @@ PATIENCE = 0.25
 PATIENCE_S = 0.5
 """... and by how much, in any case."""
 NOBODY = ""
+_BETWEEN = "\n"
+
+
+def named(crew: Sequence[str]) -> str:
+    """Return how the workers of a replica are called together; one alone is called as it is."""
+    return _BETWEEN.join(crew)
+
+
+def crew_of(name: str) -> tuple[str, ...]:
+    """The inverse of `named`."""
+    return tuple(name.split(_BETWEEN)) if name else ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +44,7 @@ class Deal:
 
     Attributes:
         step: the round. generation: the world that it was dealt for.
-        workers: whose replica each slot is; NOBODY where there is none.
+        workers: whose replica each slot is (a crew, as it is `named`); NOBODY where there is none.
         sizes: samples of each slot.
         forgone: slots whose replicas are lost with what they had used and never reported.
         absent: slots that were lost after the round was dealt.
@@ -44,12 +58,12 @@ class Deal:
     absent: tuple[int, ...] = ()
 
     def slot_of(self, worker: str) -> int | None:
-        """Return the slot that is this worker's replica; None if none is."""
-        return self.workers.index(worker) if worker in self.workers else None
+        """Return the slot of the replica that this worker trains, if need be with others; None if there is none."""
+        return next((slot for slot, name in enumerate(self.workers) if worker in crew_of(name)), None)
 
-    def among(self, members: Collection[str]) -> Deal:
-        """Return the deal where of its workers only members are left."""
-        lost = (slot for slot, worker in enumerate(self.workers) if worker != NOBODY and worker not in members)
+    def among(self, workers: Collection[str]) -> Deal:
+        """Return the deal where only these workers are left: a crew that has lost one has lost all."""
+        lost = (slot for slot, name in enumerate(self.workers) if not set(crew_of(name)) <= set(workers))
         return replace(self, absent=tuple(lost))
 
 
@@ -88,7 +102,7 @@ def deal(books: Books, members: Sequence[str], sampler: DealtSampler, generation
     """Deal the next round by the speed of its members.
 
     Args:
-        books: as of the round before. members: workers of the world, in order of rank; those beyond the slots get nothing.
+        books: as of the round before. members: crews of the world, as they are `named`; those beyond the slots get nothing.
         sampler: of the rounds. generation: of the world. batch_size: of a local step.
     """
     step = books.step + 1

@@ -11,6 +11,9 @@ replica goes to another worker.
 With `dynamic` a round is dealt by speed (`dealer.py`): then a worker has one replica, which may take more or fewer local steps
 than others, and what a lost one has computed is not computed again, but dealt with the next round.
 
+There, several workers of an island may train one replica between them (`crew.py`): each computes a share of each local step, and
+the first one gives what the replica has moved.
+
 With an overlap the sum of a round is made while the first local steps of the next one are taken: a worker then runs ahead of
 what is committed, by part of a slot, which is thrown away if the world breaks meanwhile. This file must never let local
 parameters be taken for committed ones.
@@ -39,19 +42,24 @@ from elastic.domain import Plan
 from elastic.engine import Slot
 from elastic.errors import CollectiveAborted, ConfigError
 from elastic.failpoints import FailPoint, reach_inside
+from elastic.group import Group, GroupPart, Messages
 from elastic.measures import EXTRAS
 from elastic.memory import SnapshotMemory
-from elastic.protocol import Dealt
+from elastic.protocol import CollectiveBroke, Dealt
 from elastic.reduction import Reduced, Reducer
 from elastic.replica import Parts, ReplicaEngine
 from elastic.sampler import SlotSampler
 from elastic.snapshots import SnapshotId, share_of
 from elastic.state import TrainingState
-from elastic.sync import Rounds
+from elastic.sync import Rounds, takes_crews
+from elastic.sync.crew import Crew
 from elastic.sync.dealer import Dealer
+from elastic.sync.deals import NOBODY, crew_of
 
 OUTER = "outer"
 """What an outer optimizer is called in the training state."""
+TAG_PASS = 0x05357000
+"""Apart from the tags of anything else on the same group; as many follow as there are buckets."""
 THROWAWAY = -1
 """Nobody's replica: what is learnt of it is forgotten."""
 
@@ -87,6 +95,12 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         self._done = 0  # local steps that the slot in progress has had
         self._is_cut_short = False  # it ends with these, since the others wait
         self._used = 0  # samples of them
+        self._batch = 0  # samples of the one in progress, with those of the crew
+        self._crew: Crew | None = None  # with whom this worker trains its replica, if not by itself
+        self._name = NOBODY  # what the replica's workers are called together
+        self._met_in = 0  # the generation in which they have last agreed on how far they are
+        self._reached = (0, 0)  # round, local steps: how far that is here
+        self._ended_round = 0  # the newest one whose local steps this worker has ended
         self._ticks = 1  # steps of schedules that go with the newest one
         self._is_real = False  # whether it is a replica of the round, and not one that is thrown away
         self._is_void = False  # the world has changed in the middle of it: it is complete, another worker's, or too early
@@ -143,7 +157,12 @@ class LocalEngine(ReplicaEngine, abc.ABC):
 
     def pieces(self, step: int, slot: int) -> list[tuple[int, tuple[int, ...]]]:
         if self._dealer is not None:
-            return self._dealer.pieces(step, slot)
+            batches = self._dealer.pieces(step, slot)
+            crew = self._crew if slot == self._crew_slot() else None
+            # One without a share computes some sample for nothing.
+            return batches if crew is None else [
+                (place * crew.size + crew.number, crew.share(ids) or ids[:1]) for place, ids in batches
+            ]
         ids = self.sampler.ids(step, slot)
         count = self._count_of(step)  # alike for all slots, so that schedulers are, too
         shares = [share_of(len(ids), number, count) for number in range(count)]
@@ -187,7 +206,9 @@ class LocalEngine(ReplicaEngine, abc.ABC):
 
     def _open_slot(self, slot: Slot) -> Slot:
         """A slot begins: with the committed parameters, and what this worker has of its replica."""
-        self._is_real = slot.counts and (slot.step > self.step or slot.slot in self.reducer.remaining_slots())
+        self._is_real = slot.counts and (
+            slot.step > self.step or slot.slot in self.reducer.remaining_slots() or self._is_with_crew(slot)
+        )
         self._is_void = self._has_given = False
         self._take(self._start_of(slot.slot) if self._is_real else self._phi)
         if slot.counts:
@@ -198,6 +219,8 @@ class LocalEngine(ReplicaEngine, abc.ABC):
             self._dealer.begin(slot.step, time.monotonic())
         self.buffers.begin_slot()
         self.measures.begin_slot(len(slot.ids))
+        if self._crew is not None and self._is_with_crew(slot):
+            self._crew.begin_replica()
         return self._open_piece(slot)
 
     def _open_piece(self, slot: Slot) -> Slot:
@@ -206,6 +229,11 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         self.clips = []
         place, ids = self.pieces(slot.step, slot.slot)[self._done]
         self.slot = replace(slot, ids=ids, place=place)
+        self._batch = len(ids)
+        if self._crew is not None and self._is_with_crew(slot):
+            assert self._dealer is not None
+            self._batch = len(self._dealer.pieces(slot.step, slot.slot)[self._done][1])
+            self._crew.begin_step(self._batch)
         return self.slot
 
     def _begin_schedules(self, step: int) -> None:
@@ -243,7 +271,10 @@ class LocalEngine(ReplicaEngine, abc.ABC):
     def measure(self, name: str, value: float, call: str) -> None:
         """Take a local step's value: a slot's is the mean over its local steps."""
         self._refuse_outside_the_slot(call)
-        self._given.setdefault(name, []).append(value)
+        if self._crew is not None and self.slot is not None and self._is_with_crew(self.slot):
+            self._crew.measures.give(name, value)
+        else:
+            self._given.setdefault(name, []).append(value)
 
     def weigh(self, weight: float) -> None:
         """Refused. Raises ConfigError."""
@@ -266,20 +297,25 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         if not slot.counts:
             self._say_warm()
         self.snapshots.finish()  # what is being captured are the committed parameters
+        is_with_crew = self._is_with_crew(slot)
+        if is_with_crew and not self._join_crew():
+            return
         for deed in (*self.before_clipping, *self.clips, *self.inner_steps):
             deed()
         for parameter in self.parts.parameters:
             parameter.grad = None
         self._done += 1
-        self._used += len(slot.ids)
-        if self._dealer is not None and slot.counts and self._dealer.stepped(time.monotonic()):
+        self._used += self._batch
+        if is_with_crew:
+            self._leave_step()
+        elif self._dealer is not None and slot.counts and self._dealer.stepped(time.monotonic()):
             self._is_cut_short = True
         self._ticks = self._ticks_of(slot)
         if self._is_ahead() and self._done >= min(self.overlap, self._steps_of(slot) - 1) and self._commit_step():
             self._end_round_in_slot()
         if not slot.counts or self._done < self._steps_of(slot) or self._is_ahead():
             return
-        if slot.slot in self.reducer.remaining_slots() and not self._is_void:
+        if (slot.slot in self.reducer.remaining_slots() or self._is_with_crew(slot)) and not self._is_void:
             self._end_replica(slot)
         if self.reducer.remaining_slots():  # as it is now: the world may have changed in the middle of the slot
             return
@@ -296,11 +332,14 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         weight = self._weight_of(slot)
         if self._dealer is not None:
             self.measures.resize(self._used)
-        self.reducer.begin_slot(slot.slot)
+        gives = slot.slot in self.reducer.remaining_slots()
+        if gives:
+            self.reducer.begin_slot(slot.slot)
         with torch.no_grad():
             self._contribute(slot.slot, weight)
-        self._end_slot()
-        self._has_given = True
+        if gives:
+            self._end_slot()
+        self._has_given, self._ended_round = True, slot.step
         self._restore_parameters()
 
     def _ticks_of(self, slot: Slot) -> int:
@@ -335,6 +374,127 @@ class LocalEngine(ReplicaEngine, abc.ABC):
     def _owners(self, step: int, plan: Plan) -> Sequence[int]:
         return super()._owners(step, plan) if self._dealer is None else self._dealer.owners(plan, step)
 
+    # -- a replica of several workers ----------------------------------------------------------------------------------
+
+    def _crew_slot(self) -> int | None:
+        """The slot of the round in progress that this worker trains with others; None if it trains by itself."""
+        if self._crew is None or self._dealer is None:
+            return None
+        place = self._dealer.place_of(self.coordinator.settings.worker, self.step)
+        return None if place is None else place[0]
+
+    def _is_with_crew(self, slot: Slot) -> bool:
+        """Whether a slot is trained with others, and not yet to its end."""
+        return slot.counts and self._ended_round < slot.step == self.step and slot.slot == self._crew_slot()
+
+    def _arrange_crew(self, plan: Plan) -> None:
+        """Take up with whom this worker trains its replica, as the round is dealt."""
+        dealer = self._dealer
+        if dealer is None:
+            if any(len(crew) > 1 for crew in plan.crews()):
+                raise ConfigError(
+                    f"nodes have the label island=..., and with {self.sync} each worker is a replica: pass dynamic=True to "
+                    "DiLoCo or StreamingDiLoCo, use AsyncLocalSGD, or leave the label out"
+                )
+            return
+        place = dealer.place_of(self.coordinator.settings.worker, self.step)
+        name = NOBODY if place is None else place[1]
+        crew = crew_of(name)
+        if len(crew) > 1 and not takes_crews(self.sync):
+            raise ConfigError(f"nodes have the label island=..., and pairs of {self.sync} are of workers: leave the label out")
+        if name != self._name:
+            self._name, self._learnt = name, {}
+            self._forget_replicas()  # all members begin with the same
+            if self._crew is not None:
+                self._crew.close()
+            self._crew = None
+            if len(crew) > 1:
+                number = crew.index(self.coordinator.settings.worker)
+                self._crew, self._met_in = Crew(crew, number, self.parts, self._make_reducer), 0
+        if self._crew is not None and not set(crew) <= plan.workers():
+            self._crew.forget_step()  # it is lost with whom it has lost
+
+    def _must_settle(self) -> bool:
+        return self._met_in != self._generation and self._crew_ranks() != ()
+
+    def _settle_state(self, joins: bool) -> None:
+        """All members of the crew say how far they are. Raises CollectiveAborted."""
+        assert self._crew is not None and self.group is not None
+        step, done = self._reached
+        self._crew.enter(self.group, self._crew_ranks(), done if step == self.step else 0)
+        self._met_in = self._generation
+
+    @property
+    def _generation(self) -> int:
+        return 0 if self.plan is None else self.plan.generation
+
+    def _crew_ranks(self) -> tuple[int, ...]:
+        """The ranks of the crew, if all of it is in the present world."""
+        if self._crew is None or self.plan is None:
+            return ()
+        ranks = {member.worker: member.rank for member in self.plan.members}
+        workers = self._crew.workers
+        return tuple(ranks[worker] for worker in workers) if all(worker in ranks for worker in workers) else ()
+
+    def _join_crew(self) -> bool:
+        """Make the gradient of a local step that of all members; returns False if the replica is lost meanwhile."""
+        crew, dealer = self._crew, self._dealer
+        assert crew is not None and dealer is not None
+        crew.end_step(is_late=dealer.stepped(time.monotonic()))
+        while not crew.must_apply:
+            try:
+                with self._waiting():
+                    crew.reduce()
+                break
+            except CollectiveAborted as error:
+                self.coordinator.feed(CollectiveBroke(str(error)))
+            self._settle()
+            if self._is_void or self._crew is not crew:
+                crew.forget_step()
+                return False
+        self._is_cut_short |= crew.take()
+        for name in crew.measures.given:
+            self._given.setdefault(name, []).append(crew.measures.mean(name))
+        return True
+
+    def _leave_step(self) -> None:
+        """A local step has been taken, which all members take."""
+        assert self._crew is not None
+        self._crew.forget_step()
+        self._reached = self.step, self._done
+
+    def _reducers_ranks(self) -> tuple[int, ...]:
+        """Who sums up the round: the first of each crew; () if these are all."""
+        assert self._dealer is not None and self.plan is not None
+        crews = self._dealer.crews(self.plan, self.step)
+        if all(len(crew) == 1 for crew in crews) and len(crews) == self.plan.world_size:
+            return ()
+        return tuple(crew[0] for crew in crews) or (0,)
+
+    def _reduction(self, plan: Plan, group: Group) -> tuple[Messages, Sequence[int]]:
+        if self._dealer is None or not (first := self._reducers_ranks()):
+            return super()._reduction(plan, group)
+        owners = self._owners(self.step, plan)
+        if self.rank not in first:
+            return GroupPart(group, (self.rank,)), [1] * len(owners)  # it has nothing to give
+        return GroupPart(group, first), [first.index(rank) if rank in first else 0 for rank in owners]
+
+    def _sources(self, first: Sequence[int]) -> dict[int, int]:
+        """From whom each rank that does not sum up itself gets the sum."""
+        assert self._dealer is not None and self.plan is not None
+        of_crew = {rank: crew[0] for crew in self._dealer.crews(self.plan, self.step) for rank in crew}
+        ranks = (rank for rank in range(self.plan.world_size) if rank not in first)
+        return {rank: of_crew.get(rank, first[0]) for rank in ranks}
+
+    def _reduce_by_crews(self, first: Sequence[int]) -> Reduced:
+        assert self.group is not None
+        sources = self._sources(first)
+        if self.rank not in first:
+            return self.reducer.receive(self.group, sources[self.rank], TAG_PASS)
+        reduced = super()._reduce()
+        self.reducer.pass_on(self.group, [rank for rank, source in sources.items() if source == self.rank], TAG_PASS)
+        return reduced
+
     # -- the next round, while the sum of this one is made -------------------------------------------------------------
 
     def _ahead(self) -> Slot | None:
@@ -358,10 +518,18 @@ class LocalEngine(ReplicaEngine, abc.ABC):
 
     def _choose(self) -> Slot:
         ahead = self._ahead() if self._flight is not None else None
-        return super()._choose() if ahead is None else ahead
+        if ahead is not None:
+            return ahead
+        mine, remaining = self._crew_slot(), self.reducer.remaining_slots()
+        is_next = mine not in remaining or remaining[0] == mine  # else the sum needs another one first
+        if mine is not None and is_next and self._ended_round < self.step and (ids := self.sampler.ids(self.step, mine)):
+            return Slot(self.step, mine, ids, counts=True, is_last=False)
+        return super()._choose()
 
     def _reduce(self) -> Reduced:
         flight, self._flight = self._flight, None
+        if self._dealer is not None and (first := self._reducers_ranks()):
+            return self._reduce_by_crews(first)
         return super()._reduce() if flight is None else flight.land()
 
     def _end_round_in_slot(self) -> None:
@@ -428,12 +596,18 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         if self._dealer is not None and self.coordinator.machine.has_state:
             is_dealt_anew = self._dealer.take_up(self.plan, self.step, self._kept_deal)
             self.coordinator.feed(Dealt(self.step, self._dealer.generation))
+            if is_dealt_anew:
+                self._ended_round = min(self._ended_round, self.committed)
+        self._arrange_crew(self.plan)
         super()._plan_step()
         if is_dealt_anew:  # what was computed of it is of no use
             self.reducer.clear()
-            self._is_void = True
+            self._is_void, self._reached = True, (0, 0)
         own = set(self.recorded_slots(self.step, self.plan, self.rank))
         again = set(self.reducer.remaining_slots())
+        if (mine := self._crew_slot()) is not None:
+            own.add(mine)
+            again |= set() if self._ended_round == self.step or not self.sampler.sizes(self.step)[mine] else {mine}
         self._learnt = {slot: learnt for slot, learnt in self._learnt.items() if slot in own}
         self._keep_replicas(own, again)
         slot = self.slot

@@ -76,6 +76,7 @@ class TrainingSpec(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     LAYERS_FIELD_NUMBER: _builtins.int
     SYNC_FIELD_NUMBER: _builtins.int
+    CREWS_FIELD_NUMBER: _builtins.int
     slots: _builtins.int
     """Requested micro-batches per global batch; 0: the number of replicas at the start."""
     virtual_replicas: _builtins.int
@@ -110,6 +111,8 @@ class TrainingSpec(_message.Message):
     """What a worker has for the state and the activations of its layers; 0: enough."""
     sync: _builtins.str
     """How replicas agree, with its settings; empty: on the gradient of every step."""
+    crews: _builtins.bool
+    """Workers of an island train one slot between them."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedCompositeFieldContainer[Global___LayerProfile]:
         """Of a pipeline, as measured by this worker before it trained."""
@@ -135,10 +138,11 @@ class TrainingSpec(_message.Message):
         memory_bytes: _builtins.int = ...,
         layers: _abc.Iterable[Global___LayerProfile] | None = ...,
         sync: _builtins.str = ...,
+        crews: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "data_digest", b"data_digest", "dataset_size", b"dataset_size", "drop_last", b"drop_last", "layers", b"layers", "layout_digest", b"layout_digest", "memory_bytes", b"memory_bytes", "numerics", b"numerics", "reduction", b"reduction", "schedule", b"schedule", "seed", b"seed", "shard_optimizer", b"shard_optimizer", "shuffle", b"shuffle", "slots", b"slots", "stages", b"stages", "state_digest", b"state_digest", "sync", b"sync", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size", b"batch_size", "crews", b"crews", "data_digest", b"data_digest", "dataset_size", b"dataset_size", "drop_last", b"drop_last", "layers", b"layers", "layout_digest", b"layout_digest", "memory_bytes", b"memory_bytes", "numerics", b"numerics", "reduction", b"reduction", "schedule", b"schedule", "seed", b"seed", "shard_optimizer", b"shard_optimizer", "shuffle", b"shuffle", "slots", b"slots", "stages", b"stages", "state_digest", b"state_digest", "sync", b"sync", "virtual_replicas", b"virtual_replicas"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -599,6 +603,7 @@ class PlanNode(_message.Message):
     DOMAIN_FIELD_NUMBER: _builtins.int
     PEER_ADDRESS_FIELD_NUMBER: _builtins.int
     DATA_KEY_FIELD_NUMBER: _builtins.int
+    ISLAND_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     domain: _builtins.str
     """Its failure domain (--label domain=...); empty: one of its own."""
@@ -606,6 +611,8 @@ class PlanNode(_message.Message):
     """HOST:PORT of its agent's peer service."""
     data_key: _builtins.str
     """Public CURVE key of its keeper of snapshots; empty where the job has no join token."""
+    island: _builtins.str
+    """Whose workers train one replica between them (--label island=...); empty: each one of its own."""
     def __init__(
         self,
         *,
@@ -613,10 +620,11 @@ class PlanNode(_message.Message):
         domain: _builtins.str = ...,
         peer_address: _builtins.str = ...,
         data_key: _builtins.str = ...,
+        island: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "domain", b"domain", "node", b"node", "peer_address", b"peer_address"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_key", b"data_key", "domain", b"domain", "island", b"island", "node", b"node", "peer_address", b"peer_address"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from elastic.records import read_record
-from tests.e2e.jobs import Job, members_of, pids_of
+from tests.e2e.jobs import Job, Status, members_of, pids_of
 from tests.e2e.test_pipelines import finish
 from tests.e2e.train_dynamic import BATCH_SIZE, EVERY, SAMPLES
 
@@ -86,3 +86,57 @@ def test_a_worker_that_stands_still_for_a_while_is_not_waited_for(job: Job) -> N
     assert dealt[4] == dealt[5] == 3 * EVERY * BATCH_SIZE
     assert dealt[6] == dealt[4] + late[0]["dealt_samples"] - late[0]["taken_samples"]
     assert_each_sample_was_used_once(record, max(line["epoch"] for line in lines) + 1)
+
+
+def numbers_of(nodes: dict[str, int], sync: str) -> tuple[list[float], Status]:
+    """Train with one island of these nodes, by their workers; returns the model's numbers, and the job's summary."""
+    with Job() as job:
+        job.let_go()
+        out = job.folder / "numbers"
+        train = ("--log", job.folder / "log", "--go", job.folder / "go", "--sync", sync, "--plain", "--slots", 1, "--out", out)
+        job.controller("--nnodes", len(nodes))
+        for node, workers in nodes.items():
+            job.agent(node, workers, "--label", "island=x", train=(*train, "--pause-ms", 0), script=SCRIPT)
+        assert job.ended(job.started["controller"]).code == 0, job.said("controller")
+        return json.loads(out.read_text()), job.summary()
+
+
+@pytest.mark.parametrize("sync", ["diloco", "async"])
+def test_the_workers_of_an_island_train_what_one_worker_would(sync: str) -> None:
+    alone, summary = numbers_of({"a": 1}, sync)
+    together, other = numbers_of({"a": 2, "b": 1}, sync)
+    assert together == pytest.approx(alone, rel=1e-3, abs=1e-5)
+    assert other["step"] == summary["step"] and other["samples"] == summary["samples"] == SAMPLES
+
+
+def test_islands_lose_members_and_get_them_back_and_each_sample_is_used_once(job: Job) -> None:
+    """Its local steps of the round are lost with a member of an island, and dealt again; those of other islands go on."""
+    record = job.folder / "record"
+    train = ("--log", job.folder / "log", "--go", job.folder / "go", "--sync", "streaming")
+    job.controller("--nnodes", 3, "--max-restarts", 20)
+    for node, island in (("a", "x"), ("b", "y"), ("c", "")):
+        label = ("--label", f"island={island}") if island else ()
+        job.agent(node, 2 if island else 1, *label, "--record-samples", record, train=train, script=SCRIPT)
+    after = job.wait_for_world(5, beyond_step=2)
+    for victim in ("a/1", "b/0", "c/0", "a/0"):
+        before = job.wait_for_world(5, beyond_step=after["step"] + 1)
+        job.kill(next(worker["pid"] for name, worker in members_of(before).items() if name.startswith(victim)))
+        after = job.wait_for_world(5, beyond_step=before["step"] + 2)
+        assert len(pids_of(before) & pids_of(after)) == 4
+    summary = finish(job, "controller")
+    lines = lines_of(job)
+    epochs = max(line["epoch"] for line in lines) + 1
+    assert_each_sample_was_used_once(record, epochs)
+    assert summary["samples"] == epochs * SAMPLES
+    by_step: dict[int, set[str]] = {}
+    for line in lines:
+        by_step.setdefault(line["step"], set()).add(f"{line['digest']} {line['lr']} {line['loss']}")
+    assert all(len(found) == 1 for found in by_step.values())
+
+
+def test_islands_need_rounds_that_are_dealt_by_speed(job: Job) -> None:
+    train = ("--diloco", 5, "--slots", 4, "--epochs", 1)
+    job.controller("--nnodes", 1)
+    job.agent("a", 2, "--label", "island=x", train=train)
+    done = job.ended(job.started["controller"])
+    assert done.code == 1 and "pass dynamic=True" in done.err, done.err

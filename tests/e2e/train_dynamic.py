@@ -41,18 +41,22 @@ def main() -> None:
     parser.add_argument("--slow-rank", type=int, default=-1, help="whose pauses are four times as long")
     parser.add_argument("--stall-at", type=int, default=0, help="round in which the last rank's pauses are STALL_S")
     parser.add_argument("--stall-s", type=float, default=0.0)
+    parser.add_argument("--plain", action="store_true", help="without batch norm, which sees a worker's share of a batch")
+    parser.add_argument("--slots", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="where to write the model's numbers at the end")
     arguments = parser.parse_args()
     session = elastic.join()
     torch.manual_seed(1)
     inputs = torch.randn(SAMPLES, 6)
     targets = torch.sin(inputs.sum(1, keepdim=True)) + 0.3 * torch.randn(SAMPLES, 1)
     hidden = nn.ModuleList([nn.Linear(6, 8), nn.Linear(8, 8)])
-    model: Any = nn.Sequential(hidden[0], nn.Tanh(), hidden[1], nn.BatchNorm1d(8), nn.Linear(8, 1))
+    norm = nn.Identity() if arguments.plain else nn.BatchNorm1d(8)
+    model: Any = nn.Sequential(hidden[0], nn.Tanh(), hidden[1], norm, nn.Linear(8, 1))
     optimizer: Any = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.5)
     scheduler: Any = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9999)
     loader: Any = DataLoader(TensorDataset(inputs, targets), batch_size=BATCH_SIZE, shuffle=True)
     model, optimizer, scheduler, loader = session.prepare(
-        model, optimizer, scheduler, loader, slots=3, sync=SYNCS[arguments.sync]
+        model, optimizer, scheduler, loader, slots=arguments.slots, sync=SYNCS[arguments.sync]
     )
     engine: Any = session._engine
     arguments.log.mkdir(parents=True, exist_ok=True)
@@ -92,6 +96,8 @@ def main() -> None:
                     log.flush()
                     since = now
     session.close()
+    if arguments.out and session.is_main:
+        arguments.out.write_text(json.dumps([value for p in model.parameters() for value in p.detach().flatten().tolist()]))
 
 
 if __name__ == "__main__":

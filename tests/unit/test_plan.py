@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from elastic.domain import Member, Plan, PlanKind
+from elastic.domain import Member, Plan, PlanKind, PlanNode
 from recovery.plan import Candidate, make_plan
 
 
@@ -49,8 +49,13 @@ def test_a_switch_begins_at_a_boundary_and_deals_afresh() -> None:
     assert make("a", "b", "c", kind=PlanKind.SWITCH, before=before).owners == (0, 0, 1, 1, 2, 2)
 
 
-def test_a_world_has_members_and_not_more_than_slots() -> None:
+def test_a_world_has_members_and_some_may_have_no_slot() -> None:
     with pytest.raises(ValueError, match="at least one member"):
         make()
-    with pytest.raises(ValueError, match="2 members cannot share 1 slots"):
-        make("a", "b", slots=1)
+    assert make("a", "b", "c", "d", slots=3).owners == (0, 1, 2)
+
+
+def test_the_workers_of_an_island_are_a_crew() -> None:
+    sites = [PlanNode("n0", island="x"), PlanNode("n1"), PlanNode("n2", island="x")]
+    members = tuple(Member(worker, node) for worker, node in (("a", "n0"), ("b", "n1"), ("c", "n1"), ("d", "n2"), ("e", "n0")))
+    assert Plan(members=members, nodes=tuple(sites)).crews() == [("a", "d", "e"), ("b",), ("c",)]
