@@ -38,6 +38,8 @@ class FailPoint(StrEnum):
     STATE_FOLLOWING = "state-following"
     """There, while the state of their optimizers follows and the next step is computed."""
 
+    LOCAL_STEP = "local-step"
+    """In a pipeline whose workers train by themselves for some steps: one of these is over."""
     PAIR_EXCHANGING = "pair-exchanging"
     """With `sync=NoLoCo(...)`: what the partner needs is on its way, and what it gives is not here."""
 

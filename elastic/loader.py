@@ -107,7 +107,7 @@ class _Foresight:
             pieces = [piece for slot in mine for piece in self._engine.pieces(step, slot)]
             if not pieces:
                 return
-            for place, ids in pieces:
+            for place, ids in sorted(pieces):  # a pipeline takes those of several slots in turn
                 if ids and (step, place) > self.begin[:2]:
                     yield [(step, place, ids)]
 

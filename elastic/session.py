@@ -48,6 +48,7 @@ from elastic.pipeline.api import Pipeline, Split, autocast_of, split_batch
 from elastic.pipeline.engine import Parts as PipelineParts
 from elastic.pipeline.engine import PipelineEngine
 from elastic.pipeline.layers import Layers, OptimizerFactory, SchedulerFactory
+from elastic.pipeline.rounds import Inner, RoundsEngine, outer_of
 from elastic.pipeline.survey import REPETITIONS, Survey, survey
 from elastic.progress import ProgressPage
 from elastic.protocol import Register, UserCodeRaised, Warmed
@@ -57,7 +58,7 @@ from elastic.replica import Parts, ReplicaEngine
 from elastic.sampler import SlotSampler
 from elastic.seeding import preserved, seed_everything
 from elastic.state import TrainingState
-from elastic.sync import AllReduce, AsyncLocalSGD, NoLoCo, Sync, takes_crews
+from elastic.sync import AllReduce, AsyncLocalSGD, DiLoCo, NoLoCo, Rounds, Sync, takes_crews
 from elastic.sync.diloco import OuterEngine
 from elastic.sync.noloco import SPREAD, PairEngine
 from elastic.sync.turns import TurnEngine
@@ -231,12 +232,7 @@ class Session:
             if shard_optimizer or any(scaler.is_enabled() for scaler in kinds["scaler"]):
                 other = "shard_optimizer=True" if shard_optimizer else "a GradScaler"
                 raise ConfigError(f"sync={sync} and {other} exclude each other: leave one out")
-            spec = replace(spec, batch_size=spec.batch_size * sync.local_steps)
-            if spec.batch_size > spec.dataset_size:
-                raise ConfigError(
-                    f"{sync} takes {spec.batch_size} samples for a round of one replica, and the dataset has "
-                    f"{spec.dataset_size}: use a smaller every"
-                )
+            spec = _of_rounds(spec, sync)
         stateful = named("scheduler", kinds["scheduler"]) | named("scaler", kinds["scaler"]) | self._stateful
         trained = trainable(models, optimizers)
         parts = Parts(models, optimizers, stateful, trained, self._more_models, self._rules, shard_optimizer)
@@ -305,6 +301,8 @@ class Session:
         device: str | torch.device = "cpu",
         memory_bytes: int = 0,
         split: Split | None = None,
+        sync: Sync = _EVERY_STEP,
+        random_routing: bool = False,
     ) -> Pipeline:
         """Cut a model into stages, one on each worker or on several, and train it as a pipeline that is cut anew as needed.
 
@@ -328,6 +326,9 @@ class Session:
             device: Where the stage's layers are.
             memory_bytes: What a worker has for the state and the activations of its layers; 0: enough.
             split: Takes a batch apart: split(batch) -> (inputs as a tuple of tensors, target).
+            sync: How workers of a stage agree: `elastic.sync.AllReduce()`, each step, or `elastic.sync.DiLoCo(...)` after some
+                local ones: then a step of the job is a round, and a slot's batches are one for each local step.
+            random_routing: With DiLoCo, whether each local step sends slots to other workers of the next stage.
 
         Raises:
             ConfigError: something cannot be trained this way; one sentence says what and how to proceed.
@@ -350,6 +351,11 @@ class Session:
                 "it outside, or pass an object with small values"
             )
         spec = LoaderSpec.of(loader)
+        batch_size, rounds = spec.batch_size, _rounds_of_pipeline(sync, random_routing)
+        if rounds is not None:
+            spec = _of_rounds(spec, rounds)
+            inner = Inner(optimizer_fn, scheduler_fn, float(clip_grad_norm), random_routing)
+            optimizer_fn, scheduler_fn, clip_grad_norm = outer_of(rounds), None, 0.0
         taken = Layers(layers, optimizer_fn, scheduler_fn, torch.device(device))
         if stages > len(taken):
             raise ConfigError(f"stages={stages}, but the model has {len(taken)} layer(s): ask for at most as many stages")
@@ -364,8 +370,9 @@ class Session:
                 batch = take_apart(loader.collate_fn([loader.dataset[index] for index in ids]))
                 return survey(taken, loss_fn, *batch, context, repetitions)
 
-        full = min(spec.batch_size, spec.dataset_size)
+        full = min(batch_size, spec.dataset_size)
         surveys = {full: look(range(full), REPETITIONS)}
+        local_steps = 1 if rounds is None else rounds.every
         admitted = self._admit(
             TrainingSpec(
                 slots=slots,
@@ -375,7 +382,8 @@ class Session:
                 schedule=schedule,
                 stages=stages,
                 memory_bytes=memory_bytes,
-                layers=surveys[full].profiles,
+                layers=tuple(profile.times(local_steps) for profile in surveys[full].profiles),
+                sync="" if rounds is None else f"{rounds}{', random routing' * random_routing}",
                 **self._common_spec(loader, spec, mode),
             )
         )
@@ -387,9 +395,11 @@ class Session:
         sampler = SlotSampler(
             spec.dataset_size, spec.batch_size, admitted.slots, self._seed, spec.shuffle, spec.drop_last
         )
-        for size in set(sampler.sizes(sampler.steps_per_epoch)) - {0, full}:
+        last = sampler.sizes(sampler.steps_per_epoch)
+        for size in {size % full if rounds is not None else size for size in last} - {0, full}:
             surveys[size] = look(range(size), 1)
-        engine = PipelineEngine(
+        kind = PipelineEngine if rounds is None else functools.partial(RoundsEngine, sync=rounds, inner=inner)
+        engine: PipelineEngine = kind(
             self._coordinator,
             PipelineParts(
                 taken,
@@ -689,6 +699,31 @@ def report_failure(error: BaseException, summary: str) -> None:
 
 def _warn(sentence: str) -> None:
     print(f"elastic: {sentence}", file=sys.stderr, flush=True)
+
+
+def _of_rounds(spec: LoaderSpec, sync: Rounds) -> LoaderSpec:
+    """Return what is sampled for rounds: a slot has a batch for each local step. Raises ConfigError if there is too little."""
+    spec = replace(spec, batch_size=spec.batch_size * sync.local_steps)
+    if spec.batch_size > spec.dataset_size:
+        raise ConfigError(
+            f"{sync} takes {spec.batch_size} samples for a round of one replica, and the dataset has {spec.dataset_size}: use a "
+            "smaller every"
+        )
+    return spec
+
+
+def _rounds_of_pipeline(sync: Sync, random_routing: bool) -> DiLoCo | None:
+    """Return the rounds that a pipeline's stages are to agree in; None for each step. Raises ConfigError for others."""
+    if isinstance(sync, AllReduce):
+        if random_routing:
+            raise ConfigError("random_routing=True is for workers that train by themselves: pass sync=elastic.sync.DiLoCo(...)")
+        return None
+    if not isinstance(sync, DiLoCo) or sync.dynamic or sync.feedback:
+        raise ConfigError(
+            f"session.pipeline(sync={sync}): the stages of a pipeline agree by AllReduce() or DiLoCo(), without dynamic and "
+            "feedback"
+        )
+    return sync
 
 
 def _engine_of(sync: Sync) -> Callable[..., ReplicaEngine]:

@@ -256,6 +256,14 @@ class PipelineEngine(Engine):
                 f"step {self.committed} (numbers {differing} of the stage differ from this one): restore a snapshot"
             )
 
+    def _summed_slots(self, step: int) -> list[int]:
+        """The slots that have something to give to the sum of a step."""
+        return [slot for slot, size in enumerate(self.sampler.sizes(step)) if size]
+
+    def _reducer_options(self) -> dict[str, Any]:
+        """What is otherwise than as it mostly is with the sum of a stage."""
+        return {}
+
     def _empty_slots(self) -> tuple[int, ...]:
         return tuple(slot for slot, size in enumerate(self.sampler.sizes(self.step)) if size == 0)
 
@@ -381,8 +389,7 @@ class PipelineEngine(Engine):
                 self._page.reduced(norm_of(parameters))
             for number in (*stage.numbers, *copied):
                 self.layers[number].step(self._haste(number, step))
-            slots = [slot for slot, size in enumerate(self.sampler.sizes(step)) if size]
-            stage.buffers.commit(reduced.extras[: stage.buffers.extras], slots)
+            stage.buffers.commit(reduced.extras[: stage.buffers.extras], self._summed_slots(step))
         else:
             stage.buffers.restore()
         self.measures.commit(self._measured)
@@ -443,7 +450,9 @@ class PipelineEngine(Engine):
             self._actions = make_actions(plan.stages, plan.all_routes(), self.parts.schedule, empty, paths)[self.rank]
             self._visits = all_visits(plan.stages, plan.slots, paths)
             self._made_for = plan, empty
-        stage.reducer.plan(self._part, [ranks.index(route[place]) for route in plan.all_routes()], empty)
+        summed = self._summed_slots(self.step)
+        absent = [slot for slot in range(plan.slots) if slot not in summed]
+        stage.reducer.plan(self._part, [ranks.index(route[place]) for route in plan.all_routes()], absent)
         self._is_planned = True
         return stage
 
@@ -456,12 +465,15 @@ class PipelineEngine(Engine):
         buffers = CommittedBuffers(self.layers.models(numbers), self.sampler.slots, rules)
         reducer = Reducer(
             parameters,
-            replicas=self._replicas,
-            reduction=self._reduction,
             extras=buffers.extras + measures.EXTRAS,
-            shared=self.coordinator.settings.shares_memory,
             on_progress=self.beat,
-            in_place=True,
+            **{
+                "replicas": self._replicas,
+                "reduction": self._reduction,
+                "shared": self.coordinator.settings.shares_memory,
+                "in_place": True,
+                **self._reducer_options(),
+            },
         )
         parts = self.parts
         executor = Executor(

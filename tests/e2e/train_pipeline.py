@@ -104,12 +104,14 @@ class Head(nn.Module):
         return x @ self.weight.t()
 
 
-def layers_of(blocks: int, *, plain: bool, wait_s: float = 0.0, slow: Path | None = None) -> list[nn.Module]:
+def layers_of(
+    blocks: int, *, plain: bool, wait_s: float = 0.0, slow: Path | None = None, tied: bool = True
+) -> list[nn.Module]:
     embed = Embed()
     mixing: list[nn.Module] = [Mix(plain=plain) for _ in range(blocks)]
     if wait_s:
         mixing = [Wait(block, wait_s, slow) for block in mixing]
-    return [embed, *mixing, Join(), nn.ReLU(inplace=True), nn.LayerNorm(WIDTH), Head(embed.table)]
+    return [embed, *mixing, Join(), nn.ReLU(inplace=True), nn.LayerNorm(WIDTH), Head(embed.table if tied else Embed().table)]
 
 
 def loss_of(scores: Tensor, targets: Tensor) -> Tensor:
@@ -137,6 +139,9 @@ def main() -> None:
     parser.add_argument("--pause-ms", type=float, default=60.0, help="Sleep per step until --go exists.")
     parser.add_argument("--trace", type=Path, help="Directory for what each process has of the first layer after each step.")
     parser.add_argument("--stray", type=Path, help="Whoever removes this file makes a call alone that all have to make.")
+    parser.add_argument("--diloco", type=int, default=0, help="Local steps of a round; the ends are not tied then.")
+    parser.add_argument("--random-routing", action="store_true")
+    parser.add_argument("--quantize")
     parser.add_argument("--go", type=Path)
     parser.add_argument("--out", type=Path, help="Directory for what each process ended with.")
     args = parser.parse_args()
@@ -144,7 +149,11 @@ def main() -> None:
     session = elastic.join()
     generator = torch.Generator().manual_seed(7)
     tokens = torch.randint(0, TOKENS, (args.samples, LENGTH + 1), generator=generator)
-    layers = layers_of(args.blocks, plain=args.plain, wait_s=args.wait_ms / 1000, slow=args.slow)
+    waits = {"wait_s": args.wait_ms / 1000, "slow": args.slow}
+    layers = layers_of(args.blocks, plain=args.plain, **waits, tied=not args.diloco)
+    sync: Any = elastic.sync.AllReduce()
+    if args.diloco:
+        sync = elastic.sync.DiLoCo(args.diloco, 0.7, 0.3, nesterov=False, quantize=args.quantize)
     pipeline = session.pipeline(
         layers,
         loss_of,
@@ -159,6 +168,8 @@ def main() -> None:
         autocast=torch.bfloat16 if args.autocast else None,
         recompute=args.recompute,
         memory_bytes=args.memory,
+        sync=sync,
+        random_routing=args.random_routing,
     )
     steps = args.epochs * len(pipeline)
 
@@ -203,7 +214,7 @@ def main() -> None:
     digest = hashlib.sha256()
     for key in sorted(state):
         digest.update(key.encode() + state[key].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    digest.update(repr((loss, pipeline.grad_norm)).encode())
+    digest.update(repr((loss, None if args.diloco else pipeline.grad_norm)).encode())  # a local step's norm is a worker's own
     if args.out is not None:
         args.out.mkdir(exist_ok=True)
         result = {"fingerprint": digest.hexdigest(), "loss": loss, "losses": losses, "layers": list(pipeline.layers)}
