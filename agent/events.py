@@ -10,7 +10,9 @@ from elastic.domain import (
     AssembleSnapshot,
     CheckpointFound,
     CheckpointSaved,
+    CollectEvidence,
     ControllerMessage,
+    EvidenceCollected,
     FindCheckpoint,
     FindSnapshots,
     PeersProbed,
@@ -23,9 +25,9 @@ from elastic.domain import (
     WorkerMessage,
 )
 
-Order = ProbePeers | FindSnapshots | AssembleSnapshot | FindCheckpoint | SaveCheckpoint
+Order = ProbePeers | FindSnapshots | AssembleSnapshot | FindCheckpoint | SaveCheckpoint | CollectEvidence
 """What the controller asks for that takes time ..."""
-Answer = PeersProbed | SnapshotsFound | SnapshotAssembled | CheckpointFound | CheckpointSaved
+Answer = PeersProbed | SnapshotsFound | SnapshotAssembled | CheckpointFound | CheckpointSaved | EvidenceCollected
 """... and its answers."""
 
 # Events -----------------------------------------------------------------------------------------------------------
@@ -87,7 +89,7 @@ class ProcessEnded:
 class Looked:
     """What the shell read about a worker: its process state (letter of /proc/PID/stat) and its progress page.
 
-    `busy_until_s` is on the clock of `now`.
+    `busy_until_s` is on the clock of `now`; `operation` is what it began last, in words.
     """
 
     worker: str
@@ -102,6 +104,7 @@ class Looked:
     stable: int = NO_STEP
     compute_s: float = 0.0
     gradient_norm: float = 0.0
+    operation: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ from elastic.domain import (
     AgentHello,
     AgentMessage,
     AssembleSnapshot,
+    CollectEvidence,
     CollectiveFailed,
     Concluded,
     ControllerMessage,
@@ -55,6 +56,7 @@ from elastic.domain import (
     SaveCheckpoint,
     Shutdown,
     StartWorker,
+    Suspected,
     Switched,
     ToWorker,
     Warm,
@@ -65,7 +67,7 @@ from elastic.domain import (
     WorkerStarted,
     WorkerStatus,
 )
-from monitoring.hangs import hang_timeout_s
+from monitoring.hangs import hang_timeout_s, suspicion_s
 
 STICKY = (Registered, Warm, CollectiveFailed, Leaving, Concluded, Failed)  # what a returning controller must be told
 STOPPED = ("T", "t")  # process states: by a signal, by a tracer
@@ -105,6 +107,7 @@ class LocalWorker:
     committed_at: float | None = None
     commits: int = 0  # how often its committed step has been seen to grow
     longest_step_s: float = 0.0
+    suspected: bool = False  # the controller has been told that it may soon be lost
     end_reason: str = ""  # why this agent is ending it; "" while it is wanted
     reported: bool = False  # its end has been told to the controller
     gone: bool = False
@@ -207,7 +210,7 @@ class AgentMachine:
                 self._forward(worker_id, command)
             case Shutdown():
                 self._shut_down(message, now)
-            case ProbePeers() | FindSnapshots() | AssembleSnapshot() | FindCheckpoint() | SaveCheckpoint():
+            case ProbePeers() | FindSnapshots() | AssembleSnapshot() | FindCheckpoint() | SaveCheckpoint() | CollectEvidence():
                 self._emit(CarryOut(message))
             case HeartbeatAck():
                 pass
@@ -336,13 +339,27 @@ class AgentMachine:
             if worker.stopped_since is None:
                 worker.stopped_since = now
             stopped_s = now - worker.stopped_since
+            reason = f"stopped for {stopped_s:.1f} s"
             if stopped_s >= self.failure_timeout_s:
-                self._lose(worker, f"stopped for {stopped_s:.1f} s", "process state", blameless=True, silent_s=stopped_s)
+                self._lose(worker, reason, "process state", blameless=True, silent_s=stopped_s)
+            elif stopped_s >= suspicion_s(self.failure_timeout_s):
+                self._suspect(worker, reason, "process state")
             return
         worker.stopped_since = None
-        silent_s = now - max(worker.moved_at or now, look.busy_until_s)
-        if silent_s > self._patience_s(worker):
-            self._lose(worker, f"no progress for {silent_s:.1f} s", "progress", blameless=False, silent_s=silent_s)
+        silent_s, patience_s = now - max(worker.moved_at or now, look.busy_until_s), self._patience_s(worker)
+        reason = f"no progress for {silent_s:.1f} s" + (f" in {look.operation}" if look.operation else "")
+        if silent_s > patience_s:
+            self._lose(worker, reason, "progress", blameless=False, silent_s=silent_s)
+        elif silent_s > suspicion_s(patience_s):
+            self._suspect(worker, reason, "progress")
+        else:
+            worker.suspected = False
+
+    def _suspect(self, worker: LocalWorker, reason: str, detected_by: str) -> None:
+        """Say once that a worker will be lost unless it goes on, so that all are looked at while it still lives."""
+        if not worker.suspected:
+            worker.suspected = True
+            self._report(Suspected(worker.id, reason, detected_by))
 
     @staticmethod
     def _note_progress(worker: LocalWorker, look: Looked, now: float) -> None:

@@ -32,6 +32,7 @@ from agent.events import (
 from agent.machine import AgentMachine, AgentSettings, describe_exit
 from elastic.domain import (
     AgentHello,
+    CollectEvidence,
     CollectiveFailed,
     Commit,
     Failed,
@@ -50,6 +51,7 @@ from elastic.domain import (
     Registered,
     Shutdown,
     StartWorker,
+    Suspected,
     Switched,
     ToWorker,
     Welcome,
@@ -89,9 +91,15 @@ class Node:
 
 
 def looked(
-    state: str, committed: int = 0, progress: int = 0, *, busy_until_s: float = 0.0, waits: bool = False
+    state: str,
+    committed: int = 0,
+    progress: int = 0,
+    *,
+    busy_until_s: float = 0.0,
+    waits: bool = False,
+    operation: str = "",
 ) -> Looked:
-    return Looked("n/0.1", state, 1, committed, progress, 0.5, 2 * committed, busy_until_s, waits)
+    return Looked("n/0.1", state, 1, committed, progress, 0.5, 2 * committed, busy_until_s, waits, operation=operation)
 
 
 def exited(
@@ -207,7 +215,10 @@ def test_a_worker_that_stands_still_is_believed_lost_after_the_failure_timeout()
     assert node.feed(looked("T"), at=1.0) == []
     assert node.feed(looked("S"), at=2.0) == []
     assert node.feed(looked("T"), at=2.5) == []
-    assert node.feed(looked("T"), at=4.4) == []
+    assert node.feed(looked("T"), at=3.4) == []
+    suspected = Report(Suspected("n/0.1", "stopped for 1.0 s", "process state"))
+    assert node.feed(looked("T"), at=3.5) == [suspected], "there is a second left to look at everybody"
+    assert node.feed(looked("T"), at=4.4) == [], "it is said once"
     assert node.feed(looked("T"), at=4.5) == [
         Signal("n/0.1", KILL, "stopped for 2.0 s"),
         exited(-9, "stopped for 2.0 s", blameless=True, by="process state", silent_s=2.0),
@@ -321,6 +332,23 @@ def test_no_progress_in_user_code_for_ten_seconds_is_a_hang() -> None:
     assert not is_lost(node, looked("R", 4, 4), at=19.9)
     assert is_lost(node, looked("R", 4, 4), at=20.1)
     assert node.feed(looked("R", 4, 4), at=40.0) == []
+
+
+def test_a_hang_is_suspected_a_second_before_it_is_believed_and_again_after_progress() -> None:
+    node = worker_that_trains()
+    assert node.feed(looked("R", 4, 4, operation="backward"), at=18.9) == []
+    suspected = Report(Suspected("n/0.1", "no progress for 9.1 s in backward", "progress"))
+    assert node.feed(looked("R", 4, 4, operation="backward"), at=19.1) == [suspected]
+    assert node.feed(looked("R", 4, 4, operation="backward"), at=19.5) == []
+    assert node.feed(looked("R", 4, 5), at=19.6) == []
+    (again,) = node.feed(looked("R", 4, 5), at=29.0)
+    assert isinstance(again, Report) and isinstance(again.message, Suspected)
+    assert is_lost(node, looked("R", 4, 5), at=29.7)
+
+
+def test_workers_are_looked_at_when_the_controller_asks() -> None:
+    order = CollectEvidence(7, 1000, 1 << 20)
+    assert Node().feed(Heard(order)) == [CarryOut(order)]
 
 
 def test_a_long_step_earns_five_times_its_length() -> None:
