@@ -24,6 +24,7 @@ from elastic.domain import (
     WorkerCommand,
     WorkerMessage,
 )
+from elastic.progress import Operation
 
 Order = ProbePeers | FindSnapshots | AssembleSnapshot | FindCheckpoint | SaveCheckpoint | CollectEvidence
 """What the controller asks for that takes time ..."""
@@ -89,7 +90,7 @@ class ProcessEnded:
 class Looked:
     """What the shell read about a worker: its process state (letter of /proc/PID/stat) and its progress page.
 
-    `busy_until_s` is on the clock of `now`; `operation` is what it began last, in words.
+    `busy_until_s` is on the clock of `now`; `operation` is what it began last, where that is known.
     """
 
     worker: str
@@ -104,7 +105,7 @@ class Looked:
     stable: int = NO_STEP
     compute_s: float = 0.0
     gradient_norm: float = 0.0
-    operation: str = ""
+    operation: Operation | None = None
 
 
 @dataclass(frozen=True, slots=True)

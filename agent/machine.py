@@ -67,7 +67,8 @@ from elastic.domain import (
     WorkerStarted,
     WorkerStatus,
 )
-from monitoring.hangs import hang_timeout_s, suspicion_s
+from elastic.progress import Operation
+from monitoring.hangs import Sections, suspicion_s
 
 STICKY = (Registered, Warm, CollectiveFailed, Leaving, Concluded, Failed)  # what a returning controller must be told
 STOPPED = ("T", "t")  # process states: by a signal, by a tracer
@@ -104,9 +105,8 @@ class LocalWorker:
     said: dict[type, WorkerMessage] = field(default_factory=dict)
     stopped_since: float | None = None
     moved_at: float | None = None  # when it last made progress, or had no need to
-    committed_at: float | None = None
     commits: int = 0  # how often its committed step has been seen to grow
-    longest_step_s: float = 0.0
+    sections: Sections = field(default_factory=Sections)
     suspected: bool = False  # the controller has been told that it may soon be lost
     end_reason: str = ""  # why this agent is ending it; "" while it is wanted
     reported: bool = False  # its end has been told to the controller
@@ -347,7 +347,7 @@ class AgentMachine:
             return
         worker.stopped_since = None
         silent_s, patience_s = now - max(worker.moved_at or now, look.busy_until_s), self._patience_s(worker)
-        reason = f"no progress for {silent_s:.1f} s" + (f" in {look.operation}" if look.operation else "")
+        reason = f"no progress for {silent_s:.1f} s" + (f" in {look.operation.words}" if look.operation is not None else "")
         if silent_s > patience_s:
             self._lose(worker, reason, "progress", blameless=False, silent_s=silent_s)
         elif silent_s > suspicion_s(patience_s):
@@ -363,11 +363,10 @@ class AgentMachine:
 
     @staticmethod
     def _note_progress(worker: LocalWorker, look: Looked, now: float) -> None:
+        worker.sections.seen(in_callback=look.operation is Operation.CALLBACK, now=now)
         if look.committed > worker.status.committed:
-            if worker.committed_at is not None:
-                steps = look.committed - worker.status.committed
-                worker.longest_step_s = max(worker.longest_step_s, (now - worker.committed_at) / steps)
-            worker.committed_at, worker.commits = now, worker.commits + 1
+            worker.sections.committed(look.committed - worker.status.committed, now)
+            worker.commits += 1
         elif look.progress == worker.status.progress and not look.waits and worker.moved_at is not None:
             return
         worker.moved_at = now
@@ -377,7 +376,7 @@ class AgentMachine:
         # A joiner's first commit is seen when it is given the state.
         if worker.commits < 2 or Leaving in worker.said:
             return self.start_timeout_s
-        return hang_timeout_s(self.hang_timeout_s, worker.longest_step_s)
+        return worker.sections.patience_s(self.hang_timeout_s, self.start_timeout_s)
 
     def _lose(self, worker: LocalWorker, reason: str, detected_by: str, *, blameless: bool, silent_s: float) -> None:
         self._kill(worker, reason)

@@ -368,7 +368,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 self.snapshots.stable,
                 shown.compute_s,
                 shown.gradient_norm,
-                shown.operation.words,
+                shown.operation,
             )
         )
 

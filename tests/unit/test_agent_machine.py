@@ -59,6 +59,7 @@ from elastic.domain import (
     WorkerStarted,
     WorkerStatus,
 )
+from elastic.progress import Operation
 
 HELLO = AgentHello(job="j", node="n", incarnation="n#1", nproc=2)
 FIRST = StartWorker("n/0.1", 0)
@@ -97,7 +98,7 @@ def looked(
     *,
     busy_until_s: float = 0.0,
     waits: bool = False,
-    operation: str = "",
+    operation: Operation | None = None,
 ) -> Looked:
     return Looked("n/0.1", state, 1, committed, progress, 0.5, 2 * committed, busy_until_s, waits, operation=operation)
 
@@ -336,10 +337,10 @@ def test_no_progress_in_user_code_for_ten_seconds_is_a_hang() -> None:
 
 def test_a_hang_is_suspected_a_second_before_it_is_believed_and_again_after_progress() -> None:
     node = worker_that_trains()
-    assert node.feed(looked("R", 4, 4, operation="backward"), at=18.9) == []
+    assert node.feed(looked("R", 4, 4, operation=Operation.BACKWARD), at=18.9) == []
     suspected = Report(Suspected("n/0.1", "no progress for 9.1 s in backward", "progress"))
-    assert node.feed(looked("R", 4, 4, operation="backward"), at=19.1) == [suspected]
-    assert node.feed(looked("R", 4, 4, operation="backward"), at=19.5) == []
+    assert node.feed(looked("R", 4, 4, operation=Operation.BACKWARD), at=19.1) == [suspected]
+    assert node.feed(looked("R", 4, 4, operation=Operation.BACKWARD), at=19.5) == []
     assert node.feed(looked("R", 4, 5), at=19.6) == []
     (again,) = node.feed(looked("R", 4, 5), at=29.0)
     assert isinstance(again, Report) and isinstance(again.message, Suspected)
@@ -356,6 +357,24 @@ def test_a_long_step_earns_five_times_its_length() -> None:
     node.feed(looked("R", 5, 5), at=14.0)
     assert not is_lost(node, looked("R", 5, 5), at=33.9)
     assert is_lost(node, looked("R", 5, 5), at=34.1)
+
+
+def test_saving_has_a_limit_of_its_own_learned_from_what_it_has_taken() -> None:
+    node = worker_that_trains(start_timeout_ms=60_000)
+    saving = looked("R", 4, 4, operation=Operation.CALLBACK)
+    node.feed(saving, at=10.1)
+    assert not is_lost(node, saving, at=69.9), "nobody has seen yet how long it takes"
+    node.feed(looked("R", 4, 5, operation=Operation.DATA), at=50.1)
+    node.feed(looked("R", 5, 6), at=50.5)
+    assert not is_lost(node, looked("R", 5, 6, operation=Operation.SLOT), at=60.4)
+    assert is_lost(node, looked("R", 5, 6, operation=Operation.SLOT), at=60.6), "that saving took 40 s says nothing of steps"
+    node = worker_that_trains(start_timeout_ms=600_000)
+    node.feed(saving, at=10.1)
+    node.feed(looked("R", 4, 5), at=14.1)
+    saving = looked("R", 4, 5, operation=Operation.CALLBACK)
+    node.feed(saving, at=15.0)
+    assert not is_lost(node, saving, at=34.0)
+    assert is_lost(node, saving, at=34.2), "five times the four seconds that it took"
 
 
 def test_the_hang_timeout_that_was_given_counts() -> None:
