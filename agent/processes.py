@@ -229,6 +229,7 @@ def worker_environment(
     world_size: int,
     record_dir: str,
     seed: int,
+    gc_every: int,
     shares_memory: bool,
     memory_socket: Path,
 ) -> dict[str, str]:
@@ -240,6 +241,7 @@ def worker_environment(
             config.ENV_WORKER: worker,
             config.ENV_RECORD_DIR: record_dir,
             config.ENV_SEED: str(seed),
+            config.ENV_GC_EVERY: str(gc_every),
             config.ENV_SHARES_MEMORY: str(int(shares_memory)),
             config.ENV_MEMORY: str(memory_socket),
             "RANK": str(rank),

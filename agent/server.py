@@ -94,6 +94,7 @@ class AgentConfig:
     record_dir: str = ""
     seed: int = 0
     share_memory: bool = True
+    gc_every: int = 0
     snapshot_memory_bytes: int = 0
     connect_timeout_s: float = 30.0
     controller_timeout_s: float = 600.0
@@ -302,6 +303,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 world_size=order.world_size_hint,
                 record_dir=self.config.record_dir,
                 seed=self.config.seed,
+                gc_every=self.config.gc_every,
                 shares_memory=self.config.share_memory and not self.standby.memory_obstacle,
                 memory_socket=self.snapshots.socket_path,
             )

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from elastic import verdict
 from elastic.capture import Capturer
+from elastic.collecting import Collector
 from elastic.control import Coordinator
 from elastic.domain import LayerError, Plan
 from elastic.errors import CollectiveAborted, ProtocolError, TransferError, Unreachable
@@ -121,6 +122,7 @@ class Engine(abc.ABC):
         self.to_announce: list[int] = []  # committed steps whose callbacks have not run
         self.on_commit: list[Callable[[int], None]] = []
         self.on_end: list[Callable[[], None]] = []
+        self.collector = Collector(0)
         self.stop_asked = False
         self._donate: tuple[int, ...] = ()
         self._restore: SnapshotId | None = None  # what all ranks read the state from
@@ -495,6 +497,8 @@ class Engine(abc.ABC):
 
     def _announce(self) -> None:
         steps, self.to_announce = self.to_announce, []
+        for step in steps:
+            self.collector.step_ended(step)
         if self.rank == 0 and self.on_commit:
             self.begin(Operation.CALLBACK)
             for step in steps:
