@@ -30,6 +30,7 @@ BUNDLES_KEPT = 50
 RECORDS_MAX = 500  # of the ledger
 RECORD_TEXT_MAX = 4096
 WORKERS_IN_REPLY_MAX = 1024
+NAMES_MAX = 16  # of workers in one line
 
 
 class Bundles:
@@ -103,7 +104,7 @@ def plain(kept: KeepEvidence) -> dict[str, Any]:
         "findings": [to_plain(finding) for finding in kept.examination.findings],
         "groups": groups,
         "workers": [to_plain(each) for each in workers[:WORKERS_IN_REPLY_MAX]],
-        "silent": list(kept.silent),
+        "silent": list(kept.silent[:WORKERS_IN_REPLY_MAX]),
     }
 
 
@@ -119,11 +120,16 @@ def summary(kept: KeepEvidence) -> str:
     findings = kept.examination.findings
     lines += [f"* {finding}" for finding in findings] or ["* all workers are in the same place"]
     for number, group in enumerate(kept.examination.groups, 1):
-        lines += ["", f"group {number}, {len(group.workers)} worker(s): {', '.join(group.workers)}", f"  {group.place}"]
+        lines += ["", f"group {number}, {len(group.workers)} worker(s): {_names(group.workers)}", f"  {group.place}"]
         lines += [f"    {frame_text(frame)}" for frame in group.frames]
     faults = [f"{each.worker}: {each.fault}" for answer in kept.answers for each in answer.workers if each.fault]
-    lines += ["", "not found:", *(f"  {fault}" for fault in faults)] if faults else []
+    lines += ["", "not found:", *(f"  {fault}" for fault in faults[:NAMES_MAX])] if faults else []
     return "\n".join(lines) + "\n"
+
+
+def _names(workers: Sequence[str]) -> str:
+    more = f" and {len(workers) - NAMES_MAX} more" if len(workers) > NAMES_MAX else ""
+    return ", ".join(workers[:NAMES_MAX]) + more
 
 
 def stacks_text(worker: WorkerEvidence) -> str:

@@ -15,6 +15,10 @@ SIMILARITY_MIN = 0.8
 """Share of the longer of two stacks that both begin with, from the outermost call on, if they count as alike."""
 
 
+GROUPS_MAX = 32
+FINDINGS_MAX = 32
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """Workers that are in the same place.
@@ -50,7 +54,12 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Examination:
-    """What the evidence of all workers says together: groups, the largest first, and who is at fault, the surest first."""
+    """What the evidence of all workers says together.
+
+    Attributes:
+        groups: the largest first, GROUPS_MAX of them.
+        findings: who is at fault, the surest first, FINDINGS_MAX of them.
+    """
 
     groups: tuple[Group, ...]
     findings: tuple[Finding, ...]
@@ -75,7 +84,7 @@ def examine(evidence: Sequence[WorkerEvidence], silent: Sequence[str] = ()) -> E
         ]
     if not findings:
         findings = _odd(evidence, groups)
-    return Examination(groups, tuple(findings))
+    return Examination(groups, tuple(findings[:FINDINGS_MAX]))
 
 
 def _odd(evidence: Sequence[WorkerEvidence], groups: Sequence[Group]) -> list[Finding]:
@@ -91,15 +100,16 @@ def _odd(evidence: Sequence[WorkerEvidence], groups: Sequence[Group]) -> list[Fi
 def group(evidence: Sequence[WorkerEvidence]) -> tuple[Group, ...]:
     """Put workers together whose operation is the same and whose main threads' stacks are alike; the largest first.
 
-    Steps count too, since a worker that is a step behind is not where the others are; slots do not.
+    Steps count too, since a worker that is a step behind is not where the others are; slots do not. Whoever is like none of the
+    first GROUPS_MAX groups is in none.
     """
     members: list[list[WorkerEvidence]] = []
     for each in evidence:
         like = next((found for found in members if _is_alike(found[0], each)), None)
-        if like is None:
-            members.append([each])
-        else:
+        if like is not None:
             like.append(each)
+        elif len(members) < GROUPS_MAX:
+            members.append([each])
     members.sort(key=len, reverse=True)
     return tuple(Group(tuple(e.worker for e in found), place_of(found[0]), main_frames(found[0])) for found in members)
 

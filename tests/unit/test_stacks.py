@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from elastic.domain import StackFrame, ThreadStack, WorkerEvidence
-from monitoring.stacks import examine, group, similarity
+from monitoring.stacks import FINDINGS_MAX, GROUPS_MAX, examine, group, similarity
 
 MAIN = StackFrame("main", "/home/me/train.py", 10, "optimizer.step()", True)
 STEP = StackFrame("step", "/lib/torch/optim.py", 20)
@@ -71,3 +71,10 @@ def test_stacks_are_alike_that_part_only_near_the_end_and_not_in_the_users_code(
 def test_where_nothing_is_known_of_the_code_that_is_said() -> None:
     (finding,) = examine([waiting("a"), seen("b", waits=False)]).findings
     assert finding.place == "the reduction (step 7, slot 0), where in the code is not known"
+
+
+def test_what_is_said_of_many_workers_is_bounded() -> None:
+    many = [seen(f"w{n}", LOCK, MAIN, operation="user code", step=n, waits=False) for n in range(500)]
+    found = examine([*many, waiting("a")], silent=[f"s{n}" for n in range(100)])
+    assert len(found.findings) == FINDINGS_MAX and len(found.groups) == GROUPS_MAX
+    assert found.findings[0].worker == "s0"
