@@ -342,7 +342,7 @@ class AgentMachine:
             reason = f"stopped for {stopped_s:.1f} s"
             if stopped_s >= self.failure_timeout_s:
                 self._lose(worker, reason, "process state", blameless=True, silent_s=stopped_s)
-            elif stopped_s >= suspicion_s(self.failure_timeout_s):
+            elif stopped_s >= suspicion_s(self.failure_timeout_s, stopped=True):
                 self._suspect(worker, reason, "process state")
             return
         worker.stopped_since = None

@@ -20,9 +20,12 @@ def hang_timeout_s(given_s: float, step_s: float) -> float:
     return given_s or max(TIMEOUT_S_MIN, STEPS_OF_SILENCE * step_s)
 
 
-def suspicion_s(limit_s: float) -> float:
-    """Return after how much silence to look at all workers, so that it is done when the silence is believed."""
-    return limit_s - min(EVIDENCE_TIMEOUT_S, limit_s / 2)
+def suspicion_s(limit_s: float, *, stopped: bool = False) -> float:
+    """Return after how much silence to look at all workers, so that it is done when the silence is believed.
+
+    A process that is stopped seldom goes on; one that makes no progress often does, and is suspected later for that.
+    """
+    return limit_s - min(EVIDENCE_TIMEOUT_S, limit_s / (2 if stopped else 4))
 
 
 @dataclass(slots=True)
