@@ -79,9 +79,14 @@ class OutputPipe:
         self._file.close()
 
 
+def log_folder(log_dir: Path, worker: str) -> Path:
+    """Where a worker's stdout.log and stderr.log are."""
+    return log_dir / worker.replace("/", "-")
+
+
 def open_outputs(log_dir: Path, worker: str, rank: int, *, quiet: bool) -> tuple[OutputPipe, OutputPipe]:
     """Return the pipes for a worker's stdout and stderr, logged under log_dir/WORKER/."""
-    folder = log_dir / worker.replace("/", "-")
+    folder = log_folder(log_dir, worker)
     folder.mkdir(parents=True, exist_ok=True)
     prefix = f"[{rank}] "
     return (

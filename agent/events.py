@@ -10,7 +10,9 @@ from elastic.domain import (
     AssembleSnapshot,
     CheckpointFound,
     CheckpointSaved,
+    CollectEvidence,
     ControllerMessage,
+    EvidenceCollected,
     FindCheckpoint,
     FindSnapshots,
     PeersProbed,
@@ -22,10 +24,11 @@ from elastic.domain import (
     WorkerCommand,
     WorkerMessage,
 )
+from elastic.progress import Operation
 
-Order = ProbePeers | FindSnapshots | AssembleSnapshot | FindCheckpoint | SaveCheckpoint
+Order = ProbePeers | FindSnapshots | AssembleSnapshot | FindCheckpoint | SaveCheckpoint | CollectEvidence
 """What the controller asks for that takes time ..."""
-Answer = PeersProbed | SnapshotsFound | SnapshotAssembled | CheckpointFound | CheckpointSaved
+Answer = PeersProbed | SnapshotsFound | SnapshotAssembled | CheckpointFound | CheckpointSaved | EvidenceCollected
 """... and its answers."""
 
 # Events -----------------------------------------------------------------------------------------------------------
@@ -87,7 +90,7 @@ class ProcessEnded:
 class Looked:
     """What the shell read about a worker: its process state (letter of /proc/PID/stat) and its progress page.
 
-    `busy_until_s` is on the clock of `now`.
+    `busy_until_s` is on the clock of `now`; `operation` is what it began last, where that is known.
     """
 
     worker: str
@@ -102,6 +105,7 @@ class Looked:
     stable: int = NO_STEP
     compute_s: float = 0.0
     gradient_norm: float = 0.0
+    operation: Operation | None = None
 
 
 @dataclass(frozen=True, slots=True)

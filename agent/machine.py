@@ -36,6 +36,7 @@ from elastic.domain import (
     AgentHello,
     AgentMessage,
     AssembleSnapshot,
+    CollectEvidence,
     CollectiveFailed,
     Concluded,
     ControllerMessage,
@@ -55,6 +56,7 @@ from elastic.domain import (
     SaveCheckpoint,
     Shutdown,
     StartWorker,
+    Suspected,
     Switched,
     ToWorker,
     Warm,
@@ -65,7 +67,8 @@ from elastic.domain import (
     WorkerStarted,
     WorkerStatus,
 )
-from monitoring.hangs import hang_timeout_s
+from elastic.progress import Operation
+from monitoring.hangs import Sections, suspicion_s
 
 STICKY = (Registered, Warm, CollectiveFailed, Leaving, Concluded, Failed)  # what a returning controller must be told
 STOPPED = ("T", "t")  # process states: by a signal, by a tracer
@@ -102,9 +105,9 @@ class LocalWorker:
     said: dict[type, WorkerMessage] = field(default_factory=dict)
     stopped_since: float | None = None
     moved_at: float | None = None  # when it last made progress, or had no need to
-    committed_at: float | None = None
     commits: int = 0  # how often its committed step has been seen to grow
-    longest_step_s: float = 0.0
+    sections: Sections = field(default_factory=Sections)
+    suspected: bool = False  # the controller has been told that it may soon be lost
     end_reason: str = ""  # why this agent is ending it; "" while it is wanted
     reported: bool = False  # its end has been told to the controller
     gone: bool = False
@@ -207,7 +210,7 @@ class AgentMachine:
                 self._forward(worker_id, command)
             case Shutdown():
                 self._shut_down(message, now)
-            case ProbePeers() | FindSnapshots() | AssembleSnapshot() | FindCheckpoint() | SaveCheckpoint():
+            case ProbePeers() | FindSnapshots() | AssembleSnapshot() | FindCheckpoint() | SaveCheckpoint() | CollectEvidence():
                 self._emit(CarryOut(message))
             case HeartbeatAck():
                 pass
@@ -336,21 +339,34 @@ class AgentMachine:
             if worker.stopped_since is None:
                 worker.stopped_since = now
             stopped_s = now - worker.stopped_since
+            reason = f"stopped for {stopped_s:.1f} s"
             if stopped_s >= self.failure_timeout_s:
-                self._lose(worker, f"stopped for {stopped_s:.1f} s", "process state", blameless=True, silent_s=stopped_s)
+                self._lose(worker, reason, "process state", blameless=True, silent_s=stopped_s)
+            elif stopped_s >= suspicion_s(self.failure_timeout_s, stopped=True):
+                self._suspect(worker, reason, "process state")
             return
         worker.stopped_since = None
-        silent_s = now - max(worker.moved_at or now, look.busy_until_s)
-        if silent_s > self._patience_s(worker):
-            self._lose(worker, f"no progress for {silent_s:.1f} s", "progress", blameless=False, silent_s=silent_s)
+        silent_s, patience_s = now - max(worker.moved_at or now, look.busy_until_s), self._patience_s(worker)
+        reason = f"no progress for {silent_s:.1f} s" + (f" in {look.operation.words}" if look.operation is not None else "")
+        if silent_s > patience_s:
+            self._lose(worker, reason, "progress", blameless=False, silent_s=silent_s)
+        elif silent_s > suspicion_s(patience_s):
+            self._suspect(worker, reason, "progress")
+        else:
+            worker.suspected = False
+
+    def _suspect(self, worker: LocalWorker, reason: str, detected_by: str) -> None:
+        """Say once that a worker will be lost unless it goes on, so that all are looked at while it still lives."""
+        if not worker.suspected:
+            worker.suspected = True
+            self._report(Suspected(worker.id, reason, detected_by))
 
     @staticmethod
     def _note_progress(worker: LocalWorker, look: Looked, now: float) -> None:
+        worker.sections.seen(in_callback=look.operation is Operation.CALLBACK, now=now)
         if look.committed > worker.status.committed:
-            if worker.committed_at is not None:
-                steps = look.committed - worker.status.committed
-                worker.longest_step_s = max(worker.longest_step_s, (now - worker.committed_at) / steps)
-            worker.committed_at, worker.commits = now, worker.commits + 1
+            worker.sections.committed(look.committed - worker.status.committed, now)
+            worker.commits += 1
         elif look.progress == worker.status.progress and not look.waits and worker.moved_at is not None:
             return
         worker.moved_at = now
@@ -360,7 +376,7 @@ class AgentMachine:
         # A joiner's first commit is seen when it is given the state.
         if worker.commits < 2 or Leaving in worker.said:
             return self.start_timeout_s
-        return hang_timeout_s(self.hang_timeout_s, worker.longest_step_s)
+        return worker.sections.patience_s(self.hang_timeout_s, self.start_timeout_s)
 
     def _lose(self, worker: LocalWorker, reason: str, detected_by: str, *, blameless: bool, silent_s: float) -> None:
         self._kill(worker, reason)

@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,9 +77,9 @@ class Standby:
         self._channel = ours  # not before it is ready: nobody is to wait for its imports
 
     async def fork(
-        self, worker: str, script: Script, environment: Mapping[str, str], stdout_fd: int, stderr_fd: int, progress_fd: int
+        self, worker: str, script: Script, environment: Mapping[str, str], fds: Sequence[int]
     ) -> int:
-        """Return the pid of a new worker."""
+        """Return the pid of a new worker; `fds` are its stdout, stderr, progress page and where it writes its stacks."""
         request = {
             "worker": worker,
             "env": dict(environment),
@@ -87,8 +87,8 @@ class Standby:
             "module": script.module,
             "cwd": str(script.cwd),
         }
-        data, fds = json.dumps(request).encode(), [stdout_fd, stderr_fd, progress_fd]
-        answer = await self._ask(lambda channel: socket.send_fds(channel, [data], fds), "forked", worker)
+        data = json.dumps(request).encode()
+        answer = await self._ask(lambda channel: socket.send_fds(channel, [data], list(fds)), "forked", worker)
         return int(answer["pid"])
 
     async def fork_daemon(self, name: str, fd: int) -> int:
@@ -175,9 +175,10 @@ class ForkedDaemon:
 class WorkerProcess:
     """One worker's process as its agent holds it: pidfd, progress page, console."""
 
-    def __init__(self, worker: str, pid: int, page: ProgressPage, on_end: Callable[[str], None]) -> None:
+    def __init__(self, worker: str, pid: int, page: ProgressPage, stacks_fd: int, on_end: Callable[[str], None]) -> None:
         self.worker = worker
         self.pid = pid
+        self.stacks_fd = stacks_fd  # to which it writes where it is, when asked; this end's own
         self._page = page
         self._process = psutil.Process(pid)
         self._pidfd = os.pidfd_open(pid)
@@ -213,6 +214,7 @@ class WorkerProcess:
         """Release everything that is held for this process."""
         self._loop.remove_reader(self._pidfd)
         os.close(self._pidfd)
+        os.close(self.stacks_fd)
         self._page.close()
 
 
@@ -227,6 +229,7 @@ def worker_environment(
     world_size: int,
     record_dir: str,
     seed: int,
+    gc_every: int,
     shares_memory: bool,
     memory_socket: Path,
 ) -> dict[str, str]:
@@ -238,6 +241,7 @@ def worker_environment(
             config.ENV_WORKER: worker,
             config.ENV_RECORD_DIR: record_dir,
             config.ENV_SEED: str(seed),
+            config.ENV_GC_EVERY: str(gc_every),
             config.ENV_SHARES_MEMORY: str(int(shares_memory)),
             config.ENV_MEMORY: str(memory_socket),
             "RANK": str(rank),

@@ -19,7 +19,8 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from agent.console import OutputPipe, open_outputs
+from agent import evidence
+from agent.console import OutputPipe, log_folder, open_outputs
 from agent.events import (
     AgentEvent,
     Answer,
@@ -54,7 +55,9 @@ from elastic.domain import (
     AgentHello,
     AgentMessage,
     AssembleSnapshot,
+    CollectEvidence,
     Commit,
+    EvidenceCollected,
     FindCheckpoint,
     FindSnapshots,
     PeersProbed,
@@ -91,6 +94,7 @@ class AgentConfig:
     record_dir: str = ""
     seed: int = 0
     share_memory: bool = True
+    gc_every: int = 0
     snapshot_memory_bytes: int = 0
     connect_timeout_s: float = 30.0
     controller_timeout_s: float = 600.0
@@ -227,7 +231,24 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 answer = await self.snapshots.look(order)
             case SaveCheckpoint():
                 answer = await self.snapshots.save(order)
+            case CollectEvidence():
+                answer = await self._collect(order)
         self.handle(CarriedOut(answer))
+
+    async def _collect(self, order: CollectEvidence) -> EvidenceCollected:
+        """Look at this node's workers. What cannot be had is left out: no loss waits for it, and none is caused by it."""
+        now = time.monotonic()
+        subjects = {}
+        for worker_id, worker in self.workers.items():
+            if worker.process is not None:
+                moved_at = self.machine.workers[worker_id].moved_at
+                folder = log_folder(self.config.log_dir, worker_id)
+                subjects[worker_id] = evidence.Subject(worker.process, folder, now - (moved_at or now))
+        try:
+            return await evidence.collect(order, subjects)
+        except Exception as error:
+            print(f"[agent {self.config.node}] no evidence was collected: {error!r}", file=sys.stderr, flush=True)
+            return EvidenceCollected(order.inquiry)
 
     async def _probe(self, order: ProbePeers) -> PeersProbed:
         timeout_s = order.timeout_ms / 1000
@@ -267,6 +288,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         worker = _Worker()
         self.workers[order.worker] = worker
         progress_fd = ProgressPage.create(order.worker.replace("/", "-"))
+        stacks_fd = os.memfd_create("elastic-stacks")
         try:
             worker.outputs = open_outputs(
                 self.config.log_dir, order.worker, order.rank_hint, quiet=self.config.quiet
@@ -281,14 +303,17 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 world_size=order.world_size_hint,
                 record_dir=self.config.record_dir,
                 seed=self.config.seed,
+                gc_every=self.config.gc_every,
                 shares_memory=self.config.share_memory and not self.standby.memory_obstacle,
                 memory_socket=self.snapshots.socket_path,
             )
             out, err = worker.outputs
             pid = await self.standby.fork(
-                order.worker, self.config.script, environment, out.write_fd, err.write_fd, progress_fd
+                order.worker, self.config.script, environment, (out.write_fd, err.write_fd, progress_fd, stacks_fd)
             )
-            worker.process = WorkerProcess(order.worker, pid, ProgressPage(progress_fd), self._process_ended)
+            worker.process = WorkerProcess(
+                order.worker, pid, ProgressPage(progress_fd), os.dup(stacks_fd), self._process_ended
+            )
         except (OSError, TimeoutError) as error:
             del self.workers[order.worker]
             self.handle(ForkFailed(order.worker, str(error)))
@@ -296,6 +321,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             return
         finally:
             os.close(progress_fd)
+            os.close(stacks_fd)
             for pipe in worker.outputs or ():
                 pipe.handed_over()
         self.snapshots.worker_started(order.worker, pid)
@@ -344,6 +370,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 self.snapshots.stable,
                 shown.compute_s,
                 shown.gradient_norm,
+                shown.operation,
             )
         )
 

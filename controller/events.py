@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from elastic.domain import AgentHello, AgentMessage, ControllerMessage
+from elastic.domain import AgentHello, AgentMessage, ControllerMessage, EvidenceCollected, Incident
+from monitoring.stacks import Examination
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,4 +97,18 @@ class EndJob:
     reason: str
 
 
-ControllerEffect = Persist | ToAgent | CloseAgent | EndJob
+@dataclass(frozen=True, slots=True)
+class KeepEvidence:
+    """Keep what was found of all workers when an incident began; it is for people only.
+
+    `nodes` and `answers` belong together, and of `silent` workers nothing was heard.
+    """
+
+    incident: Incident
+    nodes: tuple[str, ...]
+    answers: tuple[EvidenceCollected, ...]
+    silent: tuple[str, ...]
+    examination: Examination
+
+
+ControllerEffect = Persist | ToAgent | CloseAgent | EndJob | KeepEvidence

@@ -37,10 +37,12 @@ class IncidentBook:
     def has_open(self) -> bool:
         return bool(self._open)
 
-    def open(self, incident: Incident, began_at: float) -> None:
-        """Begin an incident; a silence began before it was believed."""
+    def open(self, incident: Incident, began_at: float) -> Incident:
+        """Begin an incident, and return it with its number; a silence began before it was believed."""
         self.total += 1
+        incident = replace(incident, number=self.total)
         self._open.append(_Open(incident, began_at))
+        return incident
 
     def regrouped(self, generation: int, step: int, steps_redone: int) -> None:
         """Note with which generation, after which step, the open ones go on."""
@@ -62,8 +64,12 @@ class IncidentBook:
 
     def restore(self, incident: Incident) -> None:
         """Take a closed incident from the ledger."""
-        self.total += 1
+        self.restore_number(incident.number or self.total + 1)
         self._keep(incident)
+
+    def restore_number(self, number: int) -> None:
+        """Take from the ledger that there was an incident of this number, closed or not."""
+        self.total = max(self.total, number)
 
     def _keep(self, incident: Incident) -> None:
         self.seconds_lost += max(0.0, incident.seconds_lost)

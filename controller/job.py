@@ -13,7 +13,18 @@ from dataclasses import KW_ONLY, dataclass, field
 
 from controller.events import ControllerEffect, Persist, ToAgent
 from controller.incidents import IncidentBook, describe
-from controller.state import Attempt, JobSettings, Node, Probing, Restoring, Saving, Standstill, Suspicion, Worker
+from controller.state import (
+    Attempt,
+    Inquiry,
+    JobSettings,
+    Node,
+    Probing,
+    Restoring,
+    Saving,
+    Standstill,
+    Suspicion,
+    Worker,
+)
 from elastic.domain import (
     NO_STEP,
     Failed,
@@ -62,6 +73,8 @@ class Job:
     suspicion: Suspicion | None = None
     standstill: Standstill | None = None
     probing: Probing | None = None
+    inquiry: Inquiry | None = None
+    inquiries: int = 0  # so far
     probed_cut_at: float = float("-inf")  # when nodes that were left out for a dead link were last probed
     worlds: dict[int, Plan] = field(default_factory=dict)  # newest committed ones; snapshots of them may be needed
     computing: dict[str, ComputeClock] = field(default_factory=dict)  # worker -> what its steps take it
@@ -217,7 +230,7 @@ class Job:
         self, kind: str, subject: str, detected_by: str, reason: str, now: float, silent_s: float = 0.0
     ) -> None:
         """Begin an incident that was found now, `silent_s` after it happened."""
-        self.incidents.open(
+        incident = self.incidents.open(
             Incident(
                 kind=kind,
                 subject=subject,
@@ -229,6 +242,8 @@ class Job:
             ),
             now - silent_s,
         )
+        if self.inquiry is not None and subject in self.inquiry.subjects:
+            self.inquiry.claims.append(incident)
 
     def close_incidents(self, now: float) -> None:
         """A step was committed again: close what is open, each with what it has cost."""

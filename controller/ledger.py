@@ -108,6 +108,13 @@ class Ledger:
         )
         return [Event(*row) for row in rows]
 
+    def newest_events(self, limit: int) -> list[Event]:
+        """Return the newest `limit` events, oldest first."""
+        rows = self._db.execute(
+            "SELECT sequence, at_unix_s, kind, text, data FROM events ORDER BY sequence DESC LIMIT ?", (limit,)
+        )
+        return [Event(*row) for row in rows][::-1]
+
     def is_new(self) -> bool:
         """Whether nothing has been written yet."""
         return self._db.execute("SELECT 1 FROM events LIMIT 1").fetchone() is None

@@ -15,13 +15,14 @@ from controller.attempts import suspect
 from controller.endings import end_job
 from controller.events import Persist
 from controller.fencing import GRACE_S, fence
+from controller.inquiring import WORLD, begin_inquiry
 from controller.job import Job
 from controller.losses import workers_lost
 from controller.places import fill_places
 from controller.probing import begin_probing, dead_pairs, smallest_cover
 from controller.state import Node, Standstill, Worker
 from elastic.domain import PlanKind
-from monitoring.hangs import hang_timeout_s
+from monitoring.hangs import hang_timeout_s, suspicion_s
 
 
 def fence_if_unexplained(job: Job, now: float) -> None:
@@ -34,7 +35,7 @@ def fence_if_unexplained(job: Job, now: float) -> None:
 
 
 def _fence_anew(job: Job, reason: str, now: float) -> None:
-    job.open_incident("collective broken", "the world", "worker report", reason, now)
+    job.open_incident("collective broken", WORLD, "worker report", reason, now)
     fence(job, reason, now, loss=False)
 
 
@@ -125,6 +126,9 @@ def check_standstill(job: Job, now: float) -> None:
         return
     assert job.plan is not None
     limit_s = hang_timeout_s(job.settings.hang_timeout_s, job.steps.median_s())
+    if now - still.since > suspicion_s(limit_s) and not still.is_looked_into and not _passes_state(job):
+        still.is_looked_into = True
+        begin_inquiry(job, WORLD, now)
     if now - still.since > limit_s and not _passes_state(job):
         suspect(job, job.plan.generation, f"all workers waited for each other for {now - still.since:.1f} s", now)
         job.standstill = None

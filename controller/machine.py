@@ -16,6 +16,7 @@ and hands it the `Job` (`job.py`), which is all the state there is. Parts call e
     saving.py      when a checkpoint is written
     founding.py    the first world
     endings.py     the end of the job
+    inquiring.py   where all workers are when one may be lost
     probing.py     which nodes cannot reach each other
     attempts.py    how a generation is opened, given up, or suspected
     layouts.py     how a pipeline is cut in the next world
@@ -50,6 +51,7 @@ from controller.events import (
     ToAgent,
 )
 from controller.founding import check_start_timeout, found_if_complete
+from controller.inquiring import begin_inquiry, check_inquiry, take_evidence
 from controller.job import Job
 from controller.layouts import plan_ahead
 from controller.links import check_probing, check_standstill, fence_if_unexplained, probe_left_out
@@ -68,6 +70,7 @@ from elastic.domain import (
     AgentMessage,
     CheckpointFound,
     CheckpointSaved,
+    EvidenceCollected,
     FromWorker,
     Goodbye,
     Heartbeat,
@@ -75,6 +78,7 @@ from elastic.domain import (
     PeersProbed,
     SnapshotAssembled,
     SnapshotsFound,
+    Suspected,
     WorkerExited,
     WorkerStarted,
 )
@@ -109,6 +113,7 @@ class ControllerMachine(Job):
                 stop(self, reason or "stopped on request", now)
             case Tick():
                 self._tick(now)
+        check_inquiry(self, now)
         effects, self.effects = self.effects, []
         return effects
 
@@ -146,6 +151,11 @@ class ControllerMachine(Job):
             case PeersProbed():
                 take_answer(self, node.id, message)
                 check_probing(self, now)
+            case Suspected(worker_id):
+                if worker_id in self.workers and self.workers[worker_id].alive:
+                    begin_inquiry(self, f"worker {worker_id}", now)
+            case EvidenceCollected():
+                take_evidence(self, node, message)
             case SnapshotsFound():
                 take_found(self, node, message, now)
             case SnapshotAssembled():

@@ -93,6 +93,8 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 job.draining.pop(data["node"], None)
             case "incident":
                 job.incidents.restore(data["incident"])
+            case "evidence":
+                job.incidents.restore_number(data["incident"])
             case "loop-ended":
                 job.finishing, job.digest = True, data["digest"]
                 job.step_committed, job.samples = data["step"], data["samples"]

@@ -21,6 +21,7 @@ from typing import Any
 
 import grpc.aio
 
+from controller.bundles import RECORDS_MAX, Bundles
 from controller.events import (
     AgentAttached,
     AgentGone,
@@ -30,6 +31,7 @@ from controller.events import (
     ControllerEvent,
     DrainAsked,
     EndJob,
+    KeepEvidence,
     Persist,
     SaveAsked,
     StopAsked,
@@ -40,7 +42,8 @@ from controller.ledger import Ledger
 from controller.machine import ControllerMachine
 from controller.state import JobSettings
 from controller.views import present_plan, status
-from elastic.domain import NO_STEP, AgentHello, Commit, ControllerMessage, Event, ToWorker
+from elastic.domain import NO_STEP, AgentHello, Commit, ControllerMessage, Event, StatusReply, ToWorker
+from elastic.errors import ConfigError
 from elastic.failpoints import FailPoint, reach
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -90,6 +93,7 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
     def __init__(self, config: ControllerConfig) -> None:
         self.config = config
         self.ledger = Ledger(config.ledger, config.settings.job)
+        self.bundles = Bundles(config.ledger.with_name(f"{config.ledger.stem}-incidents"))
         self.machine = ControllerMachine(config.settings, unix_offset_s=time.time() - time.monotonic())
         self.streams: dict[str, AgentStream] = {}
         self.news = asyncio.Condition()
@@ -122,8 +126,20 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
                 case EndJob():
                     self._write_summary(effects)
                     self._spawn(self._end_when_empty())
+                case KeepEvidence():
+                    self._spawn(self._keep(effect, status(self.machine, time.monotonic())))
                 case Persist():
                     pass
+
+    async def _keep(self, evidence: KeepEvidence, seen: StatusReply) -> None:
+        """Write a bundle, beside everything else; one that cannot be written costs nothing but itself."""
+        records = self.ledger.newest_events(RECORDS_MAX)
+        try:
+            path = await asyncio.to_thread(self.bundles.write, evidence, seen, records)
+            said = f"is in {path}"
+        except OSError as error:
+            said = f"could not be written: {error}"
+        print(f"[controller] evidence of incident {evidence.incident.number} {said}", file=sys.stderr, flush=True)
 
     def _write_summary(self, effects: list[ControllerEffect]) -> None:
         if self.config.summary is None:
@@ -259,6 +275,16 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
         if present is None:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this job has no pipeline that is cut by now")
         reply: runtime_pb2.PlanReply = to_proto(present)
+        return reply
+
+    async def Evidence(
+        self, request: runtime_pb2.EvidenceRequest, context: channels.Context
+    ) -> runtime_pb2.EvidenceReply:
+        """What `elastic incidents show` shows."""
+        try:
+            reply: runtime_pb2.EvidenceReply = to_proto(self.bundles.read(request.incident, self.machine.incidents.total))
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         return reply
 
     async def Drain(

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from elastic.domain import (
+    EvidenceCollected,
     Failed,
+    Incident,
     Leaving,
     Member,
     Plan,
@@ -220,17 +222,46 @@ class Saving:
 
 
 @dataclass(slots=True)
+class Inquiry:
+    """Agents were asked where their workers are.
+
+    Attributes:
+        number: Of this inquiry; answers to others are late.
+        subjects: What incidents are about that may claim it.
+        workers: Those that were alive when it began.
+        asked: Node -> incarnation of its agent.
+        deadline: When those that have not answered by then are no longer waited for.
+        forget_at: When nothing can claim it any more.
+        answers: Node -> what its agent has found.
+        is_over: Whether no more answers are taken.
+        claims: Incidents that it is to be kept for, and is not yet.
+    """
+
+    number: int
+    subjects: set[str]
+    workers: frozenset[str]
+    asked: dict[str, str]
+    deadline: float
+    forget_at: float
+    answers: dict[str, EvidenceCollected] = field(default_factory=dict)
+    is_over: bool = False
+    claims: list[Incident] = field(default_factory=list)
+
+
+@dataclass(slots=True)
 class Standstill:
     """All members wait for others and nothing moves.
 
     Attributes:
         seen: What their statuses said, which must stay as it is.
         since, probed_at: Seconds.
+        is_looked_into: Whether agents were asked where their workers are.
     """
 
     seen: tuple[tuple[str, int, int], ...]
     since: float
     probed_at: float
+    is_looked_into: bool = False
 
 
 @dataclass(frozen=True, slots=True)

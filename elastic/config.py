@@ -23,6 +23,7 @@ ENV_RECORD_DIR = "ELASTIC_RECORD_SAMPLES"
 ENV_SEED = "ELASTIC_SEED"
 ENV_SHARES_MEMORY = "ELASTIC_SHARES_MEMORY"
 ENV_MEMORY = "ELASTIC_MEMORY"  # path of the agent's socket for snapshot memory
+ENV_GC_EVERY = "ELASTIC_GC_EVERY"
 ENV_FAIL_POINTS = "ELASTIC_FAIL_POINTS"  # for tests; see elastic.failpoints
 ENV_TOKEN = "ELASTIC_TOKEN"  # join token, kept out of command lines
 
@@ -40,6 +41,7 @@ class WorkerConfig:
         record_dir: Directory for the record of consumed samples; "" for none.
         seed: Seed for everything; the script may override it in prepare().
         shares_memory: Whether the workers of this node read each other's gradients; alike on all of them.
+        gc_every: Steps from one collection of garbage to the next, on all workers alike; 0: Python decides.
         memory: Path of the agent's socket for snapshot memory; "" where there is none.
     """
 
@@ -53,6 +55,7 @@ class WorkerConfig:
     seed: int = 0
     shares_memory: bool = False
     memory: str = ""
+    gc_every: int = 0
 
     @classmethod
     def from_environ(cls, environ: Mapping[str, str] | None = None) -> WorkerConfig:
@@ -69,6 +72,7 @@ class WorkerConfig:
             seed=_number(source, ENV_SEED, 0),
             shares_memory=bool(_number(source, ENV_SHARES_MEMORY, 0)),
             memory=source.get(ENV_MEMORY, ""),
+            gc_every=_number(source, ENV_GC_EVERY, 0),
         )
 
 

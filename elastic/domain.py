@@ -519,6 +519,64 @@ class PeersProbed:
 
 
 @dataclass(frozen=True, slots=True)
+class Suspected:
+    worker: str = ""
+    reason: str = ""
+    detected_by: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CollectEvidence:
+    inquiry: int = 0
+    timeout_ms: int = 0
+    size_bytes_max: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StackFrame:
+    function: str = ""
+    file: str = ""
+    line: int = 0
+    code: str = ""
+    of_user: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadStack:
+    """Where one thread is; the innermost frame comes first."""
+
+    pid: int = 0
+    thread: str = ""
+    is_main: bool = False
+    frames: tuple[StackFrame, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEvidence:
+    """Where one worker is, and what it began last; its main thread's stack comes first."""
+
+    worker: str = ""
+    pid: int = 0
+    process_state: str = ""
+    operation: str = ""
+    step: int = 0
+    slot: int = -1
+    waits: bool = False
+    since_s: float = 0.0
+    stacks: tuple[ThreadStack, ...] = ()
+    source: str = ""
+    fault: str = ""
+    log_tail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceCollected:
+    inquiry: int = 0
+    workers: tuple[WorkerEvidence, ...] = ()
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotHolding:
     step: int = 0
     generation: int = 0
@@ -568,6 +626,8 @@ AgentMessage = (
     | SnapshotAssembled
     | CheckpointSaved
     | CheckpointFound
+    | Suspected
+    | EvidenceCollected
 )
 
 
@@ -680,6 +740,7 @@ ControllerMessage = (
     | AssembleSnapshot
     | SaveCheckpoint
     | FindCheckpoint
+    | CollectEvidence
 )
 
 
@@ -718,6 +779,7 @@ class Incident:
     steps_redone: int = 0
     seconds_lost: float = -1.0
     at_unix_s: float = 0.0
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -747,6 +809,13 @@ class StatusReply:
     is_vulnerable: bool = False
     vulnerable_s: float = 0.0
     approximations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EvidenceReply:
+    path: str = ""
+    summary: str = ""
+    json: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from elastic import verdict
 from elastic.capture import Capturer
+from elastic.collecting import Collector
 from elastic.control import Coordinator
 from elastic.domain import LayerError, Plan
 from elastic.errors import CollectiveAborted, ProtocolError, TransferError, Unreachable
@@ -25,7 +26,7 @@ from elastic.failpoints import FailPoint, reach
 from elastic.group import Group
 from elastic.measures import Measures
 from elastic.memory import SnapshotMemory
-from elastic.progress import ProgressPage
+from elastic.progress import Operation, ProgressPage
 from elastic.protocol import (
     Applied,
     AskCommit,
@@ -121,6 +122,7 @@ class Engine(abc.ABC):
         self.to_announce: list[int] = []  # committed steps whose callbacks have not run
         self.on_commit: list[Callable[[int], None]] = []
         self.on_end: list[Callable[[], None]] = []
+        self.collector = Collector(0)
         self.stop_asked = False
         self._donate: tuple[int, ...] = ()
         self._restore: SnapshotId | None = None  # what all ranks read the state from
@@ -278,7 +280,7 @@ class Engine(abc.ABC):
     def _try_commit(self, step: int) -> bool:
         group = self.group
         assert group is not None and self.plan is not None
-        with self._waiting():
+        with self._waiting(Operation.REDUCTION):
             reduced = self._reduce()
         self.reduced = reduced
         reach(FailPoint.BEFORE_VOTE)
@@ -297,7 +299,7 @@ class Engine(abc.ABC):
             measures_hash=zlib.crc32(repr(self.measures.agreement).encode()),
             snapshots=self.snapshots.vote(step, self.plan, time.monotonic()),
         )
-        with self._waiting():
+        with self._waiting(Operation.VERDICT):
             outcome = verdict.cast(group, vote, voted=reach_voted)
         reach(FailPoint.VERDICT_SEEN)
         if outcome.decision is verdict.Decision.RETRY:
@@ -342,7 +344,7 @@ class Engine(abc.ABC):
             joiners, self._donate = self._donate, ()
             snapshot, self._restore = self._restore, None
             try:
-                with self._waiting():
+                with self._waiting(Operation.STATE):
                     if snapshot is not None:
                         self._read_state(snapshot)
                     elif joiners and (received := self._pass_state(joiners)) is not None:
@@ -390,7 +392,7 @@ class Engine(abc.ABC):
         self.plan, self.rank = world.plan, world.rank
         self.group = self.coordinator.group(world.plan.generation)
         try:
-            with self._waiting():
+            with self._waiting(Operation.STATE):
                 self._enter_state(world, before, group)
         except CollectiveAborted as error:
             print(f"elastic: the world before broke while its state was handed over: {error}", file=sys.stderr, flush=True)
@@ -421,7 +423,7 @@ class Engine(abc.ABC):
         """The others go on without this worker, but not without what it alone holds."""
         assert self.plan is not None and self.group is not None
         try:
-            with self._waiting():
+            with self._waiting(Operation.STATE):
                 self._hand_over_state(plan, self.plan, self.group)
         except CollectiveAborted as error:
             print(f"elastic: those who stay must restore a snapshot: {error}", file=sys.stderr, flush=True)
@@ -465,6 +467,7 @@ class Engine(abc.ABC):
     def close(self) -> None:
         """The training loop is over here: say so, and wait until it is over for all."""
         self._leave_loop()
+        self.begin(Operation.END)
         self.coordinator.feed(self._loop_ended())
         while True:
             with self._waiting():
@@ -494,7 +497,10 @@ class Engine(abc.ABC):
 
     def _announce(self) -> None:
         steps, self.to_announce = self.to_announce, []
-        if self.rank == 0:
+        for step in steps:
+            self.collector.step_ended(step)
+        if self.rank == 0 and self.on_commit:
+            self.begin(Operation.CALLBACK)
             for step in steps:
                 for callback in self.on_commit:
                     callback(step)
@@ -504,17 +510,24 @@ class Engine(abc.ABC):
         if self._page is not None:
             self._page.beat()
 
+    def begin(self, operation: Operation) -> None:
+        """Show what is begun now."""
+        if self._page is not None:
+            self._page.doing(operation)
+
     @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
+    def _waiting(self, operation: Operation = Operation.REGROUPING) -> Iterator[None]:
         """Show that this worker waits for others meanwhile, which is not a hang of its own."""
         if self._page is None:
             yield
             return
+        before = self._page.doing(operation)
         self._page.waits(True)
         try:
             yield
         finally:
             self._page.waits(False)
+            self._page.doing(before)
 
     def _show(self) -> None:
         if self._page is not None:

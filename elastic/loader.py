@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler
 
 from elastic.engine import Engine
 from elastic.errors import ConfigError, ProtocolError
+from elastic.progress import Operation
 from elastic.replica import ReplicaEngine
 from elastic.seeding import seed_everything
 
@@ -192,4 +193,5 @@ class ElasticLoader:
             step, place, _ = slot.key
             batch = self._reader.fetch(slot.key)
             seed_everything(self._seed, step, place, "slot")
+            self._engine.begin(Operation.SLOT)
             yield batch

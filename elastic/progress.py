@@ -8,6 +8,7 @@ hangs; no decision about committed state is ever taken from it.
 
 from __future__ import annotations
 
+import enum
 import mmap
 import os
 import struct
@@ -21,8 +22,49 @@ _BUSY_OFFSET = _LOSS_OFFSET + 8
 _WAITS_OFFSET = _BUSY_OFFSET + 8
 _COMPUTE_OFFSET = _WAITS_OFFSET + 8
 _NORM_OFFSET = _COMPUTE_OFFSET + 8
+_OPERATION_OFFSET = _NORM_OFFSET + 8
+_STEP_OFFSET = _OPERATION_OFFSET + 8
+_SLOT_OFFSET = _STEP_OFFSET + 8
 _UNSIGNED = struct.Struct("<Q")
 _DOUBLE = struct.Struct("<d")
+
+
+class Operation(enum.IntEnum):
+    """What a worker's main thread began last."""
+
+    STARTING = 0
+    DATA = 1
+    SLOT = 2
+    FORWARD = 3
+    BACKWARD = 4
+    REDUCTION = 5
+    VERDICT = 6
+    REGROUPING = 7
+    STATE = 8
+    CALLBACK = 9
+    END = 10
+    EVALUATION = 11
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return _WORDS[self]
+
+
+_WORDS = {
+    Operation.STARTING: "starting",
+    Operation.DATA: "reading data",
+    Operation.SLOT: "user code",
+    Operation.FORWARD: "user code after a forward",
+    Operation.BACKWARD: "backward",
+    Operation.REDUCTION: "the reduction",
+    Operation.VERDICT: "the verdict",
+    Operation.REGROUPING: "waiting for other workers",
+    Operation.STATE: "passing the state on",
+    Operation.CALLBACK: "a callback of on_commit",
+    Operation.END: "after the loop",
+    Operation.EVALUATION: "an evaluation",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +78,8 @@ class Progress:
             blame for making no progress.
         compute_s: What the newest step took in forwards and backwards; 0 where that is not measured.
         gradient_norm: Of the newest step's gradient of the stage; 0 where that is not measured.
+        operation: What was begun last ...
+        step, slot: ... and where; slot -1 for none.
     """
 
     progress: int
@@ -47,6 +91,9 @@ class Progress:
     waits: bool
     compute_s: float = 0.0
     gradient_norm: float = 0.0
+    operation: Operation = Operation.STARTING
+    step: int = 0
+    slot: int = -1
 
 
 class ProgressPage:
@@ -83,6 +130,17 @@ class ProgressPage:
         """Say whether the main thread waits for others from now on."""
         _UNSIGNED.pack_into(self._map, _WAITS_OFFSET, int(waits))
 
+    def doing(self, operation: Operation) -> Operation:
+        """Say what is begun now; returns what was before."""
+        before: int = _UNSIGNED.unpack_from(self._map, _OPERATION_OFFSET)[0]
+        _UNSIGNED.pack_into(self._map, _OPERATION_OFFSET, operation)
+        return Operation(before)
+
+    def place(self, step: int, slot: int) -> None:
+        """Say which step and slot are computed from now on; slot -1 for none."""
+        _UNSIGNED.pack_into(self._map, _STEP_OFFSET, step)
+        _UNSIGNED.pack_into(self._map, _SLOT_OFFSET, slot + 1)
+
     def show(self, *, generation: int, committed: int, samples: int, loss: float) -> None:
         """Write what people see."""
         _UNSIGNED.pack_into(self._map, _OFFSET["generation"], generation)
@@ -111,6 +169,9 @@ class ProgressPage:
             waits=bool(_UNSIGNED.unpack_from(self._map, _WAITS_OFFSET)[0]),
             compute_s=_DOUBLE.unpack_from(self._map, _COMPUTE_OFFSET)[0],
             gradient_norm=_DOUBLE.unpack_from(self._map, _NORM_OFFSET)[0],
+            operation=Operation(_UNSIGNED.unpack_from(self._map, _OPERATION_OFFSET)[0]),
+            step=_UNSIGNED.unpack_from(self._map, _STEP_OFFSET)[0],
+            slot=_UNSIGNED.unpack_from(self._map, _SLOT_OFFSET)[0] - 1,
         )
 
     def close(self) -> None:

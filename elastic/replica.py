@@ -26,7 +26,7 @@ from elastic.errors import CollectiveAborted, ConfigError, ProtocolError
 from elastic.failpoints import FailPoint, reach, reach_inside
 from elastic.group import Group, Messages
 from elastic.memory import SnapshotMemory
-from elastic.progress import ProgressPage
+from elastic.progress import Operation, ProgressPage
 from elastic.protocol import EnterWorld, LoopEnded, StateSpoilt, Warmed
 from elastic.records import SampleRecord
 from elastic.reduction import Reduced, Reducer, Reduction
@@ -99,7 +99,7 @@ class ReplicaEngine(Engine):
             reduction=reduction,
             extras=self.buffers.extras + measures.EXTRAS + more_extras,
             shared=coordinator.settings.shares_memory,
-            on_progress=self.beat,
+            on_progress=self._gradient_came,
         )
         self.reducer = self._make_reducer(parts.parameters)
         if memory is not None and snapshot_every:
@@ -185,6 +185,9 @@ class ReplicaEngine(Engine):
 
     def _open_slot(self, slot: Slot) -> Slot:
         self.slot = slot
+        if self._page is not None:
+            self._page.place(slot.step, slot.slot)
+        self.begin(Operation.DATA)
         self._stepped.clear()
         self.measures.begin_slot(len(slot.ids))
         self.committed_in_slot = False
@@ -340,7 +343,7 @@ class ReplicaEngine(Engine):
         """Have what the others have updated; only then is the step committed here."""
         assert self.group is not None
         try:
-            with self._waiting():
+            with self._waiting(Operation.STATE):
                 zero.gather(self.group)
         except CollectiveAborted as error:
             for forget in self.on_abandon:
@@ -406,6 +409,10 @@ class ReplicaEngine(Engine):
 
     # -- what people see -----------------------------------------------------------------------------------------------
 
+    def _gradient_came(self) -> None:
+        self.beat()
+        self.begin(Operation.BACKWARD)
+
     def on_forward(self, module: nn.Module) -> None:
         """A forward of a prepared model has ended (a module hook): the process makes progress.
 
@@ -413,6 +420,7 @@ class ReplicaEngine(Engine):
             ConfigError: it lies between the steps of two optimizers.
         """
         self.beat()
+        self.begin(Operation.FORWARD)
         if 0 < len(self._stepped) < len(self.inner_steps) and module.training and torch.is_grad_enabled():
             raise ConfigError(
                 "a model ran forward after one optimizer's step() and before another's, but all optimizers step together once "

@@ -34,6 +34,7 @@ from elastic.binding import (
     trainable,
 )
 from elastic.buffers import Rule
+from elastic.collecting import Collector
 from elastic.config import WorkerConfig
 from elastic.control import Coordinator
 from elastic.digests import digest_of_layers
@@ -264,6 +265,7 @@ class Session:
         )
         engine.committed = admitted.committed
         engine.on_commit, engine.on_end = self._callbacks, self._on_end
+        engine.collector = Collector(self._settings.gc_every)
         for index, optimizer in enumerate(optimizers.values()):
             bind_optimizer(optimizer, index, engine)
         for scaler in kinds["scaler"]:
@@ -424,6 +426,7 @@ class Session:
         )
         engine.committed = admitted.committed
         engine.on_commit, engine.on_end = self._callbacks, self._on_end
+        engine.collector = Collector(self._settings.gc_every)
         if self._page is not None:
             excuse_compilers(self._page)
         if admitted.joins_running_world:

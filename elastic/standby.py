@@ -17,8 +17,9 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from elastic.lifeline import die_with_parent
+from elastic.lifeline import die_with_parent, let_look
 from elastic.shared import obstacle
+from elastic.stacks import answer_with_stacks
 
 MESSAGE_SIZE_BYTES_MAX = 1024 * 1024
 PRELOADED = (
@@ -80,7 +81,7 @@ def _reap(channel: socket.socket, pid: int) -> None:
 
 
 def _fork(channel: socket.socket, become: Become, request: dict[str, Any], fds: list[int]) -> int:
-    parent = os.getpid()
+    agent, parent = os.getppid(), os.getpid()
     pid = os.fork()
     if pid:
         return pid
@@ -88,6 +89,7 @@ def _fork(channel: socket.socket, become: Become, request: dict[str, Any], fds: 
     try:
         os.setsid()
         die_with_parent(parent)
+        let_look(agent)
         channel.close()
         code = become(request, fds)
     except BaseException:
@@ -101,7 +103,7 @@ def _fork(channel: socket.socket, become: Become, request: dict[str, Any], fds: 
 
 
 def _become_worker(request: dict[str, Any], fds: list[int]) -> int:
-    stdout_fd, stderr_fd, progress_fd = fds
+    stdout_fd, stderr_fd, progress_fd, stacks_fd = fds
     os.dup2(stdout_fd, 1)
     os.dup2(stderr_fd, 2)
     os.close(stdout_fd)
@@ -109,6 +111,7 @@ def _become_worker(request: dict[str, Any], fds: list[int]) -> int:
     os.set_inheritable(progress_fd, True)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    answer_with_stacks(stacks_fd)
     from elastic.worker import run_worker
 
     return run_worker(request, progress_fd)

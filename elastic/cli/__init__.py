@@ -10,6 +10,7 @@ import click
 from elastic import __version__
 from elastic.cli.daemons import agent, controller
 from elastic.cli.doctor import doctor
+from elastic.cli.incidents import incidents
 from elastic.cli.people import checkpoint, drain, events, status, stop
 from elastic.cli.plan import plan
 from elastic.cli.run import INTERRUPTED, run
@@ -33,7 +34,7 @@ def elastic(context: click.Context, config_file: Path | None) -> None:
         context.default_map = load_defaults(config_file)
 
 
-for command in (run, controller, agent, status, events, checkpoint, drain, stop, doctor, plan, sync):
+for command in (run, controller, agent, status, events, incidents, checkpoint, drain, stop, doctor, plan, sync):
     elastic.add_command(command)
 
 

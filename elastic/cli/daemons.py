@@ -111,6 +111,7 @@ def agent_settings(
     record_samples: Path | None,
     seed: int,
     share_memory: bool,
+    gc_every: int,
     snapshot_memory: int | None,
     labels: tuple[str, ...],
     module: bool,
@@ -134,6 +135,7 @@ def agent_settings(
         "record_dir": str(record_samples.absolute()) if record_samples else "",
         "seed": seed,
         "share_memory": share_memory,
+        "gc_every": gc_every,
         "snapshot_memory_bytes": options.default_snapshot_memory() if snapshot_memory is None else snapshot_memory,
         "labels": options.parse_labels(labels),
         "script": {

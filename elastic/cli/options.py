@@ -182,6 +182,8 @@ agent_settings = together(
     click.option("--seed", type=int, default=0, show_default=True, help="Seed of sampling and all randomness."),
     click.option("--share-memory/--no-share-memory", default=True, show_default=True,
                  help="Let workers of this node read each other's gradients in shared memory."),
+    click.option("--gc-every", type=click.IntRange(0), default=0, show_default=True,
+                 help="Steps from one garbage collection to the next, at the same step on all workers; 0: Python decides."),
     snapshot_memory,
     click.option("--label", "labels", multiple=True, metavar="KEY=VALUE", help="Label of this node (domain=..., island=...)."),
     click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as in python -m."),

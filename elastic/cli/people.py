@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from elastic.cli import options
-from elastic.domain import NO_STEP, PlanReply, StatusReply
+from elastic.domain import NO_STEP, EvidenceReply, PlanReply, StatusReply
 from elastic.errors import ElasticError
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -56,6 +56,12 @@ class People:
         """Return how the job's pipeline is cut."""
         with self._explained():
             return from_proto(self._stub.Plan(runtime_pb2.PlanRequest(), timeout=CALL_TIMEOUT_S), PlanReply)
+
+    def evidence(self, incident: int) -> EvidenceReply:
+        """Return what is known of where all workers were at an incident."""
+        with self._explained():
+            reply = self._stub.Evidence(runtime_pb2.EvidenceRequest(incident=incident), timeout=CALL_TIMEOUT_S)
+            return from_proto(reply, EvidenceReply)
 
     def drain(self, node: str) -> str:
         """Ask a node to leave."""
@@ -205,10 +211,11 @@ def nodes_table(reply: StatusReply) -> Table:
 
 def incidents_table(reply: StatusReply, newest: int = 10) -> Table:
     """Return the newest incidents as a table."""
-    table = Table("incident", "subject", "found by", "reason", "step", "seconds lost", "steps redone")
+    table = Table("no.", "incident", "subject", "found by", "reason", "step", "seconds lost", "steps redone")
     for incident in reply.incidents[-newest:]:
         lost = "open" if incident.seconds_lost < 0 else f"{incident.seconds_lost:.2f}"
         table.add_row(
+            str(incident.number),
             incident.kind,
             incident.subject,
             incident.detected_by,

@@ -39,7 +39,7 @@ from elastic.pipeline.paths import Visit, all_visits, fault_of
 from elastic.pipeline.survey import Survey
 from elastic.pipeline.ties import Ties
 from elastic.pipeline.travel import Travel
-from elastic.progress import ProgressPage
+from elastic.progress import Operation, ProgressPage
 from elastic.protocol import CollectiveBroke, EnterWorld, LoopEnded, StateReceived
 from elastic.records import SampleRecord
 from elastic.reduction import Reduced, Reducer, Reduction
@@ -191,9 +191,14 @@ class PipelineEngine(Engine):
         def fetch(slot: int) -> Batch:
             ids = self.sampler.ids(step, slot)
             self.slot = Slot(step, slot, ids, counts=True, is_last=False)
-            return batch(step, slot, ids)
+            self.begin(Operation.DATA)
+            read = batch(step, slot, ids)
+            self.begin(Operation.FORWARD)
+            return read
 
         def begin(slot: int) -> None:
+            if self._page is not None:
+                self._page.place(step, slot)
             stage.reducer.begin_slot(slot, float(sizes[slot]) if several else None)
 
         def end(slot: int, extras: Tensor) -> None:
@@ -609,7 +614,7 @@ class PipelineEngine(Engine):
         route = [self._holders(each)[0] for each in self.plan.stages]
         value = torch.zeros(1, dtype=torch.float64)
         try:
-            with self._waiting(), preserved():
+            with self._waiting(Operation.EVALUATION), preserved():
                 if self.rank in route:
                     loss = stage.executor.evaluate(batch, group, route, self.rank)
                     if loss is not None:

@@ -1400,6 +1400,248 @@ class WorkerExited(_message.Message):
 Global___WorkerExited: _TypeAlias = WorkerExited  # noqa: Y015
 
 @_typing.final
+class Suspected(_message.Message):
+    """The agent will soon take this worker for lost, unless it goes on: look at all workers while they live."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    DETECTED_BY_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    reason: _builtins.str
+    detected_by: _builtins.str
+    """"process state", "progress" """
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        reason: _builtins.str = ...,
+        detected_by: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["detected_by", b"detected_by", "reason", b"reason", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Suspected: _TypeAlias = Suspected  # noqa: Y015
+
+@_typing.final
+class CollectEvidence(_message.Message):
+    """Say where each worker of this node is, in which line of which file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INQUIRY_FIELD_NUMBER: _builtins.int
+    TIMEOUT_MS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_MAX_FIELD_NUMBER: _builtins.int
+    inquiry: _builtins.int
+    """Comes back in the answer."""
+    timeout_ms: _builtins.int
+    """What has not been found by then is left out."""
+    size_bytes_max: _builtins.int
+    """Of the answer."""
+    def __init__(
+        self,
+        *,
+        inquiry: _builtins.int = ...,
+        timeout_ms: _builtins.int = ...,
+        size_bytes_max: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inquiry", b"inquiry", "size_bytes_max", b"size_bytes_max", "timeout_ms", b"timeout_ms"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CollectEvidence: _TypeAlias = CollectEvidence  # noqa: Y015
+
+@_typing.final
+class StackFrame(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FUNCTION_FIELD_NUMBER: _builtins.int
+    FILE_FIELD_NUMBER: _builtins.int
+    LINE_FIELD_NUMBER: _builtins.int
+    CODE_FIELD_NUMBER: _builtins.int
+    OF_USER_FIELD_NUMBER: _builtins.int
+    function: _builtins.str
+    file: _builtins.str
+    line: _builtins.int
+    code: _builtins.str
+    """What the line says; only where it is the user's."""
+    of_user: _builtins.bool
+    """The file belongs neither to Python, nor to a package, nor to elastic."""
+    def __init__(
+        self,
+        *,
+        function: _builtins.str = ...,
+        file: _builtins.str = ...,
+        line: _builtins.int = ...,
+        code: _builtins.str = ...,
+        of_user: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["code", b"code", "file", b"file", "function", b"function", "line", b"line", "of_user", b"of_user"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StackFrame: _TypeAlias = StackFrame  # noqa: Y015
+
+@_typing.final
+class ThreadStack(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    THREAD_FIELD_NUMBER: _builtins.int
+    IS_MAIN_FIELD_NUMBER: _builtins.int
+    FRAMES_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    """Of the worker, or of a process that it has started."""
+    thread: _builtins.str
+    """Name; empty where it is not known."""
+    is_main: _builtins.bool
+    """The worker's own main thread."""
+    @_builtins.property
+    def frames(self) -> _containers.RepeatedCompositeFieldContainer[Global___StackFrame]:
+        """The innermost first."""
+
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        thread: _builtins.str = ...,
+        is_main: _builtins.bool = ...,
+        frames: _abc.Iterable[Global___StackFrame] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frames", b"frames", "is_main", b"is_main", "pid", b"pid", "thread", b"thread"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ThreadStack: _TypeAlias = ThreadStack  # noqa: Y015
+
+@_typing.final
+class WorkerEvidence(_message.Message):
+    """Where one worker is."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    PROCESS_STATE_FIELD_NUMBER: _builtins.int
+    OPERATION_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    SLOT_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
+    SINCE_S_FIELD_NUMBER: _builtins.int
+    STACKS_FIELD_NUMBER: _builtins.int
+    SOURCE_FIELD_NUMBER: _builtins.int
+    FAULT_FIELD_NUMBER: _builtins.int
+    LOG_TAIL_FIELD_NUMBER: _builtins.int
+    worker: _builtins.str
+    pid: _builtins.int
+    process_state: _builtins.str
+    """T: stopped by a signal."""
+    operation: _builtins.str
+    """What it began last, in words ..."""
+    step: _builtins.int
+    """... in this step ..."""
+    slot: _builtins.int
+    """... and slot; -1: none."""
+    waits: _builtins.bool
+    """For other workers."""
+    since_s: _builtins.float
+    """For how long it has made no progress, or had none to make."""
+    source: _builtins.str
+    """"py-spy", "faulthandler"; empty where there are no stacks."""
+    fault: _builtins.str
+    """Why something is missing; empty where nothing is."""
+    log_tail: _builtins.str
+    """The end of its stderr and stdout."""
+    @_builtins.property
+    def stacks(self) -> _containers.RepeatedCompositeFieldContainer[Global___ThreadStack]:
+        """The main thread first."""
+
+    def __init__(
+        self,
+        *,
+        worker: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        process_state: _builtins.str = ...,
+        operation: _builtins.str = ...,
+        step: _builtins.int = ...,
+        slot: _builtins.int = ...,
+        waits: _builtins.bool = ...,
+        since_s: _builtins.float = ...,
+        stacks: _abc.Iterable[Global___ThreadStack] | None = ...,
+        source: _builtins.str = ...,
+        fault: _builtins.str = ...,
+        log_tail: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["fault", b"fault", "log_tail", b"log_tail", "operation", b"operation", "pid", b"pid", "process_state", b"process_state", "since_s", b"since_s", "slot", b"slot", "source", b"source", "stacks", b"stacks", "step", b"step", "waits", b"waits", "worker", b"worker"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WorkerEvidence: _TypeAlias = WorkerEvidence  # noqa: Y015
+
+@_typing.final
+class EvidenceCollected(_message.Message):
+    """Answer to CollectEvidence."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class VersionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.str
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    INQUIRY_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
+    VERSIONS_FIELD_NUMBER: _builtins.int
+    inquiry: _builtins.int
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerEvidence]: ...
+    @_builtins.property
+    def versions(self) -> _containers.ScalarMap[_builtins.str, _builtins.str]:
+        """Of what runs there."""
+
+    def __init__(
+        self,
+        *,
+        inquiry: _builtins.int = ...,
+        workers: _abc.Iterable[Global___WorkerEvidence] | None = ...,
+        versions: _abc.Mapping[_builtins.str, _builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inquiry", b"inquiry", "versions", b"versions", "workers", b"workers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvidenceCollected: _TypeAlias = EvidenceCollected  # noqa: Y015
+
+@_typing.final
 class FromWorker(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1437,6 +1679,8 @@ class AgentMessage(_message.Message):
     ASSEMBLED_FIELD_NUMBER: _builtins.int
     SAVED_FIELD_NUMBER: _builtins.int
     CHECKPOINT_FIELD_NUMBER: _builtins.int
+    SUSPECTED_FIELD_NUMBER: _builtins.int
+    EVIDENCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___AgentHello: ...
     @_builtins.property
@@ -1459,6 +1703,10 @@ class AgentMessage(_message.Message):
     def saved(self) -> Global___CheckpointSaved: ...
     @_builtins.property
     def checkpoint(self) -> Global___CheckpointFound: ...
+    @_builtins.property
+    def suspected(self) -> Global___Suspected: ...
+    @_builtins.property
+    def evidence(self) -> Global___EvidenceCollected: ...
     def __init__(
         self,
         *,
@@ -1473,12 +1721,14 @@ class AgentMessage(_message.Message):
         assembled: Global___SnapshotAssembled | None = ...,
         saved: Global___CheckpointSaved | None = ...,
         checkpoint: Global___CheckpointFound | None = ...,
+        suspected: Global___Suspected | None = ...,
+        evidence: Global___EvidenceCollected | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "body", b"body", "checkpoint", b"checkpoint", "exited", b"exited", "found", b"found", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "saved", b"saved", "started", b"started"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "body", b"body", "checkpoint", b"checkpoint", "evidence", b"evidence", "exited", b"exited", "found", b"found", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "saved", b"saved", "started", b"started", "suspected", b"suspected"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "body", b"body", "checkpoint", b"checkpoint", "exited", b"exited", "found", b"found", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "saved", b"saved", "started", b"started"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["assembled", b"assembled", "body", b"body", "checkpoint", b"checkpoint", "evidence", b"evidence", "exited", b"exited", "found", b"found", "from_worker", b"from_worker", "goodbye", b"goodbye", "heartbeat", b"heartbeat", "hello", b"hello", "probed", b"probed", "saved", b"saved", "started", b"started", "suspected", b"suspected"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "started", "exited", "from_worker", "goodbye", "probed", "found", "assembled", "saved", "checkpoint"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["hello", "heartbeat", "started", "exited", "from_worker", "goodbye", "probed", "found", "assembled", "saved", "checkpoint", "suspected", "evidence"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -1881,6 +2131,7 @@ class ControllerMessage(_message.Message):
     ASSEMBLE_FIELD_NUMBER: _builtins.int
     SAVE_FIELD_NUMBER: _builtins.int
     LOOK_FIELD_NUMBER: _builtins.int
+    COLLECT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def welcome(self) -> Global___Welcome: ...
     @_builtins.property
@@ -1905,6 +2156,8 @@ class ControllerMessage(_message.Message):
     def save(self) -> Global___SaveCheckpoint: ...
     @_builtins.property
     def look(self) -> Global___FindCheckpoint: ...
+    @_builtins.property
+    def collect(self) -> Global___CollectEvidence: ...
     def __init__(
         self,
         *,
@@ -1920,12 +2173,13 @@ class ControllerMessage(_message.Message):
         assemble: Global___AssembleSnapshot | None = ...,
         save: Global___SaveCheckpoint | None = ...,
         look: Global___FindCheckpoint | None = ...,
+        collect: Global___CollectEvidence | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assemble", b"assemble", "body", b"body", "find", b"find", "kill", b"kill", "look", b"look", "probe", b"probe", "refused", b"refused", "save", b"save", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assemble", b"assemble", "body", b"body", "collect", b"collect", "find", b"find", "kill", b"kill", "look", b"look", "probe", b"probe", "refused", b"refused", "save", b"save", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assemble", b"assemble", "body", b"body", "find", b"find", "kill", b"kill", "look", b"look", "probe", b"probe", "refused", b"refused", "save", b"save", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ack", b"ack", "assemble", b"assemble", "body", b"body", "collect", b"collect", "find", b"find", "kill", b"kill", "look", b"look", "probe", b"probe", "refused", b"refused", "save", b"save", "shutdown", b"shutdown", "start", b"start", "to_worker", b"to_worker", "welcome", b"welcome"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refused", "start", "kill", "to_worker", "shutdown", "ack", "probe", "find", "assemble", "save", "look"]  # noqa: Y015
+    _WhichOneofReturnType_body: _TypeAlias = _typing.Literal["welcome", "refused", "start", "kill", "to_worker", "shutdown", "ack", "probe", "find", "assemble", "save", "look", "collect"]  # noqa: Y015
     _WhichOneofArgType_body: _TypeAlias = _typing.Literal["body", b"body"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_body) -> _WhichOneofReturnType_body | None: ...
 
@@ -2469,6 +2723,7 @@ class Incident(_message.Message):
     STEPS_REDONE_FIELD_NUMBER: _builtins.int
     SECONDS_LOST_FIELD_NUMBER: _builtins.int
     AT_UNIX_S_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     kind: _builtins.str
     """worker lost, worker stopped, node lost, exception, join, drain, ..."""
     subject: _builtins.str
@@ -2482,6 +2737,8 @@ class Incident(_message.Message):
     seconds_lost: _builtins.float
     """From the fault to the first commit of a new step, less one step; < 0 while open."""
     at_unix_s: _builtins.float
+    number: _builtins.int
+    """Of the job's incidents, from 1."""
     def __init__(
         self,
         *,
@@ -2494,10 +2751,11 @@ class Incident(_message.Message):
         steps_redone: _builtins.int = ...,
         seconds_lost: _builtins.float = ...,
         at_unix_s: _builtins.float = ...,
+        number: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix_s", b"at_unix_s", "detected_by", b"detected_by", "generation", b"generation", "kind", b"kind", "reason", b"reason", "seconds_lost", b"seconds_lost", "step", b"step", "steps_redone", b"steps_redone", "subject", b"subject"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["at_unix_s", b"at_unix_s", "detected_by", b"detected_by", "generation", b"generation", "kind", b"kind", "number", b"number", "reason", b"reason", "seconds_lost", b"seconds_lost", "step", b"step", "steps_redone", b"steps_redone", "subject", b"subject"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2733,6 +2991,53 @@ class PlanReply(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___PlanReply: _TypeAlias = PlanReply  # noqa: Y015
+
+@_typing.final
+class EvidenceRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INCIDENT_FIELD_NUMBER: _builtins.int
+    incident: _builtins.int
+    def __init__(
+        self,
+        *,
+        incident: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incident", b"incident"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvidenceRequest: _TypeAlias = EvidenceRequest  # noqa: Y015
+
+@_typing.final
+class EvidenceReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PATH_FIELD_NUMBER: _builtins.int
+    SUMMARY_FIELD_NUMBER: _builtins.int
+    JSON_FIELD_NUMBER: _builtins.int
+    path: _builtins.str
+    """Directory of the bundle, on the controller's machine."""
+    summary: _builtins.str
+    """For a person."""
+    json: _builtins.str
+    """Incident, findings, groups, and where each worker was."""
+    def __init__(
+        self,
+        *,
+        path: _builtins.str = ...,
+        summary: _builtins.str = ...,
+        json: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["json", b"json", "path", b"path", "summary", b"summary"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvidenceReply: _TypeAlias = EvidenceReply  # noqa: Y015
 
 @_typing.final
 class DrainRequest(_message.Message):

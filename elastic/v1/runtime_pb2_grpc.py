@@ -354,6 +354,11 @@ class PeopleStub:
                 request_serializer=elastic_dot_v1_dot_runtime__pb2.PlanRequest.SerializeToString,
                 response_deserializer=elastic_dot_v1_dot_runtime__pb2.PlanReply.FromString,
                 _registered_method=True)
+        self.Evidence = channel.unary_unary(
+                '/elastic.v1.People/Evidence',
+                request_serializer=elastic_dot_v1_dot_runtime__pb2.EvidenceRequest.SerializeToString,
+                response_deserializer=elastic_dot_v1_dot_runtime__pb2.EvidenceReply.FromString,
+                _registered_method=True)
         self.Drain = channel.unary_unary(
                 '/elastic.v1.People/Drain',
                 request_serializer=elastic_dot_v1_dot_runtime__pb2.DrainRequest.SerializeToString,
@@ -388,6 +393,13 @@ class PeopleServicer:
 
     def Plan(self, request, context):
         """Of a job without a pipeline, an error.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Evidence(self, request, context):
+        """Of an incident without a bundle, an error.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -429,6 +441,11 @@ def add_PeopleServicer_to_server(servicer, server):
                     servicer.Plan,
                     request_deserializer=elastic_dot_v1_dot_runtime__pb2.PlanRequest.FromString,
                     response_serializer=elastic_dot_v1_dot_runtime__pb2.PlanReply.SerializeToString,
+            ),
+            'Evidence': grpc.unary_unary_rpc_method_handler(
+                    servicer.Evidence,
+                    request_deserializer=elastic_dot_v1_dot_runtime__pb2.EvidenceRequest.FromString,
+                    response_serializer=elastic_dot_v1_dot_runtime__pb2.EvidenceReply.SerializeToString,
             ),
             'Drain': grpc.unary_unary_rpc_method_handler(
                     servicer.Drain,
@@ -527,6 +544,33 @@ class People:
             '/elastic.v1.People/Plan',
             elastic_dot_v1_dot_runtime__pb2.PlanRequest.SerializeToString,
             elastic_dot_v1_dot_runtime__pb2.PlanReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evidence(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/elastic.v1.People/Evidence',
+            elastic_dot_v1_dot_runtime__pb2.EvidenceRequest.SerializeToString,
+            elastic_dot_v1_dot_runtime__pb2.EvidenceReply.FromString,
             options,
             channel_credentials,
             insecure,

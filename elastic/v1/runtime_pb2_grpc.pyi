@@ -132,6 +132,8 @@ class PeopleStub:
     Events: _grpc.UnaryStreamMultiCallable[_runtime_pb2.EventsRequest, _runtime_pb2.Event]
     Plan: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.PlanRequest, _runtime_pb2.PlanReply]
     """Of a job without a pipeline, an error."""
+    Evidence: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.EvidenceRequest, _runtime_pb2.EvidenceReply]
+    """Of an incident without a bundle, an error."""
     Drain: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.DrainRequest, _runtime_pb2.DrainReply]
     Checkpoint: _grpc.UnaryUnaryMultiCallable[_runtime_pb2.CheckpointRequest, _runtime_pb2.CheckpointReply]
     """Answers once it is written."""
@@ -144,6 +146,8 @@ class PeopleAsyncStub(PeopleStub):
     Events: _aio.UnaryStreamMultiCallable[_runtime_pb2.EventsRequest, _runtime_pb2.Event]  # type: ignore[assignment]
     Plan: _aio.UnaryUnaryMultiCallable[_runtime_pb2.PlanRequest, _runtime_pb2.PlanReply]  # type: ignore[assignment]
     """Of a job without a pipeline, an error."""
+    Evidence: _aio.UnaryUnaryMultiCallable[_runtime_pb2.EvidenceRequest, _runtime_pb2.EvidenceReply]  # type: ignore[assignment]
+    """Of an incident without a bundle, an error."""
     Drain: _aio.UnaryUnaryMultiCallable[_runtime_pb2.DrainRequest, _runtime_pb2.DrainReply]  # type: ignore[assignment]
     Checkpoint: _aio.UnaryUnaryMultiCallable[_runtime_pb2.CheckpointRequest, _runtime_pb2.CheckpointReply]  # type: ignore[assignment]
     """Answers once it is written."""
@@ -171,6 +175,14 @@ class PeopleServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_runtime_pb2.PlanReply, _abc.Awaitable[_runtime_pb2.PlanReply]]:
         """Of a job without a pipeline, an error."""
+
+    @_abc_1.abstractmethod
+    def Evidence(
+        self,
+        request: _runtime_pb2.EvidenceRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_runtime_pb2.EvidenceReply, _abc.Awaitable[_runtime_pb2.EvidenceReply]]:
+        """Of an incident without a bundle, an error."""
 
     @_abc_1.abstractmethod
     def Drain(

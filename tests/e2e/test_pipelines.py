@@ -114,7 +114,11 @@ def test_a_call_that_one_worker_makes_alone_costs_a_regroup(job: Job) -> None:
         job.eventually(lambda: not stray.exists(), "somebody to stray")
         before = job.wait_for_world(3, beyond_step=before["step"] + 4)
     summary = finish(job, "run")
-    assert "collective broken" in [incident["kind"] for incident in summary["incidents"]], summary["incidents"]
+    broken = [incident["number"] for incident in summary["incidents"] if incident["kind"] == "collective broken"]
+    assert broken, summary["incidents"]
+    for number in broken:
+        told = (job.folder / "run" / "ledger-incidents" / str(number) / "summary.txt").read_text()
+        assert "is elsewhere than the others: an evaluation" in told and "pipeline.eval(" in told, told
     assert job.fingerprint() == undisturbed("--epochs", 1)
 
 

@@ -48,6 +48,7 @@ PURE = (
     "controller/fencing.py",
     "controller/founding.py",
     "controller/incidents.py",
+    "controller/inquiring.py",
     "controller/job.py",
     "controller/layouts.py",
     "controller/links.py",

@@ -34,6 +34,8 @@ from elastic.domain import (
     AssembleSnapshot,
     CheckpointFound,
     CheckpointSaved,
+    CollectEvidence,
+    EvidenceCollected,
     FindCheckpoint,
     FindSnapshots,
     PeersProbed,
@@ -43,6 +45,7 @@ from elastic.domain import (
     SnapshotAssembled,
     SnapshotsFound,
     StartWorker,
+    WorkerEvidence,
 )
 from elastic.snapshots import SnapshotId
 from tests.sim.links import Stream
@@ -171,6 +174,8 @@ class Agent(Process):
                     self.post(self.random.uniform(0.05, 0.5), self._look_for_checkpoint, order)
                 case CarryOut(SaveCheckpoint() as order):
                     self.post(self.random.uniform(0.05, 1.5), self._save, order)
+                case CarryOut(CollectEvidence() as order):
+                    self.post(self.random.uniform(0.001, 1.5), self._answer_inquiry, order)
                 case OpenGeneration():
                     pass  # no rendezvous store here: groups.py builds by itself
                 case CarryOut(ProbePeers() as order):
@@ -239,6 +244,13 @@ class Agent(Process):
         dead = self.world.groups.dead_links
         silent = tuple(peer.node for peer in order.peers if frozenset((self.node.name, peer.node)) in dead)
         self.handle(CarriedOut(PeersProbed(order.generation, silent)))
+
+    def _answer_inquiry(self, order: CollectEvidence) -> None:
+        found = tuple(
+            WorkerEvidence(worker.id, worker.pid, "T" if worker.stopped else "R", waits=worker.page_waits)
+            for worker in self.workers.values()
+        )
+        self.handle(CarriedOut(EvidenceCollected(order.inquiry, found)))
 
     # -- snapshots -------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from controller.events import (
     ControllerEvent,
     DrainAsked,
     EndJob,
+    KeepEvidence,
     Persist,
     StopAsked,
     Tick,
@@ -80,6 +81,8 @@ class Controller(Process):
                     stream = self.streams.pop(incarnation, None)
                     if stream is not None:
                         stream.close(self)
+                case KeepEvidence(incident):
+                    self.world.note("evidence of incident %d is kept", incident.number)
                 case EndJob(outcome, reason):
                     self.world.note("JOB %s: %s", outcome, reason)
                     self.ending_since = self.clock.now

@@ -15,6 +15,7 @@ from controller.events import (
     ControllerEffect,
     ControllerEvent,
     EndJob,
+    KeepEvidence,
     Persist,
     Tick,
     ToAgent,
@@ -27,6 +28,7 @@ from elastic.domain import (
     Admitted,
     AgentHello,
     AssembleSnapshot,
+    CollectEvidence,
     Commit,
     Conclude,
     FindCheckpoint,
@@ -86,10 +88,14 @@ class Job:
         for effect in self.machine.step(event, self.now):
             if isinstance(effect, Persist):
                 self.ledger.append((effect.kind, effect.data))
+            self.perform(effect)
             line = short(effect)
             if line:
                 lines.append(line)
         return lines
+
+    def perform(self, effect: ControllerEffect) -> None:
+        """For those who want to see effects as they are."""
 
     def tick(self, seconds: float) -> list[str]:
         """Let time pass in small steps; all agents that are attached go on sending heartbeats."""
@@ -218,6 +224,10 @@ def short(effect: ControllerEffect) -> str:
             return f"{incarnation}: save checkpoint"
         case ToAgent(incarnation, ProbePeers(_, peers)):
             return f"{incarnation}: probe {' '.join(peer.node for peer in peers)}"
+        case ToAgent(incarnation, CollectEvidence()):
+            return f"{incarnation}: collect evidence"
+        case KeepEvidence(incident):
+            return f"keep evidence of {incident.number}"
         case CloseAgent(incarnation):
             return f"close {incarnation}"
         case EndJob(outcome):

@@ -32,6 +32,7 @@ from agent.events import (
 from agent.machine import AgentMachine, AgentSettings, describe_exit
 from elastic.domain import (
     AgentHello,
+    CollectEvidence,
     CollectiveFailed,
     Commit,
     Failed,
@@ -50,6 +51,7 @@ from elastic.domain import (
     Registered,
     Shutdown,
     StartWorker,
+    Suspected,
     Switched,
     ToWorker,
     Welcome,
@@ -57,6 +59,7 @@ from elastic.domain import (
     WorkerStarted,
     WorkerStatus,
 )
+from elastic.progress import Operation
 
 HELLO = AgentHello(job="j", node="n", incarnation="n#1", nproc=2)
 FIRST = StartWorker("n/0.1", 0)
@@ -89,9 +92,15 @@ class Node:
 
 
 def looked(
-    state: str, committed: int = 0, progress: int = 0, *, busy_until_s: float = 0.0, waits: bool = False
+    state: str,
+    committed: int = 0,
+    progress: int = 0,
+    *,
+    busy_until_s: float = 0.0,
+    waits: bool = False,
+    operation: Operation | None = None,
 ) -> Looked:
-    return Looked("n/0.1", state, 1, committed, progress, 0.5, 2 * committed, busy_until_s, waits)
+    return Looked("n/0.1", state, 1, committed, progress, 0.5, 2 * committed, busy_until_s, waits, operation=operation)
 
 
 def exited(
@@ -207,7 +216,10 @@ def test_a_worker_that_stands_still_is_believed_lost_after_the_failure_timeout()
     assert node.feed(looked("T"), at=1.0) == []
     assert node.feed(looked("S"), at=2.0) == []
     assert node.feed(looked("T"), at=2.5) == []
-    assert node.feed(looked("T"), at=4.4) == []
+    assert node.feed(looked("T"), at=3.4) == []
+    suspected = Report(Suspected("n/0.1", "stopped for 1.0 s", "process state"))
+    assert node.feed(looked("T"), at=3.5) == [suspected], "there is a second left to look at everybody"
+    assert node.feed(looked("T"), at=4.4) == [], "it is said once"
     assert node.feed(looked("T"), at=4.5) == [
         Signal("n/0.1", KILL, "stopped for 2.0 s"),
         exited(-9, "stopped for 2.0 s", blameless=True, by="process state", silent_s=2.0),
@@ -323,11 +335,46 @@ def test_no_progress_in_user_code_for_ten_seconds_is_a_hang() -> None:
     assert node.feed(looked("R", 4, 4), at=40.0) == []
 
 
+def test_a_hang_is_suspected_a_second_before_it_is_believed_and_again_after_progress() -> None:
+    node = worker_that_trains()
+    assert node.feed(looked("R", 4, 4, operation=Operation.BACKWARD), at=18.9) == []
+    suspected = Report(Suspected("n/0.1", "no progress for 9.1 s in backward", "progress"))
+    assert node.feed(looked("R", 4, 4, operation=Operation.BACKWARD), at=19.1) == [suspected]
+    assert node.feed(looked("R", 4, 4, operation=Operation.BACKWARD), at=19.5) == []
+    assert node.feed(looked("R", 4, 5), at=19.6) == []
+    (again,) = node.feed(looked("R", 4, 5), at=29.0)
+    assert isinstance(again, Report) and isinstance(again.message, Suspected)
+    assert is_lost(node, looked("R", 4, 5), at=29.7)
+
+
+def test_workers_are_looked_at_when_the_controller_asks() -> None:
+    order = CollectEvidence(7, 1000, 1 << 20)
+    assert Node().feed(Heard(order)) == [CarryOut(order)]
+
+
 def test_a_long_step_earns_five_times_its_length() -> None:
     node = worker_that_trains()
     node.feed(looked("R", 5, 5), at=14.0)
     assert not is_lost(node, looked("R", 5, 5), at=33.9)
     assert is_lost(node, looked("R", 5, 5), at=34.1)
+
+
+def test_saving_has_a_limit_of_its_own_learned_from_what_it_has_taken() -> None:
+    node = worker_that_trains(start_timeout_ms=60_000)
+    saving = looked("R", 4, 4, operation=Operation.CALLBACK)
+    node.feed(saving, at=10.1)
+    assert not is_lost(node, saving, at=69.9), "nobody has seen yet how long it takes"
+    node.feed(looked("R", 4, 5, operation=Operation.DATA), at=50.1)
+    node.feed(looked("R", 5, 6), at=50.5)
+    assert not is_lost(node, looked("R", 5, 6, operation=Operation.SLOT), at=60.4)
+    assert is_lost(node, looked("R", 5, 6, operation=Operation.SLOT), at=60.6), "that saving took 40 s says nothing of steps"
+    node = worker_that_trains(start_timeout_ms=600_000)
+    node.feed(saving, at=10.1)
+    node.feed(looked("R", 4, 5), at=14.1)
+    saving = looked("R", 4, 5, operation=Operation.CALLBACK)
+    node.feed(saving, at=15.0)
+    assert not is_lost(node, saving, at=34.0)
+    assert is_lost(node, saving, at=34.2), "five times the four seconds that it took"
 
 
 def test_the_hang_timeout_that_was_given_counts() -> None:
