@@ -10,13 +10,14 @@ bits. Each replica sees the same number of samples, with one cosine schedule ove
                 `ddp` have brought the model (with --scratch: from nothing); medians over seeds with order-statistic intervals,
                 over ddp's of the same seed. `noloco` is the mean of all replicas; its spread is their root mean square distance
                 from that, in the last round, and `spread_follows_rate` the correlation of both over the last half of the rounds.
-                All but noloco in one process: the bits do not depend on the workers.
+                Most in one process, since the bits do not depend on the workers. `async` gives by two turns; in `half_dropped`
+                half of what replicas give is lost, at random, and they go on from where they are: over `all_given`.
     link        four nodes with a worker each, on hosts of their own at 20 Mbit/s and 40 ms from one to another, 100 local steps
                 from one exchange to the next (streaming: of a fragment, with an overlap of 20): samples a second, over ddp's,
                 and the bytes that a node sends for an exchange, at its interface, over the formula: 2 P (N-1)/N x 4, a
                 fragment's share of it, or 2 P x 4 for a pair; times what Ethernet, IP and TCP add to full packets and to their
                 acknowledgements. Needs the right to make network namespaces.
-    churn       `benchmarks.churn` for diloco and noloco: goodput, hangs, and whether replicas stay together.
+    churn       `benchmarks.churn` for diloco and noloco, dealt by speed: goodput, hangs, and whether replicas stay together.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from benchmarks.netlab import Lab, Wire, obstacle
 from benchmarks.network import LabCluster
 from benchmarks.paired import median_interval
 from benchmarks.report import Reporter, command, main_of, pyplot
-from benchmarks.train_sync import BATCH, CONTEXT, DIM, FRAGMENTS, LAYERS, REPLICAS, STRATEGIES
+from benchmarks.train_sync import BATCH, CONTEXT, DIM, FRAGMENTS, LAYERS, REPLICAS
 from elastic.sync.advice import Site, exchange_bytes, pair_bytes
 from examples.cluster import ROOT, Cluster, ClusterError
 from examples.gpt import GPT
@@ -51,7 +52,12 @@ WAYS: dict[str, tuple[str, ...]] = {
     "diloco_fp4": ("--sync", "diloco", "--quantize", "fp4"),
     "streaming_diloco": ("--sync", "streaming_diloco"),
     "noloco": ("--sync", "noloco"),
+    "async": ("--sync", "async"),
+    "all_given": ("--sync", "async", "--turns", "1"),
+    "half_dropped": ("--sync", "async", "--turns", "1", "--drop", "0.5"),
 }
+TOGETHER = ("noloco", "async", "all_given", "half_dropped")
+"""What takes a worker for each replica."""
 NODES = ("a", "b", "c", "d")
 RATE, DELAY_MS = "20mbit", 20.0
 """Of each host; from one to another there are two wires."""
@@ -108,11 +114,12 @@ def losses(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> d
         flags = {name: (*way, *begin, "--seed", str(seed)) for name, way in WAYS.items()}
         with ThreadPoolExecutor(2) as pool:
             jobs = {
-                name: pool.submit(alone, folder / f"{name}-{seed}", *flags[name]) for name in WAYS if name != "noloco"
+                name: pool.submit(alone, folder / f"{name}-{seed}", *flags[name]) for name in WAYS if name not in TOGETHER
             }
             for name, job in jobs.items():
                 runs[name].append(job.result())
-        runs["noloco"].append(together(folder / f"noloco-{seed}", *flags["noloco"]))
+        for name in TOGETHER:
+            runs[name].append(together(folder / f"{name}-{seed}", *flags[name]))
         said = ", ".join(f"{name} {found[-1][-1]['loss']:.4f}" for name, found in runs.items())
         reporter.say(f"seed {seed}: {said}")
     report: dict[str, dict[str, Any]] = {name: {} for name in WAYS}
@@ -122,6 +129,9 @@ def losses(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> d
         report[name]["loss"], report[name]["loss_ci"] = _interval(last)
         paired = [mine / theirs for mine, theirs in zip(last, ddp, strict=True)]
         report[name]["loss_over_ddp"], report[name]["loss_over_ddp_ci"] = _interval(paired)
+    given = [run[-1]["loss"] for run in runs["all_given"]]
+    dropped = [run[-1]["loss"] / theirs for run, theirs in zip(runs["half_dropped"], given, strict=True)]
+    report["half_dropped"]["loss_over_all_given"], report["half_dropped"]["loss_over_all_given_ci"] = _interval(dropped)
     told = [[line for line in run if line["rank"] == 0 and "spread" in line] for run in runs["noloco"]]
     report["noloco"]["spread"], report["noloco"]["spread_ci"] = _interval([run[-1]["spread"] for run in told])
     following = [_follows(run[len(run) // 2 :]) for run in told]
@@ -201,15 +211,17 @@ def measure(arguments: argparse.Namespace, folder: Path, reporter: Reporter) -> 
     if "link" in parts and (why := obstacle()):
         reporter.say(f"no link: {why}")
     elif "link" in parts:
-        for name in STRATEGIES:
+        for name in LINK_ROUNDS:
             report["strategies"][name] |= over_the_link(folder / f"link-{name}", name, reporter)
         slowest = report["strategies"]["ddp"]["samples_per_s"]
-        for name in STRATEGIES:
+        for name in LINK_ROUNDS:
             found = report["strategies"][name]
             found["samples_per_s_over_ddp"] = found["samples_per_s"] / slowest
     if "churn" in parts:
         minutes = arguments.churn_minutes or (1.0 if arguments.quick else CHURN_MINUTES)
-        several = {name: churn.run(folder / f"churn-{name}", name, minutes, reporter) for name in ("diloco", "noloco")}
+        several = {
+            name: churn.run(folder / f"churn-{name}", name, minutes, reporter, dynamic=True) for name in ("diloco", "noloco")
+        }
         report["churn"] = {
             "goodput": min(found["goodput"] for found in several.values()),
             "hangs": sum(found["hangs"] for found in several.values()),
@@ -259,6 +271,8 @@ def tabulate(report: dict[str, Any]) -> Table:
         keys = ("samples_per_s", "samples_per_s_over_ddp", "bytes_over_formula")
         table.add_row(name, *texts, *(f"{found[key]:.2f}" if key in found else "-" for key in keys))
     noloco, said = report["strategies"]["noloco"], []
+    if "loss_over_all_given" in report["strategies"].get("half_dropped", {}):
+        said.append(f"half dropped over all given {report['strategies']['half_dropped']['loss_over_all_given']:.4f}")
     if "spread" in noloco:
         said.append(f"noloco's spread {noloco['spread']:.2e}, follows the rate by {noloco['spread_follows_rate']:.2f}")
     for name in ("diloco", "noloco"):

@@ -21,6 +21,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Subset
 
 import elastic
+from elastic import session as session_module
+from elastic.sync.turns import TurnEngine
 from examples.gpt import GPT, Windows
 
 CONTEXT, REPLICAS, BATCH, DIM, LAYERS = 64, 4, 4, 64, 4
@@ -30,6 +32,16 @@ WARM_UP = 20
 FRAGMENTS = 2
 TURNS = 2
 STRATEGIES = ("ddp", "diloco", "streaming_diloco", "noloco", "async")
+
+
+class Dropping(TurnEngine):
+    """Loses what replicas give with a probability: one whose turn is lost goes on from where it is, until its next."""
+
+    share = 0.0
+
+    def _reports(self, slot: int) -> bool:
+        dice = zlib.crc32(f"{self.sampler.seed} {self.step} {slot}".encode()) / 2**32
+        return super()._reports(slot) and dice >= self.share
 
 
 def sync_of(arguments: argparse.Namespace) -> Any:
@@ -50,7 +62,7 @@ def sync_of(arguments: argparse.Namespace) -> Any:
             return elastic.sync.NoLoCo(every, mean_every=arguments.mean_every, quantize=quantize, dynamic=dynamic)
         case "async":
             return elastic.sync.AsyncLocalSGD(
-                every * TURNS, TURNS, arguments.outer_lr, arguments.momentum, quantize=quantize
+                every * arguments.turns, arguments.turns, arguments.outer_lr, arguments.momentum, quantize=quantize
             )
         case _:
             return elastic.sync.AllReduce()
@@ -66,6 +78,8 @@ def main() -> None:
     parser.add_argument("--overlap", type=int, default=0)
     parser.add_argument("--mean-every", type=int, default=1)
     parser.add_argument("--quantize", default="")
+    parser.add_argument("--turns", type=int, default=TURNS, help="of async")
+    parser.add_argument("--drop", type=float, default=0.0, help="with async the share of what replicas give that is lost")
     parser.add_argument("--dynamic", action="store_true", help="deal rounds by speed")
     parser.add_argument("--local-steps", type=int, default=400, help="of each replica, in all")
     parser.add_argument("--slots", type=int, default=REPLICAS)
@@ -76,6 +90,9 @@ def main() -> None:
     parser.add_argument("--log", type=Path, required=True)
     arguments = parser.parse_args()
 
+    if arguments.drop:
+        Dropping.share = arguments.drop
+        session_module.TurnEngine = Dropping  # type: ignore[misc]
     session = elastic.join()
     torch.manual_seed(0)
     model: Any = GPT(DIM, LAYERS, CONTEXT, dropout=0.0)
