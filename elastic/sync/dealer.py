@@ -72,14 +72,15 @@ class Dealer:
     def owners(self, plan: Plan, step: int) -> tuple[int, ...]:
         """Return the rank that computes each slot of the round in progress, or of the newest one, in a world.
 
-        Of a crew that is the first one; what a lost one had, if others compute it, is dealt to all in turn.
+        Of a crew that is the first one; what a lost crew had, if others compute it, is dealt to theirs in turn.
         """
         books, dealt = self.deals.books, self.deals.present
         workers = dealt.workers if dealt is not None and dealt.step == step else books.workers
         if not workers:
             return plan.owners  # nothing has been dealt yet, or this worker is yet to be told
-        crews = (self._ranks(plan, name) for name in workers)
-        return tuple(ranks[0] if ranks else slot % plan.world_size for slot, ranks in enumerate(crews))
+        crews = [self._ranks(plan, name) for name in workers]
+        first = [ranks[0] for ranks in crews if ranks] or [0]
+        return tuple(ranks[0] if ranks else first[slot % len(first)] for slot, ranks in enumerate(crews))
 
     def place_of(self, worker: str, step: int) -> tuple[int, str] | None:
         """Return the slot of the round in progress that a worker trains, and as whose replica; None if it has none."""

@@ -477,7 +477,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         owners = self._owners(self.step, plan)
         if self.rank not in first:
             return GroupPart(group, (self.rank,)), [1] * len(owners)  # it has nothing to give
-        return GroupPart(group, first), [first.index(rank) if rank in first else 0 for rank in owners]
+        return GroupPart(group, first), [first.index(rank) for rank in owners]
 
     def _sources(self, first: Sequence[int]) -> dict[int, int]:
         """From whom each rank that does not sum up itself gets the sum."""

@@ -14,14 +14,18 @@ from torch.utils.data import DataLoader, Dataset
 
 import elastic
 
-FOLDER = Path(sys.argv[1])
 CASES = ("locks", "reader", "alone")
+
+
+def folder() -> Path:
+    """Where files tell what to do."""
+    return Path(sys.argv[1])
 
 
 def asked(case: str) -> bool:
     """Whether somebody is to be stuck like this; only the first who asks is."""
     try:
-        (FOLDER / case).unlink()
+        (folder() / case).unlink()
     except FileNotFoundError:
         return False
     return True
@@ -72,7 +76,7 @@ def main() -> None:
         if asked("alone"):
             time.sleep(600)  # stuck: alone
         optimizer.step()
-        if (FOLDER / "go").exists():
+        if (folder() / "go").exists():
             session.stop()
 
 
