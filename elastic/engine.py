@@ -515,6 +515,12 @@ class Engine(abc.ABC):
         if self._page is not None:
             self._page.doing(operation)
 
+    def begin_slot(self, step: int, slot: int) -> None:
+        """Show which slot is begun, with the reading of its samples."""
+        if self._page is not None:
+            self._page.place(step, slot)
+        self.begin(Operation.DATA)
+
     @contextlib.contextmanager
     def _waiting(self, operation: Operation = Operation.REGROUPING) -> Iterator[None]:
         """Show that this worker waits for others meanwhile, which is not a hang of its own."""

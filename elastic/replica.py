@@ -185,9 +185,7 @@ class ReplicaEngine(Engine):
 
     def _open_slot(self, slot: Slot) -> Slot:
         self.slot = slot
-        if self._page is not None:
-            self._page.place(slot.step, slot.slot)
-        self.begin(Operation.DATA)
+        self.begin_slot(slot.step, slot.slot)
         self._stepped.clear()
         self.measures.begin_slot(len(slot.ids))
         self.committed_in_slot = False

@@ -36,6 +36,7 @@ from elastic.pipeline.engine import TAG, PipelineEngine, _Stage
 from elastic.pipeline.executor import Batch, Deeds
 from elastic.pipeline.layers import Layer, OptimizerFactory, SchedulerFactory
 from elastic.pipeline.paths import all_visits
+from elastic.progress import Operation
 from elastic.quantize import Code
 from elastic.reduction import Reducer, Reduction
 from elastic.sampler import Permutation
@@ -221,7 +222,10 @@ class RoundsEngine(PipelineEngine):
 
         def fetch(slot: int) -> Batch:
             self.slot = Slot(step, slot, batches[slot], counts=True, is_last=False)
-            return batch(step, number * plan.slots + slot, batches[slot])
+            self.begin_slot(step, slot)
+            read = batch(step, number * plan.slots + slot, batches[slot])
+            self.begin(Operation.FORWARD)
+            return read
 
         def begin(slot: int) -> None:
             local.begin_slot(slot, float(sizes[slot]) if several else None)

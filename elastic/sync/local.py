@@ -45,6 +45,7 @@ from elastic.failpoints import FailPoint, reach_inside
 from elastic.group import Group, GroupPart, Messages
 from elastic.measures import EXTRAS
 from elastic.memory import SnapshotMemory
+from elastic.progress import Operation
 from elastic.protocol import CollectiveBroke, Dealt
 from elastic.reduction import Reduced, Reducer
 from elastic.replica import Parts, ReplicaEngine
@@ -229,6 +230,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         self.clips = []
         place, ids = self.pieces(slot.step, slot.slot)[self._done]
         self.slot = replace(slot, ids=ids, place=place)
+        self.begin_slot(slot.step, slot.slot)
         self._batch = len(ids)
         if self._crew is not None and self._is_with_crew(slot):
             assert self._dealer is not None
@@ -443,7 +445,7 @@ class LocalEngine(ReplicaEngine, abc.ABC):
         crew.end_step(is_late=dealer.stepped(time.monotonic()))
         while not crew.must_apply:
             try:
-                with self._waiting():
+                with self._waiting(Operation.REDUCTION):
                     crew.reduce()
                 break
             except CollectiveAborted as error:
