@@ -5,6 +5,7 @@ PYTHON ?= python3
 TORCH ?= 2.13.0
 SEEDS ?= 2000
 HOURS ?= 1
+JOBS ?= 2
 ARGS ?=
 
 VENV := .venv
@@ -34,8 +35,8 @@ check: $(STAMP)  ## ruff, mypy --strict and the house rules
 	$(RUN) -m mypy
 	$(RUN) -m pytest -q -m 'not slow' tests/house
 
-test: $(STAMP)  ## every test that needs no accelerator (ARGS='-k name' narrows it)
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu' $(ARGS)
+test: $(STAMP)  ## every test that needs no accelerator, JOBS=2 files at a time (ARGS='-k name' narrows it)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'not gpu' -n $(JOBS) --dist loadfile $(ARGS)
 
 test-gpu: $(STAMP)  ## the tests that need an accelerator
 	$(RUN) -m pytest -m gpu $(ARGS) || { code=$$?; test $$code -eq 5 && echo 'make: no test is marked gpu yet'; }
