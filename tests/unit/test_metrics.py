@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from controller.metrics import job_metrics
 from elastic.errors import ConfigError
 from monitoring import metrics
+from monitoring.dashboards import BOARDS, FOLDER, Board, dashboard
 from monitoring.exporter import Exporter, ExporterConfig
 from monitoring.metrics import Definition, Page
 from tests.unit.controllers import A, B, Job
@@ -175,3 +176,13 @@ def test_each_alert_is_tested_and_documented_and_reads_what_there_is() -> None:
         assert set(re.findall(r"elastic_\w+", rule["expr"])) - {"elastic_job"} <= known | {"elastic_step_seconds_bucket"}, rule
         name = rule.get("alert")
         assert name is None or (f"| `{name}` |" in DOCUMENTED and f"alertname: {name}\n" in tested), name
+
+
+@pytest.mark.parametrize("board", BOARDS, ids=lambda board: board.name)
+def test_the_dashboards_are_what_their_program_makes_and_show_what_there_is(board: Board) -> None:
+    kept = (FOLDER / f"{board.name}.json").read_text()
+    assert dashboard(board) == kept, "run python -m monitoring.dashboards"
+    known = {metric.name for metric in metrics.CONTROLLER + metrics.AGENT}
+    shown = {re.sub(r"(?<=_seconds)_(bucket|sum|count)$", "", name) for graph in board.graphs for query in graph.queries.values()
+             for name in re.findall(r"elastic_\w+", query)} - {"elastic_job"}
+    assert shown <= known
