@@ -12,6 +12,7 @@ from agent.server import AgentConfig, serve
 from elastic import config
 from elastic.errors import ElasticError
 from elastic.lifeline import die_with_parent
+from monitoring.exporter import exporter_config
 
 
 def main() -> int:
@@ -22,11 +23,12 @@ def main() -> int:
     script = given.pop("script")
     try:
         settings = AgentConfig(
-            **{key: value for key, value in given.items() if key not in ("log_dir", "labels")},
+            **{key: value for key, value in given.items() if key not in ("log_dir", "labels", "metrics")},
             log_dir=Path(given["log_dir"]),
             labels=tuple((key, value) for key, value in sorted(given["labels"].items())),
             script=Script(tuple(script["argv"]), script["module"], Path(script["cwd"])),
             token=config.join_token(),
+            metrics=exporter_config(given["metrics"]),
         )
         return asyncio.run(serve(settings))
     except ElasticError as error:

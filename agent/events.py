@@ -106,6 +106,8 @@ class Looked:
     compute_s: float = 0.0
     gradient_norm: float = 0.0
     operation: Operation | None = None
+    evaluated_s: float = 0.0
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

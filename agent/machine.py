@@ -332,6 +332,8 @@ class AgentMachine:
             stable=look.stable,
             compute_s=look.compute_s,
             gradient_norm=look.gradient_norm,
+            evaluated_s=look.evaluated_s,
+            busy_s=look.busy_s,
         )
         if worker.end_reason:
             return

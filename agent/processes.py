@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from elastic import config
-from elastic.progress import Progress, ProgressPage
+from elastic.progress import Progress, ProgressPage, StepTimes
 
 STANDBY_READY_TIMEOUT_S = 120.0
 ANSWER_TIMEOUT_S = 10.0
@@ -209,6 +209,18 @@ class WorkerProcess:
     def progress(self) -> Progress:
         """Return what the worker's progress page shows."""
         return self._page.read()
+
+    def steps(self, after: int) -> tuple[int, list[StepTimes]]:
+        """Return how many steps the worker has timed, and those behind the first `after` (`ProgressPage.steps`)."""
+        return self._page.steps(after)
+
+    def usage(self) -> tuple[float, int] | None:
+        """Return processor seconds and bytes of resident memory; None where the process is gone."""
+        try:
+            times = self._process.cpu_times()
+            return times.user + times.system, self._process.memory_info().rss
+        except psutil.Error:
+            return None
 
     def close(self) -> None:
         """Release everything that is held for this process."""

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import grpc
 import grpc.aio
+from prometheus_client.core import Metric
 
 from agent import evidence
 from agent.console import OutputPipe, log_folder, open_outputs
@@ -47,6 +48,7 @@ from agent.events import (
 )
 from agent.keys import make_keys
 from agent.machine import AgentMachine, AgentSettings
+from agent.metering import WorkerMeter, put_node
 from agent.processes import ForkedDaemon, Script, Standby, WorkerProcess, worker_environment
 from agent.snapshots import NodeSnapshots
 from agent.store import StoreService
@@ -71,6 +73,9 @@ from elastic.progress import ProgressPage
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
 from elastic.wire.convert import unwrap, wrap
+from monitoring import metrics
+from monitoring.exporter import Exporter, ExporterConfig
+from monitoring.metrics import Page
 
 TICK_S = 0.05
 RECONNECT_S = 0.1
@@ -99,6 +104,7 @@ class AgentConfig:
     connect_timeout_s: float = 30.0
     controller_timeout_s: float = 600.0
     labels: tuple[tuple[str, str], ...] = ()
+    metrics: ExporterConfig = field(default_factory=ExporterConfig)
 
 
 class _Worker:
@@ -163,6 +169,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         self.reason = ""
         self.tasks: set[asyncio.Task[None]] = set()
         self.base_environment = config.worker_base_environment()
+        self.meter = WorkerMeter()
 
     # -- the machine -----------------------------------------------------------------------------------------------
 
@@ -341,6 +348,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         self.snapshots.worker_ended(worker_id)
         worker.process.signal_group(signal.SIGKILL)  # whatever it started must not outlive it
         self.handle(ProcessEnded(worker_id, code, detected_by))
+        self.meter.ended(worker_id)
         worker.release()
         del self.workers[worker_id]
         await self._revive_standby()
@@ -356,6 +364,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         if worker.process is None:
             return
         shown = worker.process.progress()
+        self.meter.look(worker_id, worker.process)
         self.handle(
             Looked(
                 worker_id,
@@ -368,9 +377,11 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 shown.busy_until_s,
                 shown.waits,
                 self.snapshots.stable,
-                shown.compute_s,
+                shown.compute_s or self.meter.compute_s(worker_id),
                 shown.gradient_norm,
                 shown.operation,
+                shown.evaluated_s,
+                shown.busy_s,
             )
         )
 
@@ -445,6 +456,19 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
                 return
             yield wrap("AgentMessage", message)
 
+    def metrics(self) -> list[Metric]:
+        """Return the values of all of the agent's metrics."""
+        page = Page(self.config.job)
+        node = self.config.node
+        page.put(metrics.CONNECTED, self.machine.connected, node)
+        page.put(metrics.WORKERS, len(self.workers), node)
+        self.meter.put(page, node)
+        page.put(metrics.SNAPSHOT_STEP, max(0, self.snapshots.stable), node)
+        page.put(metrics.SNAPSHOT_BYTES, self.snapshots.used_bytes, node)
+        page.put(metrics.SNAPSHOT_BUDGET, self.config.snapshot_memory_bytes, node)
+        put_node(page, node, self.config.log_dir)
+        return page.families()
+
     async def close(self) -> None:
         """Release what is left."""
         await self.snapshots.close()
@@ -485,6 +509,10 @@ async def _serve(settings: AgentConfig, socket_path: Path) -> int:
     runtime_pb2_grpc.add_WorkerServicer_to_server(agent, local)
     runtime_pb2_grpc.add_StoreServicer_to_server(store, local)
     local.add_insecure_port(f"unix:{socket_path}")
+    exporter = None
+    if settings.metrics.port is not None:
+        exporter = Exporter(settings.metrics, agent.metrics)
+        print(f"[agent {settings.node}] metrics at http://{exporter.address}/metrics", file=sys.stderr, flush=True)
     await peers.start()
     await local.start()
     loop = asyncio.get_running_loop()
@@ -498,6 +526,8 @@ async def _serve(settings: AgentConfig, socket_path: Path) -> int:
     await asyncio.wait([link], timeout=2.0)  # the goodbye leaves before the process does
     for task in (*background, link):
         task.cancel()
+    if exporter is not None:
+        await asyncio.to_thread(exporter.close)  # a scrape in progress still reads in this loop
     await agent.close()
     await local.stop(0)
     await peers.stop(0)

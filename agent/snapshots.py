@@ -134,6 +134,11 @@ class NodeSnapshots:
         """Newest step whose snapshot the whole world holds, as far as this node's workers know; -1 for none."""
         return self._memory.stable
 
+    @property
+    def used_bytes(self) -> int:
+        """What snapshots take of this node's memory, without their parity."""
+        return self._memory.used_bytes
+
     def world_prepared(self, plan: Plan) -> None:
         """A worker of this node was told to prepare for a world."""
         self._plans[plan.generation] = plan

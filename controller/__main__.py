@@ -12,6 +12,7 @@ from controller.state import JobSettings
 from elastic import config
 from elastic.errors import ElasticError
 from elastic.lifeline import die_with_parent
+from monitoring.exporter import exporter_config
 
 
 def main() -> int:
@@ -30,6 +31,7 @@ def main() -> int:
                     port=given["port"],
                     port_file=Path(given["port_file"]) if given["port_file"] else None,
                     summary=Path(given["summary"]) if given["summary"] else None,
+                    metrics=exporter_config(given["metrics"]),
                 )
             )
         )

@@ -114,5 +114,8 @@ def tell_of_approximation(job: Job, plan: Plan, step: int) -> None:
     if plan.blends:
         words = f"after step {step} {sentence(plan.blends)}"
         job.approximations.append(words)
-        data = {"words": words, "step": step, "generation": plan.generation, "blends": plan.blends}
+        made = {blend.layer for blend in plan.blends}
+        stages = [n for n, stage in enumerate(plan.stages) if made & set(range(stage.first, stage.last))]
+        job.approximated.update(stages)
+        data = {"words": words, "step": step, "generation": plan.generation, "blends": plan.blends, "stages": stages}
         job.emit(Persist("approximated", words, data))

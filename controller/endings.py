@@ -15,6 +15,7 @@ from controller.job import Job
 from controller.layouts import final_digest
 from controller.state import Worker
 from elastic.domain import Conclude, Failed, Finish, Leaving, Shutdown
+from monitoring.accounts import Reason
 
 
 def check_finished(job: Job, now: float) -> bool:
@@ -46,6 +47,7 @@ def _begin_finish(job: Job, left: list[Leaving], digest: str | set[str], now: fl
         end_job(job, "failed", "the replicas' final parameters differ: " + ", ".join(sorted(digest)), now)
         return
     job.close_incidents(now)
+    job.accounts.went_aside(Reason.ENDING, job.accounts.pending_s)  # no step followed
     job.finishing, job.digest, job.attempt = True, digest, None
     job.concludes = any(leaving.concludes for leaving in left)
     job.emit(
@@ -136,6 +138,7 @@ def end_job(job: Job, outcome: str, reason: str, now: float, failure: Failed | N
     if job.outcome:
         return
     job.outcome, job.reason, job.ended_at = outcome, reason, now
+    job.accounts.ended()
     data: dict[str, Any] = {
         "outcome": outcome,
         "reason": reason,

@@ -8,6 +8,7 @@ seconds of any monotonic clock.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import KW_ONLY, dataclass, field
 
@@ -38,7 +39,8 @@ from elastic.domain import (
     WorkerCommand,
 )
 from elastic.snapshots import SnapshotId
-from monitoring.goodput import StepClock
+from monitoring.accounts import Accounts
+from monitoring.steps import StepClock
 from monitoring.stragglers import ComputeClock, Rental
 from recovery.pipelines import Layout, NoLayout, Ways
 
@@ -84,7 +86,8 @@ class Job:
     layouts: dict[tuple[int, tuple[tuple[int, float], ...]], Layout | NoLayout] = field(default_factory=dict)  # planned ahead
     rebuilt: tuple[Rebuilt, ...] = ()  # layers that were made from others, and when
     ways: tuple[int, Ways] = (0, Ways())  # of a pipeline's slots, chosen for so many workers; 0: not chosen yet
-    approximations: list[str] = field(default_factory=list)  # how, in words
+    approximations: list[str] = field(default_factory=list)  # how, in words ...
+    approximated: Counter[int] = field(default_factory=Counter)  # ... and how often in each stage
     no_layout: str = ""  # why a pipeline could not be cut for the workers that there were
     protection_gaps: tuple[str, ...] = ()  # in what the newest one's protection falls short of what was asked for
     vulnerable_since: float | None = None  # since when the present world has no stable snapshot of its own
@@ -113,6 +116,9 @@ class Job:
     steps: StepClock = field(default_factory=StepClock)
     steps_here: StepClock = field(default_factory=StepClock)  # in the present world
     incidents: IncidentBook = field(default_factory=IncidentBook)
+    accounts: Accounts = field(default_factory=Accounts)  # where the time went
+    aside_s: dict[str, tuple[float, float]] = field(default_factory=dict)  # worker -> seconds of evaluation, of other things
+    accounts_written_at: float = float("-inf")
     started_at: float | None = None
     first_commit_at: float | None = None
     last_tick: float | None = None
@@ -223,6 +229,7 @@ class Job:
             self.step_committed = committed
             self.steps.note(now, committed)
             self.steps_here.note(now, committed)
+            self.accounts.committed()
             if self.first_commit_at is None:
                 self.first_commit_at = now
 
@@ -230,6 +237,7 @@ class Job:
         self, kind: str, subject: str, detected_by: str, reason: str, now: float, silent_s: float = 0.0
     ) -> None:
         """Begin an incident that was found now, `silent_s` after it happened."""
+        others = self.incidents.has_open
         incident = self.incidents.open(
             Incident(
                 kind=kind,
@@ -242,10 +250,19 @@ class Job:
             ),
             now - silent_s,
         )
+        if not others:
+            self.accounts.found(silent_s)
         if self.inquiry is not None and subject in self.inquiry.subjects:
             self.inquiry.claims.append(incident)
 
     def close_incidents(self, now: float) -> None:
         """A step was committed again: close what is open, each with what it has cost."""
-        for incident in self.incidents.close(now, self.steps.median_s()):
-            self.emit(Persist("incident", describe(incident), {"incident": incident}))
+        step_s = self.steps.median_s()
+        closed = self.incidents.close(now, step_s)
+        if not closed:
+            return
+        phases = self.accounts.recovered(step_s)
+        self.incidents.note_phases(phases)
+        for number, incident in enumerate(closed):  # those that were open together were one recovery
+            data = {"incident": incident, "phases": {str(reason): cost for reason, cost in phases.items()} if number == 0 else {}}
+            self.emit(Persist("incident", describe(incident), data))

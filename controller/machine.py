@@ -22,6 +22,7 @@ and hands it the `Job` (`job.py`), which is all the state there is. Parts call e
     layouts.py     how a pipeline is cut in the next world
     straggling.py  layers leave workers that are slow
     places.py      where a worker is started
+    accounting.py  where the time goes
 
 How a generation goes:
 
@@ -36,6 +37,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from controller.accounting import charge, write_accounts, write_if_due
 from controller.endings import check_finished
 from controller.events import (
     AgentAttached,
@@ -94,6 +96,7 @@ class ControllerMachine(Job):
         self.effects = []
         if self.started_at is None:
             self.started_at = self.founding_since = now
+        charge(self, now)
         match event:
             case AgentAttached(hello):
                 agent_attached(self, hello, now)
@@ -114,7 +117,7 @@ class ControllerMachine(Job):
             case Tick():
                 self._tick(now)
         check_inquiry(self, now)
-        effects, self.effects = self.effects, []
+        effects, self.effects = write_accounts(self, self.effects, now), []
         return effects
 
     def restore(self, records: Iterable[tuple[str, Mapping[str, Any]]], now: float) -> None:
@@ -197,6 +200,7 @@ class ControllerMachine(Job):
         check_standstill(self, now)
         probe_left_out(self, now)
         check_redundancy(self, now)
+        write_if_due(self, now)
         plan_ahead(self)
         for look in (save_if_due, check_restoring, found_if_complete, check_start_timeout, consider_switch, let_drained_go):
             if self.outcome or self.recovering_until is not None:

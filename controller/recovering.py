@@ -46,7 +46,9 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
     `records` are (kind, data) in order; data holds the values that Persist was given.
     """
     opened: dict[int, tuple[Plan, tuple[Member, ...]]] = {}
+    accounts: Mapping[str, Any] | None = None
     for kind, data in records:
+        accounts = data.get("accounts", accounts)
         match kind:
             case "job-fixed":
                 job.spec, job.requested = data["spec"], data["requested"]
@@ -70,6 +72,7 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 world_began(job, data["restore_step"], now)  # whether it has a safe snapshot by now is looked at anew
             case "approximated":
                 job.approximations.append(data["words"])
+                job.approximated.update(data.get("stages", ()))
             case "approximation-judged":
                 job.approximations[-1] = data["words"]
             case "generation-adopted":
@@ -92,7 +95,7 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
             case "node-left":
                 job.draining.pop(data["node"], None)
             case "incident":
-                job.incidents.restore(data["incident"])
+                job.incidents.restore(data["incident"], data.get("phases", {}))
             case "evidence":
                 job.incidents.restore_number(data["incident"])
             case "loop-ended":
@@ -107,6 +110,10 @@ def restore_from_ledger(job: Job, records: Iterable[tuple[str, Mapping[str, Any]
                 job.outcome, job.reason = data["outcome"], data["reason"]
     job.started_at = job.founding_since = now
     job.restarted = True
+    if accounts is not None:
+        job.accounts.restore(accounts)
+        if not job.outcome:
+            job.accounts.went_away(now + job.unix_offset_s - accounts["unix_s"])
     all_is_done = job.finishing and (job.concluded or not job.concludes)
     patience_s = job.settings.failure_timeout_s if all_is_done else job.settings.start_timeout_s
     job.recovering_until = now + patience_s
@@ -202,6 +209,7 @@ def finish_recovering(job: Job, now: float) -> None:
             worker.state = "lost" if member.node not in here and now < job.recovering_until else "dead"
     why = "the controller restarted" if job.restarted else "nodes that hold the state came back"
     if job.restarted:
+        job.accounts.came_back(job.step_committed)
         job.emit(Persist("controller-restarted", f"controller restarted at generation {job.newest_generation}", {}))
     job.restarted = False
     job.recovering_until = None

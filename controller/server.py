@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from controller.events import (
 )
 from controller.ledger import Ledger
 from controller.machine import ControllerMachine
+from controller.metrics import job_metrics
 from controller.state import JobSettings
 from controller.views import present_plan, status
 from elastic.domain import NO_STEP, AgentHello, Commit, ControllerMessage, Event, StatusReply, ToWorker
@@ -48,6 +49,7 @@ from elastic.failpoints import FailPoint, reach
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
 from elastic.wire.convert import to_plain, to_proto, unwrap, wrap
+from monitoring.exporter import Exporter, ExporterConfig
 
 TICK_S = 0.05
 OUTBOX_LIMIT = 4096  # messages to one agent that does not read; beyond it the agent is given up
@@ -66,6 +68,7 @@ class ControllerConfig:
     port: int = 29400
     port_file: Path | None = None
     summary: Path | None = None  # where the end of the job is written as JSON
+    metrics: ExporterConfig = field(default_factory=ExporterConfig)
 
 
 class AgentStream:
@@ -332,6 +335,10 @@ async def serve(config: ControllerConfig) -> int:
             file=sys.stderr,
         )
         return 1
+    exporter = None
+    if config.metrics.port is not None:
+        exporter = Exporter(config.metrics, lambda: job_metrics(controller.machine, time.monotonic()))
+        print(f"[controller] metrics at http://{exporter.address}/metrics", file=sys.stderr, flush=True)
     server = channels.server()
     runtime_pb2_grpc.add_ControllerServicer_to_server(controller, server)
     runtime_pb2_grpc.add_PeopleServicer_to_server(controller, server)
@@ -349,6 +356,8 @@ async def serve(config: ControllerConfig) -> int:
     await controller.over.wait()
     ticker.cancel()
     await server.stop(CALLS_LINGER_S)
+    if exporter is not None:
+        await asyncio.to_thread(exporter.close)  # a scrape in progress still reads in this loop
     controller.ledger.close()
     if controller.fault is not None:
         raise controller.fault

@@ -8,7 +8,6 @@ from controller.redundancy import vulnerable_s
 from controller.saving import stable_step
 from controller.state import natural
 from elastic.domain import NodeView, PlanReply, StatusReply, WorkerView
-from monitoring.goodput import Goodput
 
 
 def status(job: Job, now: float) -> StatusReply:
@@ -33,10 +32,6 @@ def status(job: Job, now: float) -> StatusReply:
         views.append(
             NodeView(node.id, node.state, node.pid, node.peer_address, max(0.0, now - node.heard_at), workers)
         )
-    until = job.ended_at if job.ended_at is not None else now
-    elapsed_s = until - job.started_at if job.started_at is not None else 0.0
-    trained_s = until - job.first_commit_at if job.first_commit_at is not None else 0.0
-    goodput = Goodput(elapsed_s, elapsed_s - trained_s, job.incidents.seconds_lost)
     return StatusReply(
         job=job.settings.job,
         state=job.state,
@@ -49,8 +44,8 @@ def status(job: Job, now: float) -> StatusReply:
         virtual_replicas=job.spec.virtual_replicas if job.spec is not None else 0,
         samples=job.samples,
         loss=job.loss,
-        elapsed_s=goodput.elapsed_s,
-        productive_s=goodput.productive_s,
+        elapsed_s=job.accounts.elapsed_s,
+        productive_s=job.accounts.presumed_s,
         incidents_total=job.incidents.total,
         incidents=job.incidents.newest(),
         digest=job.digest,

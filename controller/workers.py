@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from controller.accounting import charge_aside
 from controller.approximating import tell_of_errors
 from controller.attempts import abandon_switch, suspect, worlds_in_use
 from controller.commits import prepare_failed, worker_prepared, worker_switched
@@ -119,6 +120,7 @@ def note_status(job: Job, status: WorkerStatus, now: float) -> None:
     worker.pid, worker.status = status.pid or worker.pid, replace(status, messages=())
     note_compute(job, worker, status)
     if worker.state == "member":
+        charge_aside(job, worker)
         job.note_step(status.committed, now)
         if status.committed >= job.step_committed:
             job.samples = max(job.samples, status.samples)

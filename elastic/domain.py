@@ -459,6 +459,8 @@ class WorkerStatus:
     stable: int = NO_STEP
     compute_s: float = 0.0
     gradient_norm: float = 0.0
+    evaluated_s: float = 0.0
+    busy_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,6 +52,7 @@ from elastic.reduction import Reduced
 from elastic.sampler import SlotSampler
 from elastic.snapshots import SnapshotId
 from elastic.snapshotter import Snapshotter
+from elastic.timers import Aside, Phase, StepTimer
 
 LOSS = "loss"  # the measure that is shown to people
 
@@ -129,6 +130,7 @@ class Engine(abc.ABC):
         self._kept_deal = 0  # the world as dealt for which all who are left have the step in progress; 0: they do not agree
         self._loop_epoch = 0  # epoch whose loop user code is in
         self._page = page
+        self.timer = StepTimer(page)
         self._record = record
         self._committed_plan: Plan | None = None  # the world that committed the newest step, if this worker was in it
         self._recorded_dead: set[str] = set()  # whose share of that step this worker has recorded for them
@@ -280,8 +282,10 @@ class Engine(abc.ABC):
     def _try_commit(self, step: int) -> bool:
         group = self.group
         assert group is not None and self.plan is not None
+        self.timer.enter(Phase.REDUCE)
         with self._waiting(Operation.REDUCTION):
             reduced = self._reduce()
+        self.timer.enter(Phase.VOTE)
         self.reduced = reduced
         reach(FailPoint.BEFORE_VOTE)
         answer = self.coordinator.ask(AskVote(step))
@@ -316,6 +320,7 @@ class Engine(abc.ABC):
     def _apply(self, step: int, presence: Sequence[bool], *, commit: bool) -> None:
         reduced = self.reduced
         assert reduced is not None and self.plan is not None
+        self.timer.enter(Phase.OPTIMIZER)
         self.snapshots.finish()
         self._update(step, reduced, presence, commit=commit)
         if self._record is not None:
@@ -329,7 +334,10 @@ class Engine(abc.ABC):
         self.to_announce.append(step)
         self.coordinator.feed(Applied(step))
         self._plan_step()
+        if self._page is not None and not commit:
+            self._page.skip()
         self._show()
+        self.timer.committed(step)
 
     # -- worlds --------------------------------------------------------------------------------------------------------
 
@@ -501,9 +509,12 @@ class Engine(abc.ABC):
             self.collector.step_ended(step)
         if self.rank == 0 and self.on_commit:
             self.begin(Operation.CALLBACK)
+            self.timer.enter(Phase.OUTSIDE)
+            self.timer.goes_aside(Aside.BUSY)
             for step in steps:
                 for callback in self.on_commit:
                     callback(step)
+            self.timer.enter(Phase.VOTE)
 
     def beat(self) -> None:
         """Count progress."""

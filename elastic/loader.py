@@ -19,6 +19,7 @@ from elastic.errors import ConfigError, ProtocolError
 from elastic.progress import Operation
 from elastic.replica import ReplicaEngine
 from elastic.seeding import seed_everything
+from elastic.timers import Phase
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +187,9 @@ class ElasticLoader:
         self._engine.begin_epoch()
         self.left_early = True
         while True:
+            self._engine.timer.enter(Phase.VOTE)
             slot = self._engine.next_slot()
+            self._engine.timer.enter(Phase.DATA if slot is not None else Phase.OUTSIDE)
             if slot is None:
                 self.left_early = False
                 return
@@ -194,4 +197,5 @@ class ElasticLoader:
             batch = self._reader.fetch(slot.key)
             seed_everything(self._seed, step, place, "slot")
             self._engine.begin(Operation.SLOT)
+            self._engine.timer.enter(Phase.FORWARD)
             yield batch

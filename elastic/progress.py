@@ -12,7 +12,10 @@ import enum
 import mmap
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from elastic.timers import Phase
 
 PAGE_SIZE_BYTES = 4096
 _FIELDS = ("progress", "generation", "committed", "samples")
@@ -25,6 +28,14 @@ _NORM_OFFSET = _COMPUTE_OFFSET + 8
 _OPERATION_OFFSET = _NORM_OFFSET + 8
 _STEP_OFFSET = _OPERATION_OFFSET + 8
 _SLOT_OFFSET = _STEP_OFFSET + 8
+_SKIPPED_OFFSET = _SLOT_OFFSET + 8
+_SPREAD_OFFSET = _SKIPPED_OFFSET + 8
+_EVALUATED_OFFSET = _SPREAD_OFFSET + 8
+_BUSY_SECONDS_OFFSET = _EVALUATED_OFFSET + 8
+_STEPS_OFFSET = 512  # so many steps were timed, and then a ring of the newest ones
+_RING_OFFSET = _STEPS_OFFSET + 8
+_STEP = struct.Struct(f"<{1 + len(Phase)}d")  # number, seconds by phase
+RING_STEPS = 48
 _UNSIGNED = struct.Struct("<Q")
 _DOUBLE = struct.Struct("<d")
 
@@ -80,6 +91,10 @@ class Progress:
         gradient_norm: Of the newest step's gradient of the stage; 0 where that is not measured.
         operation: What was begun last ...
         step, slot: ... and where; slot -1 for none.
+        skipped: Steps so far that went by without an update, since something in them was not finite.
+        spread: How far apart replicas are that never agree in full (`session.spread`); NaN where they do.
+        evaluated_s: Seconds so far between steps in which a prepared model ran forward.
+        busy_s: Those between steps in other sections that `session.busy()` announced.
     """
 
     progress: int
@@ -94,6 +109,18 @@ class Progress:
     operation: Operation = Operation.STARTING
     step: int = 0
     slot: int = -1
+    skipped: int = 0
+    spread: float = float("nan")
+    evaluated_s: float = 0.0
+    busy_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Where the time of one step went in one worker: seconds by phase."""
+
+    step: int
+    seconds: tuple[float, ...]
 
 
 class ProgressPage:
@@ -106,6 +133,8 @@ class ProgressPage:
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, PAGE_SIZE_BYTES)
         self._count = 0
+        self._skipped = 0
+        self._steps = 0
 
     @staticmethod
     def create(name: str) -> int:
@@ -114,6 +143,7 @@ class ProgressPage:
         os.ftruncate(fd, PAGE_SIZE_BYTES)
         page = mmap.mmap(fd, PAGE_SIZE_BYTES)
         _DOUBLE.pack_into(page, _LOSS_OFFSET, float("nan"))
+        _DOUBLE.pack_into(page, _SPREAD_OFFSET, float("nan"))
         page.close()
         return fd
 
@@ -156,6 +186,36 @@ class ProgressPage:
         """Show the norm of the newest step's gradient."""
         _DOUBLE.pack_into(self._map, _NORM_OFFSET, gradient_norm)
 
+    def skip(self) -> None:
+        """Count a step without an update."""
+        self._skipped += 1
+        _UNSIGNED.pack_into(self._map, _SKIPPED_OFFSET, self._skipped)
+
+    def spreads(self, spread: float) -> None:
+        """Show how far apart replicas are."""
+        _DOUBLE.pack_into(self._map, _SPREAD_OFFSET, spread)
+
+    def went_aside(self, evaluated_s: float, busy_s: float) -> None:
+        """Show for how long, so far, something else was done between steps."""
+        _DOUBLE.pack_into(self._map, _EVALUATED_OFFSET, evaluated_s)
+        _DOUBLE.pack_into(self._map, _BUSY_SECONDS_OFFSET, busy_s)
+
+    def timed(self, step: int, seconds: Sequence[float]) -> None:
+        """Add a step to the ring: first what it took, then that it is there."""
+        _STEP.pack_into(self._map, _RING_OFFSET + self._steps % RING_STEPS * _STEP.size, step, *seconds)
+        self._steps += 1
+        _UNSIGNED.pack_into(self._map, _STEPS_OFFSET, self._steps)
+
+    def steps(self, after: int) -> tuple[int, list[StepTimes]]:
+        """Return how many steps were timed so far, and those behind the first `after` of them that the ring still has."""
+        count: int = _UNSIGNED.unpack_from(self._map, _STEPS_OFFSET)[0]
+        numbers = range(max(after, count - RING_STEPS), count)
+        found = [_STEP.unpack_from(self._map, _RING_OFFSET + number % RING_STEPS * _STEP.size) for number in numbers]
+        # One place may be written just now, and so many more were while this was read.
+        whole_from: int = _UNSIGNED.unpack_from(self._map, _STEPS_OFFSET)[0] + 1 - RING_STEPS
+        whole = [one for number, one in zip(numbers, found, strict=True) if number >= whole_from]
+        return count, [StepTimes(int(one[0]), one[1:]) for one in whole]
+
     def read(self) -> Progress:
         """Return what the page shows now."""
         values = {name: _UNSIGNED.unpack_from(self._map, offset)[0] for name, offset in _OFFSET.items()}
@@ -172,6 +232,10 @@ class ProgressPage:
             operation=Operation(_UNSIGNED.unpack_from(self._map, _OPERATION_OFFSET)[0]),
             step=_UNSIGNED.unpack_from(self._map, _STEP_OFFSET)[0],
             slot=_UNSIGNED.unpack_from(self._map, _SLOT_OFFSET)[0] - 1,
+            skipped=_UNSIGNED.unpack_from(self._map, _SKIPPED_OFFSET)[0],
+            spread=_DOUBLE.unpack_from(self._map, _SPREAD_OFFSET)[0],
+            evaluated_s=_DOUBLE.unpack_from(self._map, _EVALUATED_OFFSET)[0],
+            busy_s=_DOUBLE.unpack_from(self._map, _BUSY_SECONDS_OFFSET)[0],
         )
 
     def close(self) -> None:

@@ -34,6 +34,7 @@ from elastic.sampler import SlotSampler
 from elastic.sharding import OptimizerShards
 from elastic.snapshots import SnapshotId
 from elastic.state import TrainingState
+from elastic.timers import Phase
 from elastic.transfer import receive_state, serve_state
 from elastic.zero import Zero
 
@@ -268,7 +269,9 @@ class ReplicaEngine(Engine):
                 inner()
             return
         if slot.slot in self.reducer.remaining_slots():
+            self.timer.enter(Phase.REDUCE)
             self._end_slot()
+            self.timer.enter(Phase.OUTSIDE)
         else:
             self.reducer.discard_slot()
         if slot.is_last:
@@ -419,6 +422,7 @@ class ReplicaEngine(Engine):
         """
         self.beat()
         self.begin(Operation.FORWARD)
+        self.timer.ran_forward()
         if 0 < len(self._stepped) < len(self.inner_steps) and module.training and torch.is_grad_enabled():
             raise ConfigError(
                 "a model ran forward after one optimizer's step() and before another's, but all optimizers step together once "

@@ -63,6 +63,7 @@ from elastic.sync import AllReduce, AsyncLocalSGD, DiLoCo, NoLoCo, Rounds, Sync,
 from elastic.sync.diloco import OuterEngine
 from elastic.sync.noloco import SPREAD, PairEngine
 from elastic.sync.turns import TurnEngine
+from elastic.timers import Aside
 
 TRACEBACK_SIZE_BYTES_MAX = 16 * 1024
 SAMPLE_IDS_MAX = 1024
@@ -623,6 +624,8 @@ class Session:
         """Announce a section of at most so many seconds that shows no progress and is no hang."""
         if self._page is not None:
             self._page.busy_until(time.monotonic() + seconds)
+        if self._engine is not None:
+            self._engine.timer.goes_aside(Aside.BUSY)
 
     def on_end(self, save: Callable[[], None]) -> None:
         """Call `save()` once after the loop has ended on all workers, on the main worker.

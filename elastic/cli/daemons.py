@@ -21,6 +21,11 @@ def daemon_command(name: str, settings: dict[str, Any]) -> list[str]:
     return [sys.executable, "-m", "elastic.launch", name, json.dumps(settings)]
 
 
+def metrics_settings(port: int | None, host: str, targets: Path | None = None) -> dict[str, Any]:
+    """Return where a daemon shows its metrics, as its `__main__` reads it."""
+    return {"port": port, "host": host, "targets": str(targets) if targets else ""}
+
+
 def controller_settings(
     *,
     job: str,
@@ -45,6 +50,9 @@ def controller_settings(
     port: int,
     port_file: Path | None = None,
     summary: Path | None = None,
+    metrics_port: int | None = None,
+    metrics_host: str = "127.0.0.1",
+    metrics_targets: Path | None = None,
     parent: int = 0,
 ) -> dict[str, Any]:
     """Check a controller's options and return what `controller.__main__` reads. Raises ConfigError."""
@@ -88,6 +96,7 @@ def controller_settings(
         "port": port,
         "port_file": str(port_file) if port_file else "",
         "summary": str(summary) if summary else "",
+        "metrics": metrics_settings(metrics_port, metrics_host, metrics_targets),
         "parent": parent,
     }
 
@@ -117,6 +126,9 @@ def agent_settings(
     module: bool,
     script: str,
     arguments: tuple[str, ...],
+    metrics_port: int | None = None,
+    metrics_host: str = "127.0.0.1",
+    metrics_targets: Path | None = None,
     parent: int = 0,
 ) -> dict[str, Any]:
     """Check an agent's options and return what `agent.__main__` reads. Raises ConfigError."""
@@ -138,6 +150,7 @@ def agent_settings(
         "gc_every": gc_every,
         "snapshot_memory_bytes": options.default_snapshot_memory() if snapshot_memory is None else snapshot_memory,
         "labels": options.parse_labels(labels),
+        "metrics": metrics_settings(metrics_port, metrics_host, metrics_targets),
         "script": {
             "argv": [script if module else str(Path(script).absolute()), *arguments],
             "module": module,
@@ -150,6 +163,7 @@ def agent_settings(
 @click.command()
 @options.job_name
 @options.job_settings
+@options.metrics_settings
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=options.DEFAULT_PORT, show_default=True,
               help="Port to listen on; 0 for any.")  # fmt: skip
@@ -168,6 +182,7 @@ def controller(ledger: Path | None, job: str, **given: Any) -> None:
 @options.controller_address
 @options.job_name
 @options.agent_settings
+@options.metrics_settings
 @options.script_arguments
 def agent(**given: Any) -> None:
     """Run this node's agent: it starts SCRIPT in the job's workers and keeps them going."""

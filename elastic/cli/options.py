@@ -189,6 +189,12 @@ agent_settings = together(
     click.option("-m", "--module", is_flag=True, help="SCRIPT is a module's name, as in python -m."),
 )  # fmt: skip
 
+metrics_settings = together(
+    click.option("--metrics-port", type=click.IntRange(0, 65535), default=None, show_default="none",
+                 help="Show metrics to Prometheus on this port; 0 for any that is free."),
+    click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address that metrics are shown at."),
+)  # fmt: skip
+
 script_arguments = together(
     click.argument("script"),
     click.argument("arguments", nargs=-1, type=click.UNPROCESSED),

@@ -42,6 +42,7 @@ INTERRUPTED = 130
 @options.job_name
 @options.job_settings
 @options.agent_settings
+@options.metrics_settings
 @click.option("--controller", "--rdzv-endpoint", "--rdzv_endpoint", "controller", default=None, metavar="HOST:PORT",
               help="Join the controller there instead of starting one.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address that the embedded controller listens on.")
@@ -81,11 +82,15 @@ def run(
     checkpoint_dir: str,
     checkpoint_every: int,
     checkpoint_keep: int,
+    metrics_port: int | None,
+    metrics_host: str,
     **given: Any,
 ) -> None:
     """Train SCRIPT on this machine (and on others that join), and keep going through failures."""
     if controller is not None:
-        settings = agent_settings(controller=controller, job=job, **given)
+        settings = agent_settings(
+            controller=controller, job=job, metrics_port=metrics_port, metrics_host=metrics_host, **given
+        )
         command = daemon_command("agent", settings)
         os.execv(command[0], command)
     options.check_script(given["script"], module=given["module"])
@@ -93,6 +98,8 @@ def run(
     folder = run_dir or default_run_dir(f"{job}-{os.getpid()}")
     folder.mkdir(parents=True, exist_ok=True)
     given["log_dir"] = given["log_dir"] or folder / "logs"
+    given["metrics_port"] = metrics_port + 1 if metrics_port else metrics_port  # the controller's is the one that was given
+    given["metrics_host"], given["metrics_targets"] = metrics_host, folder / "metrics-agent.json"
     base = controller_settings(
         job=job,
         nnodes=nnodes,
@@ -116,6 +123,9 @@ def run(
         port=0 if port is None else port,
         port_file=folder / "controller.port",
         summary=folder / "summary.json",
+        metrics_port=metrics_port,
+        metrics_host=metrics_host,
+        metrics_targets=folder / "metrics-controller.json",
         parent=os.getpid(),
     )
     if port is None and _is_free(host, options.DEFAULT_PORT):

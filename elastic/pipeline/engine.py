@@ -46,6 +46,7 @@ from elastic.reduction import Reduced, Reducer, Reduction
 from elastic.sampler import SlotSampler
 from elastic.seeding import preserved
 from elastic.snapshots import SnapshotId
+from elastic.timers import Phase
 from elastic.transfer import receive_state, serve_state
 
 TAG = 1 << 27
@@ -214,9 +215,11 @@ class PipelineEngine(Engine):
             return self.measures.of_slot()
 
         deeds = Deeds(fetch, begin, end, measured, self.beat, self._waiting)
+        self.timer.enter(Phase.FORWARD)
         compute_s = stage.executor.run(actions, step, self._visits, sizes, self.group, stage.buffers, deeds)
         if self._page is not None:
             self._page.computed(compute_s)
+        self.timer.enter(Phase.REDUCE)
         self.slot = None
         self._is_computed = True
 

@@ -103,6 +103,11 @@ class PairEngine(LocalEngine):
                 self._begin_exchange()
         return opened
 
+    def _show(self) -> None:
+        super()._show()
+        if self._page is not None:
+            self._page.spreads(math.sqrt(self.measures.mean(SPREAD)))
+
     def _contribute(self, slot: int, weight: float | None) -> None:
         phi, momentum = self._slow.of("phi"), self._slow.of("momentum")
         theta = self.parts.parameters

@@ -1172,6 +1172,8 @@ class WorkerStatus(_message.Message):
     STABLE_FIELD_NUMBER: _builtins.int
     COMPUTE_S_FIELD_NUMBER: _builtins.int
     GRADIENT_NORM_FIELD_NUMBER: _builtins.int
+    EVALUATED_S_FIELD_NUMBER: _builtins.int
+    BUSY_S_FIELD_NUMBER: _builtins.int
     worker: _builtins.str
     local_rank: _builtins.int
     pid: _builtins.int
@@ -1195,6 +1197,10 @@ class WorkerStatus(_message.Message):
     """What its newest step took it in forwards and backwards; 0: not measured."""
     gradient_norm: _builtins.float
     """L2, of its stage's newest gradient; 0: not measured."""
+    evaluated_s: _builtins.float
+    """Seconds so far between steps in which a prepared model ran forward."""
+    busy_s: _builtins.float
+    """Those in other sections that session.busy() announced, and in callbacks of on_commit."""
     @_builtins.property
     def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerMessage]:
         """Hello only: what the controller may have missed."""
@@ -1217,10 +1223,12 @@ class WorkerStatus(_message.Message):
         stable: _builtins.int = ...,
         compute_s: _builtins.float = ...,
         gradient_norm: _builtins.float = ...,
+        evaluated_s: _builtins.float = ...,
+        busy_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["committed", b"committed", "compute_s", b"compute_s", "exit_reason", b"exit_reason", "exited", b"exited", "generation", b"generation", "gradient_norm", b"gradient_norm", "local_rank", b"local_rank", "loss", b"loss", "messages", b"messages", "pid", b"pid", "progress", b"progress", "samples", b"samples", "stable", b"stable", "waits", b"waits", "worker", b"worker"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_s", b"busy_s", "committed", b"committed", "compute_s", b"compute_s", "evaluated_s", b"evaluated_s", "exit_reason", b"exit_reason", "exited", b"exited", "generation", b"generation", "gradient_norm", b"gradient_norm", "local_rank", b"local_rank", "loss", b"loss", "messages", b"messages", "pid", b"pid", "progress", b"progress", "samples", b"samples", "stable", b"stable", "waits", b"waits", "worker", b"worker"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -41,6 +41,7 @@ PURE = (
     "agent/protection.py",
     "agent/rotation.py",
     "agent/tables.py",
+    "controller/accounting.py",
     "controller/attempts.py",
     "controller/commits.py",
     "controller/endings.py",
@@ -54,6 +55,7 @@ PURE = (
     "controller/links.py",
     "controller/losses.py",
     "controller/machine.py",
+    "controller/metrics.py",
     "controller/nodes.py",
     "controller/places.py",
     "controller/probing.py",
@@ -76,6 +78,8 @@ PURE = (
     "recovery/*",
 )
 NOT_PURE: dict[str, str] = {  # in a folder of pure files, each with its reason
+    "monitoring/dashboards.py": "a program that writes the dashboards",
+    "monitoring/exporter.py": "answers Prometheus over HTTP",
     "recovery/choosing.py": "tries the engines of the erasure code on tensors",
     "recovery/codec.py": "works in place on the caller's tensors; as a program it measures and prints",
     "recovery/engines.py": "works in place on the caller's tensors",
@@ -109,8 +113,9 @@ OBJECT_COLLECTIVES = {  # they pickle what they carry
 
 # Dependencies that are named otherwise than what they provide; and imports that no dependency provides, each
 # with how the file does without it.
-PROVIDED_AS = {"google": "protobuf", "grpc": "grpcio", "yaml": "pyyaml", "zmq": "pyzmq"}
+PROVIDED_AS = {"google": "protobuf", "grpc": "grpcio", "prometheus_client": "prometheus-client", "yaml": "pyyaml", "zmq": "pyzmq"}
 OPTIONAL_IMPORTS: dict[str, str] = {
+    "grafana_foundation_sdk": "makes the dashboards, which are checked in; nothing that runs imports it",
     "fsspec": "imported only for a target with an address instead of a path, with a sentence where it is missing",
     "numpy": "imported only inside functions that are reached when the script itself brought numpy in",
 }

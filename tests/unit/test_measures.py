@@ -1,4 +1,4 @@
-"""Goodput, step times, the progress page and the record of samples."""
+"""Step times, the progress page and the record of samples."""
 
 from __future__ import annotations
 
@@ -8,15 +8,7 @@ from pathlib import Path
 
 from elastic.progress import ProgressPage
 from elastic.records import SampleRecord, read_record
-from monitoring.goodput import Goodput, StepClock, incident_cost_s
-
-
-def test_productive_startup_and_lost_seconds_make_up_the_whole() -> None:
-    goodput = Goodput(elapsed_s=100.0, startup_s=8.0, lost_s=2.0)
-    assert goodput.productive_s == 90.0
-    assert goodput.ratio == 0.9
-    assert Goodput(0.0, 0.0, 0.0).ratio == 0.0
-    assert Goodput(5.0, 4.0, 3.0).productive_s == 0.0
+from monitoring.steps import StepClock, incident_cost_s
 
 
 def test_a_step_clock_takes_the_median_and_ignores_what_is_no_news() -> None:

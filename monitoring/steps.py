@@ -1,10 +1,5 @@
-"""Goodput: which part of a job's time went into steps that were kept.
-
-    productive = elapsed - start-up - sum over incidents of the seconds lost
-    goodput    = productive / elapsed
-
-Start-up is the time until the first committed step. An incident's loss runs from the fault to the first commit of
-a step never committed before, less one median step (which would have been needed anyway).
+"""How fast steps go, and what an incident cost: from its fault to the first commit of a step never committed before, less
+one median step (which would have been needed anyway).
 """
 
 from __future__ import annotations
@@ -13,24 +8,6 @@ import itertools
 import statistics
 from collections import deque
 from dataclasses import dataclass, field
-
-
-@dataclass(frozen=True, slots=True)
-class Goodput:
-    """Where a job's time went, in seconds."""
-
-    elapsed_s: float
-    startup_s: float
-    lost_s: float
-
-    @property
-    def productive_s(self) -> float:
-        return max(0.0, self.elapsed_s - self.startup_s - self.lost_s)
-
-    @property
-    def ratio(self) -> float:
-        """Between 0 and 1; 0 for a job that has not begun."""
-        return self.productive_s / self.elapsed_s if self.elapsed_s > 0 else 0.0
 
 
 @dataclass(slots=True)
