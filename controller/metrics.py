@@ -55,6 +55,11 @@ def _put_progress(page: Page, job: Job) -> None:
     page.put(metrics.SAMPLES, job.samples)
     if not math.isnan(job.loss):
         page.put(metrics.LOSS, job.loss)
+    step_s, settings = job.steps.median_s(), job.settings
+    live = sum(worker.alive for worker in job.workers.values())
+    if settings.peak_flops and job.spec is not None and step_s > 0 and live:
+        samples = job.spec.slots * job.spec.batch_size
+        page.put(metrics.MFU, settings.flops_per_sample * samples / step_s / (settings.peak_flops * live))
 
 
 def _put_members(page: Page, job: Job, now: float) -> None:

@@ -47,6 +47,8 @@ class JobSettings:
         swap_ends: Whether half of a pipeline's slots pass the blocks at its ends in swapped order, and layers without a like are
             kept in duplicate.
         skip_ratio: Share of a pipeline's stages that each slot passes by.
+        flops_per_sample: Floating-point operations that training on one sample takes; 0: not known.
+        peak_flops: What one worker's devices can do in a second; 0: not known.
         token: What agents must show; empty where none is required.
     """
 
@@ -69,6 +71,8 @@ class JobSettings:
     averages_moments: bool = False
     swap_ends: bool = False
     skip_ratio: float = 0.0
+    flops_per_sample: float = 0.0
+    peak_flops: float = 0.0
     token: str = field(default="", repr=False)
 
     @property

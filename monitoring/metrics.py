@@ -61,6 +61,7 @@ ETTR = _gauge("ettr_ratio", "Effective training time: new steps times the median
 STEP = _gauge("step", "Newest committed step.")
 STEPS_REDONE = _counter("steps_redone_total", "Steps that recoveries had trained a second time.")
 STEP_MEDIAN = _gauge("step_median_seconds", "Median seconds per step of late; 0 while unknown.")
+MFU = _gauge("mfu_ratio", "Model FLOPs utilization, as the options give operations and peak, over all live workers.")
 SAMPLES = _counter("samples_total", "Samples that committed steps have consumed.")
 LOSS = _gauge("loss", "Loss of the newest committed step, as given to session.log or returned by the last slots.")
 GRADIENT_NORM = _gauge("gradient_norm", "Norm of the newest gradient of a stage, where it is measured.", "stage")
@@ -84,7 +85,7 @@ COMPUTE = _gauge("worker_compute_seconds", "Seconds of forwards and backwards in
 STRAGGLER = _gauge("straggler_score", "A worker's compute time per slot beside the median of its peers.", "node", "rank")
 
 CONTROLLER = (
-    *(JOB_STATE, ELAPSED, PRODUCTIVE, BADPUT, UNSETTLED, GOODPUT, ETTR, STEP, STEPS_REDONE, STEP_MEDIAN, SAMPLES, LOSS),
+    *(JOB_STATE, ELAPSED, PRODUCTIVE, BADPUT, UNSETTLED, GOODPUT, ETTR, STEP, STEPS_REDONE, STEP_MEDIAN, SAMPLES, LOSS, MFU),
     *(GRADIENT_NORM, GENERATION, WORLD_SIZE, SPARES, NODE_STATE, HEARTBEAT_AGE, INCIDENTS, INCIDENTS_OPEN, INCIDENT_SECONDS),
     *(RECOVERIES, RECOVERY, APPROXIMATIONS, SNAPSHOT_AGE, REDUNDANCY, VULNERABLE, CHECKPOINT_STEP, CHECKPOINT_FAILED),
     *(COMPUTE, STRAGGLER),

@@ -42,6 +42,8 @@ def controller_settings(
     approximate_moments: str,
     swap_ends: bool,
     skip_ratio: float,
+    flops_per_sample: float,
+    peak_flops: float,
     checkpoint_dir: str,
     checkpoint_every: int,
     checkpoint_keep: int,
@@ -67,6 +69,8 @@ def controller_settings(
         raise ConfigError("--checkpoint-dir writes snapshots from memory, and --snapshot-every 0 takes none: leave one out")
     if checkpoint_every and not checkpoint_dir:
         raise ConfigError("--checkpoint-every was given without a place for checkpoints: add --checkpoint-dir")
+    if bool(flops_per_sample) != bool(peak_flops):
+        raise ConfigError("--flops-per-sample and --peak-flops make the MFU together: give both, or neither")
     if swap_ends and skip_ratio:
         raise ConfigError("--swap-ends and --skip-ratio each say which way the slots of a pipeline go: leave one out")
     return {
@@ -87,6 +91,8 @@ def controller_settings(
             "averages_moments": approximate_moments == "averaged",
             "swap_ends": swap_ends,
             "skip_ratio": skip_ratio,
+            "flops_per_sample": flops_per_sample,
+            "peak_flops": peak_flops,
             "checkpoint_target": _target(checkpoint_dir),
             "checkpoint_every": checkpoint_every,
             "checkpoint_keep": checkpoint_keep,

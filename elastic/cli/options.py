@@ -157,6 +157,10 @@ job_settings = together(
                  "the last stage, too, can be made from others; embedding and head are kept in duplicate."),
     click.option("--skip-ratio", type=click.FloatRange(0, 1, max_open=True), default=0.0, show_default=True,
                  help="Of a pipeline: the share of the stages that each slot passes by, never the first or the last."),
+    click.option("--flops-per-sample", type=click.FloatRange(0), default=0.0, show_default="not known",
+                 help="Floating-point operations that training on one sample takes (forward and backward); for the MFU metric."),
+    click.option("--peak-flops", type=click.FloatRange(0), default=0.0, show_default="not known",
+                 help="Floating-point operations per second that the devices of one worker can do; for the MFU metric."),
 )  # fmt: skip
 
 snapshot_memory = click.option(

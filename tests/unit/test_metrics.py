@@ -102,6 +102,16 @@ def test_counters_continue_when_the_controller_was_restarted_from_its_ledger() -
     assert values(after)["elastic_elapsed_seconds_total",] >= old["elastic_elapsed_seconds_total",]
 
 
+def test_utilization_is_shown_where_the_peak_is_known() -> None:
+    job = Job(join_timeout_s=5.0, flops_per_sample=1e9, peak_flops=1e10)
+    job.running("n0", "n1")
+    for step in range(4, 14):
+        job.tick(1.0)
+        job.train(1, step, A, B)
+    assert values(job)["elastic_mfu_ratio",] == pytest.approx(4 * 1e9 / 1.0 / (2 * 1e10))  # four samples a step of 1 s
+    assert ("elastic_mfu_ratio",) not in values(lost_and_back())
+
+
 def test_a_long_quiet_job_writes_its_accounts() -> None:
     job = Job(join_timeout_s=5.0)
     job.running("n0", "n1")
