@@ -34,10 +34,11 @@ _EVALUATED_OFFSET = _SPREAD_OFFSET + 8
 _BUSY_SECONDS_OFFSET = _EVALUATED_OFFSET + 8
 _STEPS_OFFSET = 512  # so many steps were timed, and then a ring of the newest ones
 _RING_OFFSET = _STEPS_OFFSET + 8
-_STEP = struct.Struct(f"<{1 + len(Phase)}d")  # number, seconds by phase
+_STEP = struct.Struct(f"{1 + len(Phase)}d")  # number, seconds by phase
 RING_STEPS = 48
-_UNSIGNED = struct.Struct("<Q")
-_DOUBLE = struct.Struct("<d")
+# Fields are written as items of a view, eight bytes at once: `pack_into` clears what it writes first, and a reader may see that.
+_UNSIGNED = struct.Struct("Q")
+_DOUBLE = struct.Struct("d")
 
 
 class Operation(enum.IntEnum):
@@ -132,6 +133,7 @@ class ProgressPage:
 
     def __init__(self, fd: int) -> None:
         self._map = mmap.mmap(fd, PAGE_SIZE_BYTES)
+        self._words, self._doubles = memoryview(self._map).cast("Q"), memoryview(self._map).cast("d")
         self._count = 0
         self._skipped = 0
         self._steps = 0
@@ -150,61 +152,61 @@ class ProgressPage:
     def beat(self) -> None:
         """Count one forward, backward or fetch."""
         self._count += 1
-        _UNSIGNED.pack_into(self._map, _OFFSET["progress"], self._count)
+        self._words[_OFFSET["progress"] // 8] = self._count
 
     def busy_until(self, clock_s: float) -> None:
         """Announce that there will be no progress until then (CLOCK_MONOTONIC)."""
-        _DOUBLE.pack_into(self._map, _BUSY_OFFSET, clock_s)
+        self._doubles[_BUSY_OFFSET // 8] = clock_s
 
     def waits(self, waits: bool) -> None:
         """Say whether the main thread waits for others from now on."""
-        _UNSIGNED.pack_into(self._map, _WAITS_OFFSET, int(waits))
+        self._words[_WAITS_OFFSET // 8] = int(waits)
 
     def doing(self, operation: Operation) -> Operation:
         """Say what is begun now; returns what was before."""
         before: int = _UNSIGNED.unpack_from(self._map, _OPERATION_OFFSET)[0]
-        _UNSIGNED.pack_into(self._map, _OPERATION_OFFSET, operation)
+        self._words[_OPERATION_OFFSET // 8] = operation
         return Operation(before)
 
     def place(self, step: int, slot: int) -> None:
         """Say which step and slot are computed from now on; slot -1 for none."""
-        _UNSIGNED.pack_into(self._map, _STEP_OFFSET, step)
-        _UNSIGNED.pack_into(self._map, _SLOT_OFFSET, slot + 1)
+        self._words[_STEP_OFFSET // 8] = step
+        self._words[_SLOT_OFFSET // 8] = slot + 1
 
     def show(self, *, generation: int, committed: int, samples: int, loss: float) -> None:
         """Write what people see."""
-        _UNSIGNED.pack_into(self._map, _OFFSET["generation"], generation)
-        _UNSIGNED.pack_into(self._map, _OFFSET["committed"], committed)
-        _UNSIGNED.pack_into(self._map, _OFFSET["samples"], samples)
-        _DOUBLE.pack_into(self._map, _LOSS_OFFSET, loss)
+        self._words[_OFFSET["generation"] // 8] = generation
+        self._words[_OFFSET["committed"] // 8] = committed
+        self._words[_OFFSET["samples"] // 8] = samples
+        self._doubles[_LOSS_OFFSET // 8] = loss
 
     def computed(self, seconds: float) -> None:
         """Show what the newest step took in forwards and backwards."""
-        _DOUBLE.pack_into(self._map, _COMPUTE_OFFSET, seconds)
+        self._doubles[_COMPUTE_OFFSET // 8] = seconds
 
     def reduced(self, gradient_norm: float) -> None:
         """Show the norm of the newest step's gradient."""
-        _DOUBLE.pack_into(self._map, _NORM_OFFSET, gradient_norm)
+        self._doubles[_NORM_OFFSET // 8] = gradient_norm
 
     def skip(self) -> None:
         """Count a step without an update."""
         self._skipped += 1
-        _UNSIGNED.pack_into(self._map, _SKIPPED_OFFSET, self._skipped)
+        self._words[_SKIPPED_OFFSET // 8] = self._skipped
 
     def spreads(self, spread: float) -> None:
         """Show how far apart replicas are."""
-        _DOUBLE.pack_into(self._map, _SPREAD_OFFSET, spread)
+        self._doubles[_SPREAD_OFFSET // 8] = spread
 
     def went_aside(self, evaluated_s: float, busy_s: float) -> None:
         """Show for how long, so far, something else was done between steps."""
-        _DOUBLE.pack_into(self._map, _EVALUATED_OFFSET, evaluated_s)
-        _DOUBLE.pack_into(self._map, _BUSY_SECONDS_OFFSET, busy_s)
+        self._doubles[_EVALUATED_OFFSET // 8] = evaluated_s
+        self._doubles[_BUSY_SECONDS_OFFSET // 8] = busy_s
 
     def timed(self, step: int, seconds: Sequence[float]) -> None:
         """Add a step to the ring: first what it took, then that it is there."""
         _STEP.pack_into(self._map, _RING_OFFSET + self._steps % RING_STEPS * _STEP.size, step, *seconds)
         self._steps += 1
-        _UNSIGNED.pack_into(self._map, _STEPS_OFFSET, self._steps)
+        self._words[_STEPS_OFFSET // 8] = self._steps
 
     def steps(self, after: int) -> tuple[int, list[StepTimes]]:
         """Return how many steps were timed so far, and those behind the first `after` of them that the ring still has."""
@@ -240,4 +242,6 @@ class ProgressPage:
 
     def close(self) -> None:
         """Unmap the page."""
+        self._words.release()
+        self._doubles.release()
         self._map.close()

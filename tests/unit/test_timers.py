@@ -107,3 +107,21 @@ def test_evaluations_and_announced_sections_between_steps_are_told_apart() -> No
     now += 3.0
     timer.enter(Phase.DATA)
     assert sink.aside_s == (5.0, 3.0)
+
+
+def test_a_reader_never_sees_half_of_a_step_while_a_worker_writes() -> None:
+    fd = ProgressPage.create("test")
+    shown = ProgressPage(fd)
+    writer = os.fork()
+    if not writer:
+        mine = ProgressPage(fd)
+        for step in range(1, 100_001):
+            mine.timed(step, [float(step)] * len(Phase))
+        os._exit(0)
+    os.close(fd)
+    seen, read, deadline = 0, 0, time.monotonic() + 60.0
+    while seen < 100_000 and time.monotonic() < deadline:
+        seen, steps = shown.steps(seen)
+        read += len(steps)
+        assert all(step.seconds == (float(step.step),) * len(Phase) for step in steps)
+    assert os.waitpid(writer, 0)[1] == 0 and seen == 100_000 and read > 0
