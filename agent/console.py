@@ -1,12 +1,15 @@
-"""A worker's output: each line to its own file, and to the console behind a prefix that names the rank."""
+"""A worker's output: each line to its own file, and to the console with its rank."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
+
+from elastic.logs import Log, Where
 
 CHUNK_SIZE_BYTES = 65536
 LINE_SIZE_BYTES_MAX = 64 * 1024
@@ -15,12 +18,12 @@ LINE_SIZE_BYTES_MAX = 64 * 1024
 class OutputPipe:
     """Copies one stream of one worker; holds no thread, only a reader of the event loop."""
 
-    def __init__(self, path: Path, prefix: str, console: TextIO | None) -> None:
+    def __init__(self, path: Path, shown: Callable[[str], str], console: TextIO | None) -> None:
         read_fd, self.write_fd = os.pipe2(os.O_CLOEXEC)
         os.set_blocking(read_fd, False)
         self._read_fd = read_fd
         self._file = path.open("ab", buffering=0)
-        self._prefix = prefix
+        self._shown = shown
         self._console = console
         self._partial = b""
         self._loop = asyncio.get_running_loop()
@@ -51,7 +54,7 @@ class OutputPipe:
             lines.append(self._partial)
             self._partial = b""
         for line in lines:
-            print(f"{self._prefix}{line.decode(errors='replace')}", file=self._console)
+            print(self._shown(line.decode(errors="replace")), file=self._console)
         self._console.flush()
 
     def drain(self) -> None:
@@ -74,7 +77,7 @@ class OutputPipe:
         self.closed = True
         self._loop.remove_reader(self._read_fd)
         if self._partial and self._console is not None:
-            print(f"{self._prefix}{self._partial.decode(errors='replace')}", file=self._console, flush=True)
+            print(self._shown(self._partial.decode(errors="replace")), file=self._console, flush=True)
         os.close(self._read_fd)
         self._file.close()
 
@@ -84,12 +87,17 @@ def log_folder(log_dir: Path, worker: str) -> Path:
     return log_dir / worker.replace("/", "-")
 
 
-def open_outputs(log_dir: Path, worker: str, rank: int, *, quiet: bool) -> tuple[OutputPipe, OutputPipe]:
-    """Return the pipes for a worker's stdout and stderr, logged under log_dir/WORKER/."""
+def open_outputs(
+    log_dir: Path, worker: str, rank: int, log: Log, where: Where, *, quiet: bool
+) -> tuple[OutputPipe, OutputPipe]:
+    """Return the pipes for a worker's stdout and stderr, logged under log_dir/WORKER/, and shown as `log` shows lines."""
     folder = log_folder(log_dir, worker)
     folder.mkdir(parents=True, exist_ok=True)
-    prefix = f"[{rank}] "
-    return (
-        OutputPipe(folder / "stdout.log", prefix, None if quiet else sys.stdout),
-        OutputPipe(folder / "stderr.log", prefix, None if quiet else sys.stderr),
-    )
+
+    def pipe(stream: str, console: TextIO) -> OutputPipe:
+        def shown(line: str) -> str:
+            return log.line_of_worker(line, worker, rank, stream, where)
+
+        return OutputPipe(folder / f"{stream}.log", shown, None if quiet else console)
+
+    return pipe("stdout", sys.stdout), pipe("stderr", sys.stderr)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
@@ -69,6 +68,7 @@ from elastic.domain import (
     StartWorker,
     WorkerCommand,
 )
+from elastic.logs import Log, nowhere
 from elastic.progress import ProgressPage
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
@@ -104,6 +104,7 @@ class AgentConfig:
     connect_timeout_s: float = 30.0
     controller_timeout_s: float = 600.0
     labels: tuple[tuple[str, str], ...] = ()
+    log_format: str = "text"
     metrics: ExporterConfig = field(default_factory=ExporterConfig)
 
 
@@ -135,8 +136,10 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         store: StoreService,
         snapshots: NodeSnapshots,
         standby: Standby,
+        log: Log,
     ) -> None:
         self.config = settings
+        self.log = log
         self.socket_path = socket_path
         self.store = store
         self.snapshots = snapshots
@@ -170,6 +173,17 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         self.tasks: set[asyncio.Task[None]] = set()
         self.base_environment = config.worker_base_environment()
         self.meter = WorkerMeter()
+
+    def where(self) -> tuple[int, int]:
+        """Return the newest generation and step that any worker of this node shows."""
+        found = [self._where_is(worker) for worker in self.workers.values()]
+        return max((generation for generation, _ in found), default=0), max((step for _, step in found), default=0)
+
+    def _where_is(self, worker: _Worker) -> tuple[int, int]:
+        if worker.process is None:
+            return nowhere()
+        shown = worker.process.progress()
+        return shown.generation, shown.committed
 
     # -- the machine -----------------------------------------------------------------------------------------------
 
@@ -222,7 +236,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
     def _task_done(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            print(f"[agent {self.config.node}] fault: {task.exception()!r}", file=sys.stderr, flush=True)
+            self.log.say(f"fault: {task.exception()!r}")
             self.exit_code = 1
             self.over.set()
 
@@ -254,7 +268,7 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         try:
             return await evidence.collect(order, subjects)
         except Exception as error:
-            print(f"[agent {self.config.node}] no evidence was collected: {error!r}", file=sys.stderr, flush=True)
+            self.log.say(f"no evidence was collected: {error!r}")
             return EvidenceCollected(order.inquiry)
 
     async def _probe(self, order: ProbePeers) -> PeersProbed:
@@ -272,11 +286,9 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
             self.handle(EndAsked(f"the warm standby did not start: {error}"))
             return
         if self.config.share_memory and self.standby.memory_obstacle:
-            print(
-                f"[agent {self.config.node}] workers of this node send gradients to each other instead of sharing memory: "
-                f"{self.standby.memory_obstacle} (--no-share-memory says so from the start)",
-                file=sys.stderr,
-                flush=True,
+            self.log.say(
+                "workers of this node send gradients to each other instead of sharing memory: "
+                f"{self.standby.memory_obstacle} (--no-share-memory says so from the start)"
             )
         self.warm.set()
 
@@ -298,7 +310,8 @@ class AgentServer(runtime_pb2_grpc.WorkerServicer):
         stacks_fd = os.memfd_create("elastic-stacks")
         try:
             worker.outputs = open_outputs(
-                self.config.log_dir, order.worker, order.rank_hint, quiet=self.config.quiet
+                *(self.config.log_dir, order.worker, order.rank_hint, self.log, lambda: self._where_is(worker)),
+                quiet=self.config.quiet,
             )
             environment = worker_environment(
                 self.base_environment,
@@ -489,6 +502,7 @@ async def _serve(settings: AgentConfig, socket_path: Path) -> int:
     runtime_pb2_grpc.add_StoreServicer_to_server(store, peers)
     port = channels.listen(peers, settings.local_addr, 0, what="the agent's peer service")
     standby = Standby()
+    log = Log("agent", settings.job, settings.node, settings.log_format == "json")
 
     async def launch_keeper(fd: int) -> ForkedDaemon:
         return ForkedDaemon(standby, await standby.fork_daemon("keeper", fd))
@@ -502,17 +516,19 @@ async def _serve(settings: AgentConfig, socket_path: Path) -> int:
         store,
         launch_keeper,
         make_keys() if settings.token else None,
+        log,
     )
     await snapshots.start()
     peer_address = channels.join_address(settings.local_addr, port)
-    agent = AgentServer(settings, socket_path, peer_address, store, snapshots, standby)
+    agent = AgentServer(settings, socket_path, peer_address, store, snapshots, standby, log)
+    log.where = agent.where
     runtime_pb2_grpc.add_WorkerServicer_to_server(agent, local)
     runtime_pb2_grpc.add_StoreServicer_to_server(store, local)
     local.add_insecure_port(f"unix:{socket_path}")
     exporter = None
     if settings.metrics.port is not None:
         exporter = Exporter(settings.metrics, agent.metrics)
-        print(f"[agent {settings.node}] metrics at http://{exporter.address}/metrics", file=sys.stderr, flush=True)
+        log.say(f"metrics at http://{exporter.address}/metrics")
     await peers.start()
     await local.start()
     loop = asyncio.get_running_loop()
@@ -532,7 +548,7 @@ async def _serve(settings: AgentConfig, socket_path: Path) -> int:
     await local.stop(0)
     await peers.stop(0)
     if agent.exit_code:
-        print(f"[agent {settings.node}] {agent.reason}", file=sys.stderr, flush=True)
+        log.say(agent.reason)
     return agent.exit_code
 
 

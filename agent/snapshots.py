@@ -11,7 +11,6 @@ import asyncio
 import math
 import mmap
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +38,7 @@ from elastic.domain import (
     SnapshotsFound,
 )
 from elastic.errors import CheckpointError, TransferError, Unreachable
+from elastic.logs import Log
 from elastic.snapshots import Slice, SnapshotId
 from recovery.plan import protection_groups
 
@@ -63,6 +63,7 @@ class NodeSnapshots:
         store: Knows the agents of other nodes.
         launch: Starts a keeper.
         keys: What slices and parity are encrypted with on their way between nodes; None for not at all.
+        log: Where it is said if something cannot be protected.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class NodeSnapshots:
         store: StoreService,
         launch: Launch,
         keys: Keys | None = None,
+        log: Log | None = None,
     ) -> None:
         self.socket_path = socket_path
         self._job, self._node, self._address = job, node, address
@@ -82,6 +84,7 @@ class NodeSnapshots:
         self._store = store
         self._launch = launch
         self._keys = keys
+        self._log = log or Log("agent", job, node)
         self._public_keys: dict[str, str] = {}  # of other nodes' keepers, as the controller says
         self._memory = MemoryService(socket_path, budget_bytes)
         self._durables: dict[tuple[str, int], Durable] = {}
@@ -188,7 +191,7 @@ class NodeSnapshots:
             self._say(f"snapshots are not protected: {error}")
 
     def _say(self, sentence: str) -> None:
-        print(f"[agent {self._node}] {sentence}", file=sys.stderr, flush=True)
+        self._log.say(sentence)
 
     # -- the keeper ------------------------------------------------------------------------------------------------
 

@@ -32,6 +32,7 @@ def main() -> int:
                     port_file=Path(given["port_file"]) if given["port_file"] else None,
                     summary=Path(given["summary"]) if given["summary"] else None,
                     metrics=exporter_config(given["metrics"]),
+                    log_format=given["log_format"],
                 )
             )
         )

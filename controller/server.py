@@ -46,6 +46,7 @@ from controller.views import present_plan, status
 from elastic.domain import NO_STEP, AgentHello, Commit, ControllerMessage, Event, StatusReply, ToWorker
 from elastic.errors import ConfigError
 from elastic.failpoints import FailPoint, reach
+from elastic.logs import Log
 from elastic.v1 import runtime_pb2, runtime_pb2_grpc
 from elastic.wire import channels
 from elastic.wire.convert import to_plain, to_proto, unwrap, wrap
@@ -68,6 +69,7 @@ class ControllerConfig:
     port: int = 29400
     port_file: Path | None = None
     summary: Path | None = None  # where the end of the job is written as JSON
+    log_format: str = "text"
     metrics: ExporterConfig = field(default_factory=ExporterConfig)
 
 
@@ -96,6 +98,7 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
     def __init__(self, config: ControllerConfig) -> None:
         self.config = config
         self.ledger = Ledger(config.ledger, config.settings.job)
+        self.log = Log("controller", config.settings.job, as_json=config.log_format == "json", where=self._where)
         self.bundles = Bundles(config.ledger.with_name(f"{config.ledger.stem}-incidents"))
         self.machine = ControllerMachine(config.settings, unix_offset_s=time.time() - time.monotonic())
         self.streams: dict[str, AgentStream] = {}
@@ -106,6 +109,10 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
         self.tasks: set[asyncio.Task[None]] = set()
         if not self.ledger.is_new():
             self.machine.restore(self.ledger.records(), time.monotonic())
+
+    def _where(self) -> tuple[int, int]:
+        plan = self.machine.plan
+        return plan.generation if plan is not None else 0, self.machine.step_committed
 
     # -- the machine -----------------------------------------------------------------------------------------------
 
@@ -142,7 +149,7 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
             said = f"is in {path}"
         except OSError as error:
             said = f"could not be written: {error}"
-        print(f"[controller] evidence of incident {evidence.incident.number} {said}", file=sys.stderr, flush=True)
+        self.log.say(f"evidence of incident {evidence.incident.number} {said}")
 
     def _write_summary(self, effects: list[ControllerEffect]) -> None:
         if self.config.summary is None:
@@ -159,8 +166,7 @@ class ControllerServer(runtime_pb2_grpc.ControllerServicer, runtime_pb2_grpc.Peo
     def _publish(self, events: list[Event]) -> None:
         for event in events:
             self.newest_event = event.sequence
-            print(f"[controller] {event.text}", file=sys.stderr, flush=True)
-
+            self.log.say(event.text, kind=event.kind, sequence=event.sequence)
         self._spawn(self._wake_followers())
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -338,7 +344,7 @@ async def serve(config: ControllerConfig) -> int:
     exporter = None
     if config.metrics.port is not None:
         exporter = Exporter(config.metrics, lambda: job_metrics(controller.machine, time.monotonic()))
-        print(f"[controller] metrics at http://{exporter.address}/metrics", file=sys.stderr, flush=True)
+        controller.log.say(f"metrics at http://{exporter.address}/metrics")
     server = channels.server()
     runtime_pb2_grpc.add_ControllerServicer_to_server(controller, server)
     runtime_pb2_grpc.add_PeopleServicer_to_server(controller, server)
@@ -351,7 +357,7 @@ async def serve(config: ControllerConfig) -> int:
         partial = config.port_file.with_suffix(".part")
         partial.write_text(f"{port}\n")
         partial.replace(config.port_file)
-    print(f"[controller] job {config.settings.job} at {channels.join_address(config.host, port)}", file=sys.stderr, flush=True)
+    controller.log.say(f"job {config.settings.job} at {channels.join_address(config.host, port)}")
     ticker = asyncio.create_task(controller.tick_forever())
     await controller.over.wait()
     ticker.cancel()

@@ -55,6 +55,7 @@ def controller_settings(
     metrics_port: int | None = None,
     metrics_host: str = "127.0.0.1",
     metrics_targets: Path | None = None,
+    log_format: str = "text",
     parent: int = 0,
 ) -> dict[str, Any]:
     """Check a controller's options and return what `controller.__main__` reads. Raises ConfigError."""
@@ -103,6 +104,7 @@ def controller_settings(
         "port_file": str(port_file) if port_file else "",
         "summary": str(summary) if summary else "",
         "metrics": metrics_settings(metrics_port, metrics_host, metrics_targets),
+        "log_format": log_format,
         "parent": parent,
     }
 
@@ -135,6 +137,7 @@ def agent_settings(
     metrics_port: int | None = None,
     metrics_host: str = "127.0.0.1",
     metrics_targets: Path | None = None,
+    log_format: str = "text",
     parent: int = 0,
 ) -> dict[str, Any]:
     """Check an agent's options and return what `agent.__main__` reads. Raises ConfigError."""
@@ -157,6 +160,7 @@ def agent_settings(
         "snapshot_memory_bytes": options.default_snapshot_memory() if snapshot_memory is None else snapshot_memory,
         "labels": options.parse_labels(labels),
         "metrics": metrics_settings(metrics_port, metrics_host, metrics_targets),
+        "log_format": log_format,
         "script": {
             "argv": [script if module else str(Path(script).absolute()), *arguments],
             "module": module,
@@ -170,6 +174,7 @@ def agent_settings(
 @options.job_name
 @options.job_settings
 @options.metrics_settings
+@options.log_format
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", type=click.IntRange(0, 65535), default=options.DEFAULT_PORT, show_default=True,
               help="Port to listen on; 0 for any.")  # fmt: skip
@@ -189,6 +194,7 @@ def controller(ledger: Path | None, job: str, **given: Any) -> None:
 @options.job_name
 @options.agent_settings
 @options.metrics_settings
+@options.log_format
 @options.script_arguments
 def agent(**given: Any) -> None:
     """Run this node's agent: it starts SCRIPT in the job's workers and keeps them going."""

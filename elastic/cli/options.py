@@ -199,6 +199,11 @@ metrics_settings = together(
     click.option("--metrics-host", default="127.0.0.1", show_default=True, help="Address that metrics are shown at."),
 )  # fmt: skip
 
+log_format = click.option(
+    "--log-format", type=click.Choice(["text", "json"]), default="text", show_default=True,
+    help="Lines for people, or as JSON with job, node, rank, generation and step.",
+)  # fmt: skip
+
 script_arguments = together(
     click.argument("script"),
     click.argument("arguments", nargs=-1, type=click.UNPROCESSED),

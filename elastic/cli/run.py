@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -27,6 +28,7 @@ from elastic.cli.people import People, headline
 from elastic.config import default_run_dir
 from elastic.domain import StatusReply
 from elastic.errors import JobFailed, Unreachable
+from elastic.logs import Log
 from elastic.wire.channels import join_address
 
 POLL_S = 0.2
@@ -43,6 +45,7 @@ INTERRUPTED = 130
 @options.job_settings
 @options.agent_settings
 @options.metrics_settings
+@options.log_format
 @click.option("--controller", "--rdzv-endpoint", "--rdzv_endpoint", "controller", default=None, metavar="HOST:PORT",
               help="Join the controller there instead of starting one.")  # fmt: skip
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address that the embedded controller listens on.")
@@ -86,12 +89,13 @@ def run(
     checkpoint_keep: int,
     metrics_port: int | None,
     metrics_host: str,
+    log_format: str,
     **given: Any,
 ) -> None:
     """Train SCRIPT on this machine (and on others that join), and keep going through failures."""
     if controller is not None:
         settings = agent_settings(
-            controller=controller, job=job, metrics_port=metrics_port, metrics_host=metrics_host, **given
+            controller=controller, job=job, metrics_port=metrics_port, metrics_host=metrics_host, log_format=log_format, **given
         )
         command = daemon_command("agent", settings)
         os.execv(command[0], command)
@@ -102,6 +106,7 @@ def run(
     given["log_dir"] = given["log_dir"] or folder / "logs"
     given["metrics_port"] = metrics_port + 1 if metrics_port else metrics_port  # the controller's is the one that was given
     given["metrics_host"], given["metrics_targets"] = metrics_host, folder / "metrics-agent.json"
+    given["log_format"] = log_format
     base = controller_settings(
         job=job,
         nnodes=nnodes,
@@ -130,6 +135,7 @@ def run(
         metrics_port=metrics_port,
         metrics_host=metrics_host,
         metrics_targets=folder / "metrics-controller.json",
+        log_format=log_format,
         parent=os.getpid(),
     )
     if port is None and _is_free(host, options.DEFAULT_PORT):
@@ -157,6 +163,8 @@ class JobRun:
     def __init__(self, folder: Path, controller: dict[str, Any], agent: dict[str, Any], host: str) -> None:
         self.folder = folder
         self.console = Console(stderr=True)
+        self._log = Log("run", agent["job"], as_json=agent["log_format"] == "json", where=self._where)
+        self._seen: StatusReply | None = None  # the newest status
         self._controller_settings = controller
         self._agent_options = agent
         self._host = host
@@ -220,8 +228,8 @@ class JobRun:
             self._start_controller()
             if not self._interrupted:
                 self._start_agent()
-            self.console.print(f"elastic: run directory {self.folder}, controller at {self._address}", highlight=False)
-            if self.console.is_terminal:
+            self._say(f"run directory {self.folder}, controller at {self._address}")
+            if self.console.is_terminal and not self._log.as_json:
                 with Live(Text("starting"), console=self.console, refresh_per_second=5, transient=True) as live:
                     self._watch(live)
             else:
@@ -254,26 +262,50 @@ class JobRun:
                 if time.monotonic() - interrupted_at > patience_s:
                     return
             elif code is not None:
-                self.console.print("elastic: the controller was killed; starting it again on its ledger", highlight=False)
+                self._say("the controller was killed; starting it again on its ledger")
                 self._start_controller()
             elif self._agent is not None and self._agent.poll() == 2:
                 raise JobFailed("the agent did not start (exit code 2), see above")
             elif self._agent is not None and (self._agent.poll() or 0) < 0:
-                self.console.print("elastic: the agent was killed; starting it again", highlight=False)
+                self._say("the agent was killed; starting it again")
                 self._start_agent()
             elif live is not None:
                 live.update(self._view())
             elif time.monotonic() > line_at:
                 line_at = time.monotonic() + PLAIN_LINE_S
-                self.console.print(self._view(), soft_wrap=True)
+                self._show_status()
             time.sleep(POLL_S)
 
     def _view(self) -> Table | Text:
         assert self._people is not None
         try:
-            return _view(self._people.status(timeout_s=1.0))
+            self._seen = self._people.status(timeout_s=1.0)
         except Unreachable:
             return Text("the controller does not answer")
+        return _view(self._seen)
+
+    def _show_status(self) -> None:
+        """Say how the job is, in a pipe."""
+        view = self._view()
+        if not self._log.as_json:
+            self.console.print(view, soft_wrap=True)
+        elif isinstance(view, Text):
+            self._log.say(view.plain)
+        else:
+            seen = self._seen
+            assert seen is not None
+            loss = None if math.isnan(seen.loss) else seen.loss
+            self._log.say(f"job {seen.job} is {seen.state}", world=seen.world_size, loss=loss)
+
+    def _say(self, message: str) -> None:
+        """Write a line of this command's own."""
+        if self._log.as_json:
+            self._log.say(message)
+        else:
+            self.console.print(f"elastic: {message}", highlight=False)
+
+    def _where(self) -> tuple[int, int]:
+        return (0, 0) if self._seen is None else (self._seen.generation, self._seen.step)
 
     def _end(self) -> None:
         """Leave nothing behind: first in order, then by force."""
@@ -296,7 +328,7 @@ class JobRun:
         """Print the summary of the run, and copy it to a file."""
         source = self.folder / "summary.json"
         if not source.exists():
-            self.console.print("elastic: the job left no summary", highlight=False)
+            self._say("the job left no summary")
             return
         summary = json.loads(source.read_text())
         if target is not None:
@@ -304,6 +336,9 @@ class JobRun:
             shutil.copyfile(source, target)
         if as_json:
             click.echo(json.dumps(summary))
+            return
+        if self._log.as_json:
+            self._log.say(f"job {summary['job']} {summary['state']}: {summary['reason']}", summary=summary)
             return
         if summary.get("traceback"):
             self.console.print(Text(summary["traceback"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -101,3 +102,15 @@ def test_a_port_in_use_is_said_in_one_sentence_and_leaves_nothing(job: Job) -> N
     assert done.code == 2 and "Traceback" not in done.err
     assert f"cannot listen on 127.0.0.1:{port}: the port is in use" in done.err
     assert_clean(job)
+
+
+def test_with_json_each_line_says_of_which_job_node_generation_and_step_it_is(job: Job) -> None:
+    run = job.run(2, "--log-format", "json", train=("--epochs", 1))
+    done = job.ended(run)
+    assert done.code == 0, done.err
+    lines = [json.loads(line) for line in (done.err + done.out).splitlines()]
+    assert all({"time", "source", "job", "node", "rank", "generation", "step", "message"} <= line.keys() for line in lines)
+    assert {line["job"] for line in lines} == {"job"} and {line["source"] for line in lines} >= {"run", "controller"}
+    ended = next(line for line in lines if line.get("kind") == "job-ended")
+    assert ended["generation"] == 1 and ended["step"] == job.summary()["step"]
+    assert lines[-1]["summary"]["state"] == "succeeded"
