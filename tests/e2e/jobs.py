@@ -274,6 +274,11 @@ class Job:
         """Return what the workers that came to the end of the script ended with."""
         return [json.loads(path.read_text()) for path in sorted((self.folder / "out").glob("*.json"))]
 
+    def lines(self) -> list[Status]:
+        """Return the JSON lines that workers wrote under log/; the last one of a worker that was killed may not be whole."""
+        texts = (text for log in (self.folder / "log").glob("*.jsonl") for text in log.read_text().splitlines(keepends=True))
+        return [json.loads(text) for text in texts if text.endswith("\n")]
+
     def fingerprint(self) -> str:
         """Return the one fingerprint of all workers that came to the end."""
         prints = {result["fingerprint"] for result in self.results()}

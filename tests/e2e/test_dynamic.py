@@ -6,7 +6,6 @@ import json
 import statistics
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,12 +17,6 @@ from tests.e2e.train_dynamic import BATCH_SIZE, EVERY, SAMPLES
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 SCRIPT = Path(__file__).with_name("train_dynamic.py")
-
-
-def lines_of(job: Job) -> list[dict[str, Any]]:
-    """Return what all workers wrote; the last line of one that was killed may not be whole."""
-    texts = (text for log in (job.folder / "log").glob("*.jsonl") for text in log.read_text().splitlines(keepends=True))
-    return [json.loads(text) for text in texts if text.endswith("\n")]
 
 
 def assert_each_sample_was_used_once(record: Path, epochs: int) -> None:
@@ -42,7 +35,7 @@ def test_whoever_is_killed_each_sample_is_used_once_and_no_round_is_computed_twi
         after = job.wait_for_world(3, beyond_step=before["step"] + 2)
         assert len(pids_of(before) & pids_of(after)) == 2
     summary = finish(job, "run")
-    lines = lines_of(job)
+    lines = job.lines()
     epochs = max(line["epoch"] for line in lines) + 1
     assert_each_sample_was_used_once(record, epochs)
     if sync != "async":  # there what a lost one had not given counts twice
@@ -62,7 +55,7 @@ def test_a_slow_worker_takes_fewer_local_steps_and_nobody_waits_for_it(job: Job)
     job.run(3, train=train, script=SCRIPT)
     job.wait_for_world(3, beyond_step=14)
     finish(job, "run")
-    settled = [line for line in lines_of(job) if line["step"] > 4 and not line["is_short"]]
+    settled = [line for line in job.lines() if line["step"] > 4 and not line["is_short"]]
     taken = {rank: statistics.median(line["taken"] for line in settled if line["rank"] == rank) for rank in range(3)}
     # It is four times as slow: 4/9, 1/9 and 4/9 of a round, give or take what else its steps and the machine's do.
     assert taken[1] < 0.5 * min(taken[0], taken[2]), taken
@@ -79,7 +72,7 @@ def test_a_worker_that_stands_still_for_a_while_is_not_waited_for(job: Job) -> N
     job.run(3, "--record-samples", record, train=train, script=SCRIPT)
     job.wait_for_world(3, beyond_step=9)
     finish(job, "run")
-    lines = lines_of(job)
+    lines = job.lines()
     late = [line for line in lines if line["step"] == 5 and line["taken"] < line["dealt"]]
     assert len(late) == 1, "one of the three has not come to all of it"
     dealt = {step: sum(line["dealt_samples"] for line in lines if line["step"] == step) for step in (4, 5, 6)}
@@ -124,7 +117,7 @@ def test_islands_lose_members_and_get_them_back_and_each_sample_is_used_once(job
         after = job.wait_for_world(5, beyond_step=before["step"] + 2)
         assert len(pids_of(before) & pids_of(after)) == 4
     summary = finish(job, "controller")
-    lines = lines_of(job)
+    lines = job.lines()
     epochs = max(line["epoch"] for line in lines) + 1
     assert_each_sample_was_used_once(record, epochs)
     assert summary["samples"] == epochs * SAMPLES

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import random
 from pathlib import Path
@@ -27,16 +26,6 @@ SYNC = NoLoCo(EVERY, mean_every=MEAN_EVERY)
 ROUNDING = 1e-5
 
 Line = dict[str, Any]
-
-
-def lines_of(job: Job) -> list[Line]:
-    """Return what all workers wrote; the last line of one that was killed may not be whole."""
-    found: list[Line] = []
-    for log in (job.folder / "log").glob("*.jsonl"):
-        for text in log.read_text().splitlines(keepends=True):
-            if text.endswith("\n"):
-                found.append(json.loads(text))
-    return found
 
 
 def assert_pairs_are_whole(lines: list[Line], seed: int = 0) -> int:
@@ -94,7 +83,7 @@ def test_pairs_come_nearer_and_the_mean_is_that_of_all(job: Job, workers: int, o
     job.let_go()
     job.run(workers, train=("--log", job.folder / "log", "--go", job.folder / "go", "--steps", 40, *options), script=SCRIPT)
     assert finish(job, "run")["step"] == 40
-    lines = lines_of(job)
+    lines = job.lines()
     assert {(line["step"], line["rank"]) for line in lines} == {(s, r) for s in range(1, 41) for r in range(workers)}
     assert assert_pairs_are_whole(lines) == 40 * (workers // 2)
     if workers == 4:  # a step of three deals four slots, the last of an epoch fewer
@@ -128,7 +117,7 @@ def test_wherever_one_dies_no_pair_is_half_applied_and_each_sample_is_used_once(
         job.kill(dice.choice(sorted(pids_of(after))))
         after = job.wait_for_world(5, beyond_step=after["step"] + dice.randrange(1, 4))
     summary = finish(job, "run")
-    lines = lines_of(job)
+    lines = job.lines()
     assert assert_pairs_are_whole(lines) > summary["step"]
     for step in {line["step"] for line in lines}:
         assert len({str(line["mean"]) for line in lines if line["step"] == step}) == 1
@@ -147,7 +136,7 @@ def test_a_joiner_begins_as_a_copy_of_another_replica(job: Job) -> None:
     job.kill(min(pids_of(before)))
     job.wait_for_world(2, beyond_step=before["step"] + 5)
     finish(job, "run")
-    lines = lines_of(job)
+    lines = job.lines()
     first = min(line["step"] for line in lines if line["worker"].endswith(".2"))
     several = [line for line in lines if line["step"] == first]
     assert len(several) == 2
@@ -163,7 +152,7 @@ def test_all_die_and_all_go_on_from_the_mean(job: Job) -> None:
         job.kill(pid)
     job.wait_for_world(2, beyond_step=before["step"] + 3)
     summary = finish(job, "run")
-    lines = lines_of(job)
+    lines = job.lines()
     went_back = [line for line in lines if line["worker"].endswith(".2")]
     first = min(line["step"] for line in went_back)
     assert (first - 1) % MEAN_EVERY == 0, "only the state of a round whose mean was made is captured"
