@@ -13,7 +13,7 @@ import contextlib
 import enum
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from typing import Protocol
 
@@ -169,6 +169,7 @@ class Group:
         self._sockets = tuple(sockets)
         self._operation_timeout = timedelta(seconds=operation_timeout_s)
         self._works: set[_Awaited] = set()
+        self._halves: list[tuple[ForeignWork, torch.Tensor]] = []  # operations whose other half could not be started any more
         self._posted: list[tuple[int, torch.Tensor, ForeignWork]] = []  # to whom, and what
         self._lock = threading.Lock()
         self._reason: str | None = None
@@ -190,7 +191,8 @@ class Group:
         construction: gloo ends the process on a mismatch.
         """
         receipt = self._recv(_EMPTY, dst, tag, _Kind.RECEIPT)
-        sent = self._send(tensor, dst, tag, _Kind.DATA), self._send(_EMPTY, dst, tag, _Kind.MARK)
+        with self._held(receipt, _EMPTY):
+            sent = self._send(tensor, dst, tag, _Kind.DATA), self._send(_EMPTY, dst, tag, _Kind.MARK)
         return self._keep(_Sent(self, receipt, (tensor, sent)))
 
     def recv(self, tensor: torch.Tensor, src: int, tag: int) -> Work:
@@ -262,6 +264,7 @@ class Group:
                 work.wait()
         if self._reason is not None:
             self._await_closing()
+            self._halves.clear()  # nobody waits for them: gloo would not wake whoever does
         self._works.clear()
 
     def _await_closing(self) -> None:
@@ -298,8 +301,22 @@ class Group:
 
     def _receive(self, tensor: torch.Tensor, src: int, tag: int, receipt: Callable[[], None] | None) -> Work:
         data = self._recv(tensor, src, tag, _Kind.DATA)
-        mark = self._recv(_EMPTY, src, tag, _Kind.MARK)
+        with self._held(data, tensor):
+            mark = self._recv(_EMPTY, src, tag, _Kind.MARK)
         return self._keep(_Received(self, mark, data, tensor, receipt))
+
+    @contextlib.contextmanager
+    def _held(self, started: ForeignWork, tensor: torch.Tensor) -> Iterator[None]:
+        """Keep what was started if what belongs to it cannot be, since another thread ends the group in between.
+
+        Its message may be on its way: one that finds its receiver deleted stops gloo from reading the connection, which then
+        never learns that it was closed.
+        """
+        try:
+            yield
+        except CollectiveAborted:
+            self._halves.append((started, tensor))
+            raise
 
     def _post(self, tensor: torch.Tensor, dst: int, tag: int, kind: _Kind) -> None:
         self._posted.append((dst, tensor, self._send(tensor, dst, tag, kind)))

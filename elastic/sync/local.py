@@ -379,8 +379,8 @@ class LocalEngine(ReplicaEngine, abc.ABC):
     # -- a replica of several workers ----------------------------------------------------------------------------------
 
     def _crew_slot(self) -> int | None:
-        """The slot of the round in progress that this worker trains with others; None if it trains by itself."""
-        if self._crew is None or self._dealer is None:
+        """The slot of the round in progress that this worker trains with others; None if it does not, or one of them is lost."""
+        if self._dealer is None or not self._crew_ranks():
             return None
         place = self._dealer.place_of(self.coordinator.settings.worker, self.step)
         return None if place is None else place[0]

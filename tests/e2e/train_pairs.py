@@ -68,8 +68,10 @@ def main() -> None:
                 if session.committed:
                     plan = engine._committed_plan
                     assert plan is not None
-                    line: dict[str, Any] = {"worker": engine.coordinator.settings.worker, "step": session.step}
-                    line |= {"generation": plan.generation, "rank": engine.rank, "world": plan.world_size}
+                    worker = engine.coordinator.settings.worker
+                    line: dict[str, Any] = {"worker": worker, "step": session.step}
+                    # Of the world that committed it: a new one may have been entered since.
+                    line |= {"generation": plan.generation, "rank": plan.rank_of(worker), "world": plan.world_size}
                     line |= {"spread": session.spread, "loss": session.loss, "before": before, "after": own()}
                     mean = torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
                     log.write(json.dumps(line | {"mean": mean, "slots": engine.own_slots()}) + "\n")

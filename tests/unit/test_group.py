@@ -20,7 +20,7 @@ from torch._C._distributed_c10d import HashStore, Store
 
 from elastic.building import GroupBuild
 from elastic.errors import BuildCancelled, CollectiveAborted
-from elastic.group import Group, Work
+from elastic.group import Group, Work, _Kind
 from elastic.sockets import parse_address
 from tests.unit.worlds import (
     ADDRESS,
@@ -417,3 +417,29 @@ def test_survivors_of_a_kill_go_on_in_a_new_generation(tmp_path: Path) -> None:
         os.kill(peers[3].pid, signal.SIGKILL)
         for peer in peers[:3]:
             assert peer.report() < 5.0
+
+
+def test_a_group_that_ends_while_an_operation_is_started_lets_go_of_its_memory() -> None:
+    """Its receiver must outlive the message that is on its way, or gloo never learns that the connection is over."""
+    for trial in range(20):
+        with two_groups() as (one, other):
+            start = one._recv
+
+            def racing(tensor: torch.Tensor, src: int, tag: int, kind: _Kind, world: Any = (one, start, trial)) -> Any:
+                group, inner, number = world
+                if kind is _Kind.MARK:
+                    time.sleep(0.0002 * number)
+                    group.abort("from another thread, just now")
+                return inner(tensor, src, tag, kind)
+
+            one._recv = racing  # type: ignore[method-assign]
+            if trial % 2:
+                other.post(torch.ones(2_000_000), 0, 5)
+            with pytest.raises(CollectiveAborted):
+                one.take(torch.zeros(2_000_000), 1, 5)
+            if not trial % 2:
+                with contextlib.suppress(CollectiveAborted):
+                    other.post(torch.ones(2_000_000), 0, 5)
+            began_s = time.monotonic()
+            one.drain()
+            assert time.monotonic() - began_s < 2
