@@ -88,7 +88,8 @@ def _fix_job(job: Job, spec: TrainingSpec, workers: int, now: float) -> bool:
     replicas = spec.virtual_replicas or min(width, slots)
     problem = ""
     if slots < width:
-        problem = f"slots={slots} cannot feed {workers} workers: give at least as many slots as workers"
+        who = "islands" if spec.crews else "workers"
+        problem = f"slots={slots} cannot feed {workers} {who}: give at least as many slots as {who}"
     elif replicas > slots:
         problem = f"virtual_replicas={replicas} exceeds slots={slots}: give at most as many as slots"
     elif slots * spec.batch_size > spec.dataset_size:

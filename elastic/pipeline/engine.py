@@ -77,7 +77,7 @@ class Parts:
 
 
 @dataclass(slots=True)
-class _Stage:
+class HeldStage:
     """What a worker has for the layers that it holds, until it holds others.
 
     Attributes:
@@ -114,7 +114,7 @@ class PipelineEngine(Engine):
         self.batch: Callable[[int, int, tuple[int, ...]], Batch] | None = None
         self.norm = float("nan")
         self._replicas, self._reduction, self._measures_norms = replicas, reduction, measures_norms
-        self._stage: _Stage | None = None
+        self._stage: HeldStage | None = None
         self.measures.give(LOSS, float("nan"))  # whoever has no slot agrees with the others on what is measured
         self._common = {**parts.stateful, "elastic.measures": self.measures}
         self._travel = Travel(self.layers)
@@ -235,7 +235,7 @@ class PipelineEngine(Engine):
         if self._travel.takes:
             self.coordinator.feed(StateReceived(self.committed))
 
-    def _compare(self, stage: _Stage) -> None:
+    def _compare(self, stage: HeldStage) -> None:
         """Before the first vote in a world: all who hold this stage hold the same, bit by bit. Raises CollectiveAborted."""
         part, group, plan = self._part, self.group, self.plan
         assert group is not None and plan is not None
@@ -308,7 +308,7 @@ class PipelineEngine(Engine):
         sizes = [size for size in self.sampler.sizes(self.step) if size]
         return float(len(sizes) if len(set(sizes)) == 1 else sum(sizes))
 
-    def _exchange_summaries(self, stage: _Stage, reduced: Reduced) -> bool:
+    def _exchange_summaries(self, stage: HeldStage, reduced: Reduced) -> bool:
         """Have what each stage knows of the whole step: whether its gradient is finite, its norms, the loss.
 
         All ranks of a stage know the same, and its first one tells it to the others.
@@ -340,7 +340,7 @@ class PipelineEngine(Engine):
         self._totals = torch.cat([part[1:end] for part, end in zip(parts, ends, strict=True)])
         return finite
 
-    def _summary(self, stage: _Stage, finite: bool, reduced: Reduced) -> Tensor:
+    def _summary(self, stage: HeldStage, finite: bool, reduced: Reduced) -> Tensor:
         norms: list[float] = []
         if self.parts.max_norm:
             later = {self.layers.number_of(use) for uses in self.layers.uses for use in uses[1:]}
@@ -435,7 +435,7 @@ class PipelineEngine(Engine):
 
     # -- the state -----------------------------------------------------------------------------------------------------
 
-    def _stage_now(self) -> _Stage:
+    def _stage_now(self) -> HeldStage:
         """What belongs to the layers that this worker holds in the present world, ready for the step in progress."""
         if self._is_planned and self._stage is not None:
             return self._stage
@@ -464,7 +464,7 @@ class PipelineEngine(Engine):
         self._is_planned = True
         return stage
 
-    def _make_stage(self, numbers: range) -> _Stage:
+    def _make_stage(self, numbers: range) -> HeldStage:
         if self._stage is not None:
             self._stage.reducer.close()
         parameters = [p for number in numbers for p in self.layers[number].parameters()]
@@ -487,7 +487,7 @@ class PipelineEngine(Engine):
         executor = Executor(
             *(self.layers, numbers, parts.surveys, parts.loss_fn, parts.autocast, parts.seed), recompute=parts.recompute
         )
-        return _Stage(numbers, self.layers.parameter_numbers(numbers), buffers, reducer, executor)
+        return HeldStage(numbers, self.layers.parameter_numbers(numbers), buffers, reducer, executor)
 
     def _drop_stage(self) -> None:
         """The layers' tensors are others from now on."""

@@ -32,14 +32,14 @@ from elastic.errors import ConfigError
 from elastic.failpoints import FailPoint, reach
 from elastic.group import Group, GroupPart
 from elastic.pipeline.actions import ActionKind, Route, make_actions
-from elastic.pipeline.engine import TAG, PipelineEngine, _Stage
+from elastic.pipeline.engine import TAG, HeldStage, PipelineEngine
 from elastic.pipeline.executor import Batch, Deeds
 from elastic.pipeline.layers import Layer, OptimizerFactory, SchedulerFactory
 from elastic.pipeline.paths import all_visits
 from elastic.progress import Operation
 from elastic.quantize import Code
 from elastic.reduction import Reducer, Reduction
-from elastic.sampler import Permutation
+from elastic.sampler import Permutation, SlotSampler
 from elastic.sync import DiLoCo
 
 TAG_NORM = TAG + 2
@@ -70,6 +70,17 @@ def outer_of(sync: DiLoCo) -> OptimizerFactory:
 def pieces_of(ids: Sequence[int], batch_size: int) -> list[tuple[int, ...]]:
     """Return what a slot has in each local step; of a slot that is not full, fewer local steps."""
     return [tuple(ids[start : start + batch_size]) for start in range(0, len(ids), batch_size)]
+
+
+def local_steps_before(sampler: SlotSampler, step: int, batch_size: int) -> int:
+    """Return the local steps of all rounds before one: an epoch's last round may have fewer than the others."""
+
+    def steps_of(number: int) -> int:
+        return -(-max(sampler.sizes(number)) // batch_size)
+
+    per_epoch = sampler.steps_per_epoch
+    epochs, rounds = divmod(step - 1, per_epoch)
+    return epochs * ((per_epoch - 1) * steps_of(1) + steps_of(per_epoch)) + rounds * steps_of(1)
 
 
 def random_routes(stages: Sequence[Stage], slots: int, key: str) -> list[tuple[int, ...]]:
@@ -139,6 +150,7 @@ class RoundsEngine(PipelineEngine):
         parameters = self._parameters(stage)
         self._phi = [parameter.detach().clone() for parameter in parameters]
         self._begun, self._samples_here, self._computed_s = {}, 0, 0.0
+        self._inner = {number: each for number, each in self._inner.items() if number in stage.numbers}
         for number in stage.numbers:
             self._begin_layer(self.layers[number], step)
         buffers.adopt()
@@ -153,10 +165,10 @@ class RoundsEngine(PipelineEngine):
         self._give(stage, parameters, losses)
         self._is_computed = True
 
-    def _parameters(self, stage: _Stage) -> list[nn.Parameter]:
+    def _parameters(self, stage: HeldStage) -> list[nn.Parameter]:
         return [p for number in stage.numbers for p in self.layers[number].parameters()]
 
-    def _local_parts(self, stage: _Stage) -> tuple[Reducer, CommittedBuffers]:
+    def _local_parts(self, stage: HeldStage) -> tuple[Reducer, CommittedBuffers]:
         if self._local_of is not stage:
             if self._local is not None:
                 self._local.close()
@@ -186,7 +198,7 @@ class RoundsEngine(PipelineEngine):
             if scheduler is not None:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # that no step of the optimizer came before
-                    for _ in range((step - 1) * self.sync.every):
+                    for _ in range(local_steps_before(self.sampler, step, self._batch_size)):
                         scheduler.step()
             known = self._inner[layer.number] = parameters, optimizer, scheduler
         _, optimizer, scheduler = known
@@ -195,7 +207,7 @@ class RoundsEngine(PipelineEngine):
 
     def _local_step(
         self,
-        stage: _Stage,
+        stage: HeldStage,
         local: Reducer,
         buffers: CommittedBuffers,
         step: int,
@@ -205,7 +217,7 @@ class RoundsEngine(PipelineEngine):
     ) -> None:
         plan, group, batch = self.plan, self.group, self.batch
         assert plan is not None and group is not None and batch is not None
-        place, ordinal = plan.stage_of(self.rank), (step - 1) * self.sync.every + number + 1
+        place, ordinal = plan.stage_of(self.rank), local_steps_before(self.sampler, step, self._batch_size) + number + 1
         sizes = [len(ids) for ids in batches]
         empty = tuple(slot for slot, size in enumerate(sizes) if not size)
         routes: Sequence[Route] = plan.all_routes()
@@ -291,7 +303,7 @@ class RoundsEngine(PipelineEngine):
 
     # -- the end of a round --------------------------------------------------------------------------------------------
 
-    def _give(self, stage: _Stage, parameters: Sequence[nn.Parameter], losses: list[tuple[float, int]]) -> None:
+    def _give(self, stage: HeldStage, parameters: Sequence[nn.Parameter], losses: list[tuple[float, int]]) -> None:
         """What these layers have moved is the gradient of one slot, which stands for all that came here."""
         plan = self.plan
         assert plan is not None

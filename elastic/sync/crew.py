@@ -41,7 +41,6 @@ class Crew:
         parts: what is trained. make_reducer: makes the reducer of the members' gradients, with `replicas` and `extras`.
 
     Attributes:
-        has_reduced: whether the sum of the local step in progress is here.
         must_apply: whether another member has taken its update.
     """
 
@@ -59,10 +58,6 @@ class Crew:
         self._reduced: Reduced | None = None
         self._samples = 0
         self.must_apply = False
-
-    @property
-    def has_reduced(self) -> bool:
-        return self._reduced is not None
 
     # -- worlds --------------------------------------------------------------------------------------------------------
 

@@ -121,6 +121,10 @@ class PairEngine(LocalEngine):
             is_finite = all(bool(moved.isfinite().all()) for moved in self._moved[slot])
             self._pulse.grad = torch.full_like(self._pulse, 0.0 if is_finite else math.nan)
 
+    def _weight_of(self, slot: Slot) -> float | None:
+        """What was dealt to it, also if it has not come to all of that: so does its pair weigh it, and the mean stays."""
+        return super()._weight_of(slot) if self._dealer is None else float(self.sampler.sizes(slot.step)[slot.slot])
+
     def _forget_replicas(self) -> None:
         self._moved, self._next = {}, None
 

@@ -17,7 +17,7 @@ import elastic.sync
 from elastic.config import WorkerConfig
 from elastic.domain import Stage
 from elastic.errors import ConfigError
-from elastic.pipeline.rounds import partner_in, pieces_of, random_routes
+from elastic.pipeline.rounds import RoundsEngine, local_steps_before, partner_in, pieces_of, random_routes
 from elastic.sampler import SlotSampler
 from elastic.session import Session
 from elastic.sync import DiLoCo, NoLoCo, Sync
@@ -99,6 +99,22 @@ def test_a_round_is_what_the_paper_says(size: int, sync: DiLoCo, random_routing:
     for mine, theirs in zip(state.values(), model.state_dict().values(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     assert session.loss == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("size", [24, 43])
+def test_a_layer_that_comes_is_where_the_schedule_of_the_others_is(size: int) -> None:
+    """Also behind epochs whose last round had fewer local steps."""
+    session, _ = train(size, DiLoCo(EVERY), 3)
+    engine = session._engine
+    assert isinstance(engine, RoundsEngine)
+    taken = engine._inner[0][2].last_epoch
+    assert taken == local_steps_before(engine.sampler, engine.step, BATCH_SIZE)
+    assert taken == sum(-(-max(engine.sampler.sizes(step)) // BATCH_SIZE) for step in range(1, engine.step))
+    rate = engine._inner[0][1].param_groups[0]["lr"]
+    engine._inner.clear()
+    engine._begin_layer(engine.layers[0], engine.step)
+    assert engine._inner[0][2].last_epoch == taken
+    assert engine._inner[0][1].param_groups[0]["lr"] == pytest.approx(rate)
 
 
 @given(st.lists(st.integers(1, 4), min_size=1, max_size=4), st.integers(4, 12), st.integers(0, 5))
